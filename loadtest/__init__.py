@@ -1,0 +1,1 @@
+"""Open-loop load tests of an inference server, with a verdict against an SLO."""

@@ -1,0 +1,222 @@
+"""ONNX Runtime: executes `model.onnx` on the CPU, CUDA or TensorRT provider.
+
+Batches of any size run as they are: the CPU provider plans per call and does not recompile for
+a new batch size.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from serve.engines import EngineSpec, KernelTime, Signature
+from serve.errors import ArtifactInvalid
+from serve.tensor import Array, TensorSpec
+
+PROVIDERS: dict[str, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+OPTIMIZATION_LEVELS = {
+    "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+# option name -> values allowed; anything else in EngineSpec.options is refused.
+OPTIONS: dict[str, tuple[str | bool, ...]] = {
+    "provider": tuple(PROVIDERS),
+    "optimization": tuple(OPTIMIZATION_LEVELS),
+    "arena": (True, False),
+    "spinning": (True, False),
+}
+# ONNX Runtime's type -> OIP datatype.
+DATATYPES: dict[str, str] = {
+    "tensor(bool)": "BOOL",
+    "tensor(uint8)": "UINT8",
+    "tensor(uint16)": "UINT16",
+    "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64",
+    "tensor(int8)": "INT8",
+    "tensor(int16)": "INT16",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(float16)": "FP16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
+}
+# Kernels whose arithmetic is 8-bit whatever the types at their edges.
+INT8_OPERATORS = frozenset(
+    {
+        "ConvInteger",
+        "DynamicQuantizeMatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "QAttention",
+        "QGemm",
+        "QLinearAdd",
+        "QLinearAveragePool",
+        "QLinearConcat",
+        "QLinearConv",
+        "QLinearGlobalAveragePool",
+        "QLinearMatMul",
+        "QLinearMul",
+        "QLinearSigmoid",
+    }
+)
+
+
+class OnnxRuntimeEngine:
+    """One session. ONNX Runtime releases the GIL while it runs."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+        self.signature = _signature(session)
+        self._output_names = [output.name for output in self.signature.outputs]
+        self._text = frozenset(
+            spec.name
+            for spec in (*self.signature.inputs, *self.signature.outputs)
+            if spec.datatype == "BYTES"
+        )
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        if self._text:
+            inputs = {n: _decoded(a) if n in self._text else a for n, a in inputs.items()}
+        outputs = dict(
+            zip(self._output_names, self._session.run(self._output_names, inputs), strict=True)
+        )
+        if self._text:
+            outputs = {n: _encoded(a) if n in self._text else a for n, a in outputs.items()}
+        return outputs
+
+    def close(self) -> None:
+        del self._session
+
+
+def load(directory: Path, spec: EngineSpec) -> OnnxRuntimeEngine:
+    """Load a session of `spec.threads` threads. Raises ArtifactInvalid for a broken model, an
+    unknown option, or a provider that this build or machine lacks."""
+    path = directory / spec.file
+    return OnnxRuntimeEngine(_session(path, spec, _session_options(path, spec)))
+
+
+def profile(
+    directory: Path, spec: EngineSpec, inputs: Mapping[str, Array], n_runs: int
+) -> tuple[KernelTime, ...]:
+    """The executed kernels from ONNX Runtime's own profiler; see `EngineModule.profile`."""
+    path = directory / spec.file
+    options = _session_options(path, spec)
+    with tempfile.TemporaryDirectory() as scratch:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(scratch) / "profile")
+        engine = OnnxRuntimeEngine(_session(path, spec, options))
+        for _ in range(n_runs):
+            engine.run(inputs)
+        events = json.loads(Path(engine._session.end_profiling()).read_text())
+    return tuple(_kernel_times(events, n_runs))
+
+
+def _session(
+    path: Path, spec: EngineSpec, options: onnxruntime.SessionOptions
+) -> onnxruntime.InferenceSession:
+    provider = str(spec.options.get("provider", "cpu"))
+    wanted = PROVIDERS[provider]
+    if wanted not in onnxruntime.get_available_providers():
+        raise ArtifactInvalid(
+            str(path),
+            f"engine.options.provider: {provider!r} needs {wanted}, this build of ONNX Runtime "
+            f"has {', '.join(onnxruntime.get_available_providers())}",
+        )
+    providers = [wanted] if provider == "cpu" else [wanted, PROVIDERS["cpu"]]
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:
+        raise ArtifactInvalid(str(path), f"ONNX Runtime can't load it: {error}") from error
+    if session.get_providers()[0] != wanted:
+        raise ArtifactInvalid(str(path), f"ONNX Runtime fell back to {session.get_providers()}")
+    return session
+
+
+def _session_options(path: Path, spec: EngineSpec) -> onnxruntime.SessionOptions:
+    for name, value in spec.options.items():
+        if name not in OPTIONS:
+            raise ArtifactInvalid(
+                str(path), f"engine.options.{name}: unknown, want one of {', '.join(OPTIONS)}"
+            )
+        if value not in OPTIONS[name]:
+            raise ArtifactInvalid(
+                str(path), f"engine.options.{name}: got {value!r}, want one of {OPTIONS[name]}"
+            )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = spec.threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = OPTIMIZATION_LEVELS[
+        str(spec.options.get("optimization", "all"))
+    ]
+    options.enable_cpu_mem_arena = bool(spec.options.get("arena", True))
+    # Spinning threads win microseconds and burn the cores that the front end needs.
+    spinning = "1" if spec.options.get("spinning", False) else "0"
+    options.add_session_config_entry("session.intra_op.allow_spinning", spinning)
+    options.log_severity_level = 3
+    return options
+
+
+def _signature(session: onnxruntime.InferenceSession) -> Signature:
+    inputs = tuple(_tensor_spec(node) for node in session.get_inputs())
+    outputs = tuple(_tensor_spec(node) for node in session.get_outputs())
+    batched = bool(inputs) and all(
+        spec.shape and spec.shape[0] == -1 for spec in (*inputs, *outputs)
+    )
+    return Signature(inputs, outputs, batched)
+
+
+def _tensor_spec(node: Any) -> TensorSpec:
+    if node.type not in DATATYPES:
+        raise ArtifactInvalid(
+            f"tensor {node.name!r}", f"type {node.type}, want one of {', '.join(DATATYPES)}"
+        )
+    shape = tuple(size if isinstance(size, int) else -1 for size in node.shape)
+    return TensorSpec(node.name, DATATYPES[node.type], shape)
+
+
+def _decoded(array: Array) -> Array:
+    try:
+        flat = [bytes(item).decode() for item in array.ravel()]  # type: ignore[call-overload]
+    except UnicodeDecodeError as error:
+        raise ValueError("ONNX strings are UTF-8, an element is not") from error
+    return np.array(flat, object).reshape(array.shape)
+
+
+def _encoded(array: Array) -> Array:
+    flat = np.empty(array.size, object)
+    flat[:] = [str(item).encode() for item in array.ravel()]
+    return flat.reshape(array.shape)
+
+
+def _kernel_times(events: list[dict[str, Any]], n_runs: int) -> Iterator[KernelTime]:
+    durations: dict[tuple[str, str, str, str], float] = {}
+    for event in events:
+        arguments = event.get("args", {})
+        if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
+            continue
+        operator = arguments["op_name"]
+        node = event["name"].removesuffix("_kernel_time")
+        key = (node, operator, arguments["provider"], _precision(operator, arguments))
+        durations[key] = durations.get(key, 0.0) + event["dur"] * 1e-6
+    for (node, operator, provider, precision), total_s in durations.items():
+        yield KernelTime(node, operator, f"{operator} ({provider})", precision, total_s / n_runs)
+
+
+def _precision(operator: str, arguments: Mapping[str, Any]) -> str:
+    """Of the arithmetic: 8-bit by the operator, otherwise the first input's type."""
+    if operator in INT8_OPERATORS:
+        return "int8"
+    shapes = arguments.get("input_type_shape") or []
+    first = next(iter(shapes[0]), "") if shapes else ""
+    return {"float": "fp32", "float16": "fp16", "uint8": "int8"}.get(first, first or "unknown")
