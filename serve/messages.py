@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from serve.errors import InvalidRequest
 from serve.tensor import Tensor
 
 Parameter = bool | int | float | str
@@ -32,3 +33,15 @@ class InferResponse:
     outputs: tuple[Tensor, ...]
     id: str = ""
     parameters: Parameters = field(default_factory=dict)
+
+
+def earliest_deadline(
+    parameters: Parameters, arrival_s: float, timeout_s: float | None
+) -> float | None:
+    """The deadline of a request that arrived at `arrival_s`: the earlier of the transport's
+    `timeout_s` and the parameter `timeout`, microseconds of which 0 means none."""
+    value = parameters.get("timeout", 0)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InvalidRequest("parameters.timeout", value, "microseconds as a whole number from 0")
+    timeouts = [timeout for timeout in (timeout_s, value * 1e-6 or None) if timeout is not None]
+    return arrival_s + min(timeouts) if timeouts else None

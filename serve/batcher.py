@@ -1,0 +1,232 @@
+"""The batcher: requests of one model in, batches through its engine instances, answers out.
+
+One thread for each instance takes decisions from the shared queue and runs them, so a busy
+instance goes from batch to batch without a hop through the front end. It knows no transport and
+no event loop: answers leave through `deliver`, once a batch, on the instance's thread.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from serve.batch_policy import BatchQueue, Decision, Entry
+from serve.engines import Engine
+from serve.errors import DeadlineExceeded, EngineFailed, QueueFull, ServeError, ShuttingDown
+from serve.tensor import Array
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """What the batcher needs of a request; `context` belongs to whoever submits it."""
+
+    inputs: Mapping[str, Array]
+    n_rows: int
+    context: object
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where a request's time went, in seconds, and the batch it was part of."""
+
+    queue_s: float
+    execute_s: float
+    batch_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The end of one piece of work: `outputs` by name, or an `error`."""
+
+    work: Work
+    timing: Timing
+    outputs: Mapping[str, Array] = field(default_factory=dict)
+    error: ServeError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """All that one decision ended: its completions, and the executed batch (0 rows for none)."""
+
+    completions: tuple[Completion, ...]
+    n_rows: int = 0
+    execute_s: float = 0.0
+    reason: str = ""
+
+
+class Batcher:
+    """Queue and instances of one model version.
+
+    `batched` says whether the tensors' first axis is the batch; without it every request runs
+    alone. `deliver` is called from the instances' threads and must not block.
+    """
+
+    def __init__(
+        self,
+        name: tuple[str, str],
+        engines: Sequence[Engine],
+        queue: BatchQueue[Work],
+        deliver: Callable[[Batch], None],
+        batched: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name = name
+        self._queue = queue
+        self._deliver = deliver
+        self._batched = batched
+        self._clock = clock
+        self._condition = threading.Condition()
+        self._n_idle = 0
+        self._closing = False
+        self._threads = [
+            threading.Thread(
+                target=self._serve, args=(engine,), name=f"{name[0]}-{index}", daemon=True
+            )
+            for index, engine in enumerate(engines)
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def n_queued(self) -> int:
+        return self._queue.n_requests
+
+    def submit(self, entry: Entry[Work]) -> None:
+        """Queue a request. Raises QueueFull or ShuttingDown where it isn't admitted."""
+        with self._condition:
+            if self._closing:
+                raise ShuttingDown
+            now = self._clock()
+            admitted, evicted = self._queue.offer(entry, now)
+            if self._n_idle:
+                self._condition.notify()
+            retry_after_s = 0.0 if admitted else self._queue.retry_after_s()
+        if evicted:
+            self._deliver(Batch(self._expired(evicted, now)))
+        if not admitted:
+            raise QueueFull(self._queue.limits.max_queue_size, retry_after_s)
+
+    def cancel(self, entry: Entry[Work]) -> bool:
+        """Take a request out of the queue; False where it already runs or is answered."""
+        with self._condition:
+            return self._queue.cancel(entry)
+
+    def close(self) -> None:
+        """Admit nothing more, finish what is queued, and end the threads. Blocks until then."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify_all()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+    def _serve(self, engine: Engine) -> None:
+        while (decision := self._next_decision()) is not None:
+            completions = self._expired(decision.expired, self._clock())
+            batch = Batch(completions)
+            if decision.batch:
+                batch = self._run(engine, decision, completions)
+            self._deliver(batch)
+
+    def _next_decision(self) -> Decision[Work] | None:
+        """Wait for a decision with something to do; None when the batcher is done."""
+        with self._condition:
+            while True:
+                now = self._clock()
+                decision = self._queue.decide(now)
+                if decision.batch or decision.expired:
+                    return decision
+                if self._closing and not self._queue.n_requests:
+                    return None
+                wait_s = min(decision.wake_at_s - now, threading.TIMEOUT_MAX)
+                self._n_idle += 1
+                self._condition.wait(wait_s)
+                self._n_idle -= 1
+
+    def _run(
+        self, engine: Engine, decision: Decision[Work], others: tuple[Completion, ...]
+    ) -> Batch:
+        started = self._clock()
+        entries = decision.batch
+        n_rows = sum(entry.n_rows for entry in entries)
+        results = self._run_groups(engine, [entry.item for entry in entries])
+        seconds = max(self._clock() - started, 1e-9)
+        with self._condition:
+            self._queue.times.observe(n_rows, seconds)
+        completions = [
+            Completion(
+                entry.item,
+                Timing(started - entry.arrival_s, seconds, n_rows),
+                {} if isinstance(result, ServeError) else result,
+                result if isinstance(result, ServeError) else None,
+            )
+            for entry, result in zip(entries, results, strict=True)
+        ]
+        return Batch((*others, *completions), n_rows, seconds, decision.reason)
+
+    def _run_groups(
+        self, engine: Engine, works: Sequence[Work]
+    ) -> list[Mapping[str, Array] | ServeError]:
+        """Results in the order of `works`; only those of equal row shapes share a run."""
+        groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+        for index, work in enumerate(works):
+            shapes = tuple(array.shape[1:] for array in work.inputs.values())
+            groups.setdefault(shapes, []).append(index)
+        if not self._batched:
+            groups = {((index,),): [index] for index in range(len(works))}
+        results: list[Mapping[str, Array] | ServeError] = [ShuttingDown()] * len(works)
+        for indices in groups.values():
+            group = [works[index] for index in indices]
+            for index, result in zip(indices, self._run_group(engine, group), strict=True):
+                results[index] = result
+        return results
+
+    def _run_group(
+        self, engine: Engine, works: Sequence[Work]
+    ) -> Sequence[Mapping[str, Array] | ServeError]:
+        """Run together; where that fails, each alone, so that only the culprit fails."""
+        try:
+            return self._run_together(engine, works)
+        except Exception:  # noqa: BLE001 - engines raise anything; the last one is logged
+            if len(works) == 1:
+                _log.exception("engine failed", extra={"model": ":".join(self._name)})
+                return [EngineFailed(*self._name)]
+        return [self._run_group(engine, [work])[0] for work in works]
+
+    def _run_together(self, engine: Engine, works: Sequence[Work]) -> Sequence[Mapping[str, Array]]:
+        if len(works) == 1:
+            return [engine.run({n: _aligned(a) for n, a in works[0].inputs.items()})]
+        names = works[0].inputs
+        outputs = engine.run(
+            {name: np.concatenate([work.inputs[name] for work in works]) for name in names}
+        )
+        stops = np.cumsum([work.n_rows for work in works]).tolist()
+        for name, array in outputs.items():
+            if len(array) != stops[-1]:
+                raise ValueError(f"output {name!r} has {len(array)} rows, want {stops[-1]}")
+        return [
+            {name: array[stop - work.n_rows : stop] for name, array in outputs.items()}
+            for work, stop in zip(works, stops, strict=True)
+        ]
+
+    def _expired(self, entries: Sequence[Entry[Work]], now: float) -> tuple[Completion, ...]:
+        return tuple(
+            Completion(
+                entry.item,
+                Timing(now - entry.arrival_s, 0.0, 0),
+                error=DeadlineExceeded(now - entry.arrival_s, "queue"),
+            )
+            for entry in entries
+        )
+
+
+def _aligned(array: Array) -> Array:
+    """A view into a request's body may start anywhere; engines want aligned memory."""
+    return array if array.flags.aligned else array.copy()
