@@ -1,26 +1,23 @@
-"""`trimserve serve`: read the command line, start the server, translate failures to exit codes."""
+"""`trimserve serve`: reads the command line into settings and starts the server."""
 
 import asyncio
+import contextlib
+import importlib
 import json
 import sys
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
-from loadtest.document import DocumentInvalid
 from loadtest.slo import read_slo
 from serve import logs
-from serve.errors import ArtifactInvalid
-from serve.server import Ports, serve
-from serve.settings import Settings
+from serve.settings import Ports, Settings
 
-EXIT_DONE, EXIT_INCOMPLETE, EXIT_USAGE, EXIT_INTERNAL, EXIT_INTERRUPTED = 0, 1, 2, 70, 130
+EXIT_DONE, EXIT_INCOMPLETE = 0, 1
 # Engines' threads wait for the interpreter's lock behind the front end: hand it over sooner.
 SWITCH_INTERVAL_S = 0.001
 
@@ -76,7 +73,7 @@ def serve_command(
 ) -> None:
     """Serve models over REST and gRPC (Open Inference Protocol v2).
 
-    Requests of all clients are batched together; the batching aims at the SLO of the model.
+    Requests of all clients are batched together, and the batching aims at the model's SLO.
     When the models are ready one line of JSON with the ports goes to standard output. SIGTERM
     drains: what was admitted is answered before the process ends.
 
@@ -89,7 +86,7 @@ def serve_command(
         curl localhost:8000/v2/models/digits
     """
     if (repository is None) == (model is None):
-        raise click.UsageError("give either --repository DIR or --model FILE.onnx")
+        raise typer.BadParameter("give either --repository DIR or --model FILE.onnx")
     settings = Settings(
         repository=repository,
         model=model,
@@ -109,12 +106,13 @@ def serve_command(
 
 
 def _run(settings: Settings) -> bool:
-    try:
-        import uvloop
+    from serve.server import serve
 
-        return uvloop.run(serve(settings, _announce))
-    except ImportError:
-        return asyncio.run(serve(settings, _announce))
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    with contextlib.suppress(ImportError):  # not on Windows
+        loop_factory = importlib.import_module("uvloop").new_event_loop
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        return runner.run(serve(settings, _announce))
 
 
 def _announce(ports: Ports) -> None:
@@ -122,33 +120,5 @@ def _announce(ports: Ports) -> None:
     sys.stdout.flush()
 
 
-def run_command(app: typer.Typer, argv: Sequence[str], name: str) -> int:
-    """Run a Typer application and return the exit code that the architecture promises."""
-    command = typer.main.get_command(app)
-    try:
-        code = command.main(args=list(argv), prog_name=name, standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.ClickException as error:
-        error.show()
-        return EXIT_USAGE
-    except (ArtifactInvalid, DocumentInvalid, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return EXIT_USAGE
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        return EXIT_INTERRUPTED
-    return code if isinstance(code, int) else EXIT_DONE
-
-
-app = typer.Typer(add_completion=False, no_args_is_help=False)
+app = typer.Typer()
 app.command("serve")(serve_command)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run `trimserve serve` with `argv` (the process's by default); returns the exit code."""
-    threading.current_thread().name = "serve"
-    return run_command(app, sys.argv[1:] if argv is None else argv, "trimserve serve")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,6 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from wsgiref.simple_server import WSGIServer
 
 import prometheus_client
@@ -17,7 +16,7 @@ import uvicorn
 from serve.metrics import DEFAULT_THRESHOLD_S, Metrics
 from serve.repository import Repository, Source, find_versions, onnx_source
 from serve.service import InferenceService
-from serve.settings import Settings
+from serve.settings import Ports, Settings
 from serve.transport.grpc import GrpcServer
 from serve.transport.rest import RestApp, admin_app
 
@@ -26,13 +25,6 @@ _log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 HTTP_BACKLOG = 2048
 KEEP_ALIVE_S = 75
-
-
-@dataclass(frozen=True)
-class Ports:
-    http_port: int
-    grpc_port: int
-    metrics_port: int
 
 
 class _HttpServer(uvicorn.Server):
@@ -154,6 +146,7 @@ def _http_server(service: InferenceService, settings: Settings) -> uvicorn.Serve
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             backlog=HTTP_BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),

@@ -24,5 +24,12 @@ class Settings:
     max_request_bytes: int = 64 * 1024 * 1024
     drain_delay_s: float = 0.5
     drain_timeout_s: float = 30.0
-    log_format: str = "text"
-    log_level: str = "info"
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where the server listens, once it does."""
+
+    http_port: int
+    grpc_port: int
+    metrics_port: int

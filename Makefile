@@ -1,0 +1,62 @@
+# Everything runs in .venv, which the targets make where it is missing or out of date.
+# A newcomer needs Python 3.11 or later, git and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# torch's CPU build where pip offers one; the pin in pyproject.toml keeps it to 2.13.
+PIP_INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet
+
+# Image -> its extras; each gets a lock file with hashes.
+IMAGES := serve=cpu+openvino serve-gpu=gpu optimizer=cpu+openvino+optimizer+loadtest loadtest=loadtest
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes pyproject.toml
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help venv demo demo-cifar10 check test test-full format proto locks clean
+
+help: ## Show this help
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+
+venv: $(STAMP) ## Make .venv with all that development needs
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch==2.13.0
+	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## Train, optimize, serve and load-test a small network, in minutes
+	$(BIN)/python examples/digits/demo.py
+
+demo-cifar10: $(STAMP) ## The same for ResNet-56 (needs TRIMSERVE_DATA and TRIMSERVE_WEIGHTS)
+	$(BIN)/python examples/cifar10/run.py
+
+check: $(STAMP) ## Lint, format, types, generated code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python proto/generate.py --check
+
+test: $(STAMP) ## The tests that pip's packages suffice for, under 10 minutes
+	$(BIN)/pytest -m 'not full'
+
+test-full: $(STAMP) ## Also those that need Debian's packages (installed here) or minutes
+	./.ci/packages
+	$(BIN)/pytest -m full
+
+format: $(STAMP) ## Format and sort imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: $(STAMP) ## Generate the modules of proto/oip.proto
+	$(BIN)/python proto/generate.py
+
+locks: $(STAMP) ## Lock the dependencies of the images (locks/*.txt)
+	for image in $(IMAGES); do \
+	  $(LOCK) $$(tr + '\n' <<<"$${image#*=}" | sed 's/^/--extra /') -o "locks/$${image%%=*}.txt" || exit 1; \
+	done
+
+clean: ## Remove the environment and caches
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output

@@ -1,0 +1,74 @@
+"""The command line `trimserve`: mounts the three programs and owns their exit codes.
+
+The programs' command modules import their engines, frameworks and load generators when called,
+so the help of all three is there whatever is installed.
+"""
+
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+import loadtest.cli
+import optimizer.cli
+import serve.cli
+from loadtest.document import DocumentInvalid
+from optimizer.errors import SpecInvalid
+from serve import VERSION
+from serve.engines import EngineUnavailable
+from serve.errors import ArtifactInvalid
+
+EXIT_DONE, EXIT_USAGE, EXIT_INTERNAL, EXIT_INTERRUPTED = 0, 2, 70, 130
+# What the user can mend: one message, no traceback.
+USAGE_ERRORS = (ArtifactInvalid, DocumentInvalid, EngineUnavailable, OSError, SpecInvalid)
+
+app = typer.Typer(
+    name="trimserve",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Compress a trained model, serve it, and prove that it keeps its promise: p99 latency, "
+    "throughput and accuracy, at the lowest cost.\n\n"
+    "Exit codes: 0 met or done; 1 violated, or nothing feasible; 2 usage; 3 inconclusive; "
+    "70 internal error; 130 interrupted.",
+)
+app.add_typer(optimizer.cli.app)
+app.add_typer(serve.cli.app)
+app.add_typer(loadtest.cli.app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Options of the command line itself."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    try:
+        app(args=None if argv is None else list(argv), prog_name="trimserve")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else EXIT_DONE if not stop.code else 1
+    except USAGE_ERRORS as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Exception:  # noqa: BLE001 - the process boundary: the trace helps, the code is ours
+        traceback.print_exc()
+        return EXIT_INTERNAL
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
