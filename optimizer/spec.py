@@ -1,0 +1,406 @@
+"""The optimization spec: model, data, objective and budget, read from a YAML file.
+
+Reading resolves paths and checks that the files are there; it imports no user code and opens
+neither model nor data (`optimizer.model_source` and `optimizer.data` do that).
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from loadtest.document import DocumentInvalid, Strict, read_document
+from loadtest.slo import PositiveFloat, Slo, read_slo
+from optimizer.errors import SpecInvalid
+from optimizer.importable import Importable
+
+TechniqueName = Literal[
+    "pruning", "distillation", "nas", "decomposition", "quantization", "compilation"
+]
+TECHNIQUES: tuple[TechniqueName, ...] = (
+    "pruning",
+    "distillation",
+    "nas",
+    "decomposition",
+    "quantization",
+    "compilation",
+)
+Datatype = Literal[
+    "BOOL", "UINT8", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64"
+]  # Open Inference Protocol
+
+_VARIABLE = re.compile(r"\$\{([^}]*)\}")
+_IMPORTABLE = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<attribute>[A-Za-z_][\w.]*)")
+
+
+@dataclass(frozen=True)
+class _Surroundings:
+    """What values in a spec are relative to."""
+
+    directory: Path
+    environ: Mapping[str, str]
+
+
+_surroundings: ContextVar[_Surroundings] = ContextVar("spec_surroundings")
+
+
+@contextmanager
+def _within(directory: Path, environ: Mapping[str, str]) -> Iterator[None]:
+    token = _surroundings.set(_Surroundings(directory, environ))
+    try:
+        yield
+    finally:
+        _surroundings.reset(token)
+
+
+def _here() -> _Surroundings:
+    """The spec being read, or for models built in Python the working directory."""
+    return _surroundings.get(None) or _Surroundings(Path.cwd(), os.environ)
+
+
+def _expanded(text: str, environ: Mapping[str, str]) -> str:
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
+        if not environ.get(name):
+            raise ValueError(f"want the environment variable {name} to be defined")
+        return environ[name]
+
+    return _VARIABLE.sub(value, text)
+
+
+def _existing_file(value: object) -> object:
+    """Expand `${VAR}`, make absolute against the spec's directory; the file must exist."""
+    if isinstance(value, Path):
+        return value
+    if not isinstance(value, str) or not value:
+        raise ValueError("want the path of a file")
+    here = _here()
+    path = Path(os.path.abspath(here.directory / _expanded(value, here.environ)))
+    if not path.is_file():
+        raise ValueError(f"want an existing file, {path} is none")
+    return path
+
+
+def _importable(value: object) -> object:
+    if isinstance(value, Importable):
+        return value
+    match = _IMPORTABLE.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("want 'module:function', the module beside the spec or installed")
+    return Importable(match["module"], match["attribute"], _here().directory)
+
+
+def _listed(value: object) -> object:
+    """YAML knows lists only; ours are frozen."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+ExistingFile = Annotated[Path, BeforeValidator(_existing_file)]
+FunctionName = Annotated[Importable, BeforeValidator(_importable)]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class InputSpec(Strict):
+    """A model input; `shape` is without the batch axis, -1 for an axis of variable length."""
+
+    name: Name
+    datatype: Datatype = "FP32"
+    shape: Annotated[tuple[int, ...], BeforeValidator(_listed)]
+
+    @field_validator("shape")
+    @classmethod
+    def _axes_are_lengths(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(axis < 1 and axis != -1 for axis in value):
+            raise ValueError("want axes of at least 1, or -1 where the length varies")
+        return value
+
+
+class OutputSpec(Strict):
+    """A model output, in the order in which `forward` returns them."""
+
+    name: Name
+
+
+@dataclass(frozen=True)
+class TorchSource:
+    """A torch model that can be built again in any process: a factory and its weights."""
+
+    factory: Importable
+    weights: Path
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[OutputSpec, ...]
+
+
+@dataclass(frozen=True)
+class OnnxSource:
+    """A model that exists only as ONNX; its signature is read from the file."""
+
+    path: Path
+
+
+ModelSource = TorchSource | OnnxSource
+
+
+class ModelSection(Strict):
+    """The key `model`: either `factory`, `weights`, `inputs`, `outputs`, or `onnx` alone."""
+
+    factory: FunctionName | None = None
+    weights: ExistingFile | None = None
+    inputs: Annotated[tuple[InputSpec, ...], BeforeValidator(_listed)] = ()
+    outputs: Annotated[tuple[OutputSpec, ...], BeforeValidator(_listed)] = ()
+    onnx: ExistingFile | None = None
+
+    @field_validator("weights")
+    @classmethod
+    def _weights_hold_no_code(cls, value: Path | None) -> Path | None:
+        if value is not None and value.suffix != ".safetensors":
+            raise ValueError(
+                "want a .safetensors file: a pickled checkpoint can run code, "
+                "convert it by safetensors.torch.save_file(model.state_dict(), path)"
+            )
+        return value
+
+    @field_validator("inputs", "outputs")
+    @classmethod
+    def _names_are_distinct(
+        cls, value: tuple[InputSpec | OutputSpec, ...]
+    ) -> tuple[InputSpec | OutputSpec, ...]:
+        names = [tensor.name for tensor in value]
+        if len(set(names)) < len(names):
+            raise ValueError("want every tensor name once")
+        return value
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> Self:
+        torch_keys = ("factory", "weights", "inputs", "outputs")
+        given = [key for key in torch_keys if getattr(self, key)]
+        if self.onnx is not None and given:
+            raise ValueError(f"want either onnx or {', '.join(torch_keys)}, not both")
+        missing = [key for key in torch_keys if key not in given]
+        if self.onnx is None and missing:
+            raise ValueError(f"want {', '.join(missing)} (or onnx alone)")
+        return self
+
+    def source(self) -> ModelSource:
+        """The model as one of the two kinds."""
+        if self.onnx is not None:
+            return OnnxSource(self.onnx)
+        assert self.factory is not None
+        assert self.weights is not None
+        return TorchSource(self.factory, self.weights, self.inputs, self.outputs)
+
+
+class SplitSpec(Strict):
+    """Where the samples of one split are: a file or a function, and which of its rows."""
+
+    path: ExistingFile | None = None
+    call: FunctionName | None = None
+    rows: Annotated[tuple[int, int], BeforeValidator(_listed)] | None = None
+    """Half-open [start, stop), counted from 0; without it all rows."""
+
+    @field_validator("rows")
+    @classmethod
+    def _rows_are_a_range(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not 0 <= value[0] < value[1]:
+            raise ValueError("want [start, stop] with 0 <= start < stop")
+        return value
+
+    @model_validator(mode="after")
+    def _has_one_origin(self) -> Self:
+        if (self.path is None) == (self.call is None):
+            raise ValueError("want either path or call")
+        return self
+
+
+class Columns(Strict):
+    """Names of columns (parquet) or arrays (.npz), where they aren't the model's own."""
+
+    inputs: dict[str, str] = Field(default_factory=dict)
+    """Model input → column. An input that isn't listed is read from the column of its name."""
+    label: str | None = "label"
+    """Integer class labels. None: the data has no labels, accuracy can't be judged."""
+
+    def of_input(self, name: str) -> str:
+        return self.inputs.get(name, name)
+
+
+class ImageSpec(Strict):
+    """Preprocessing of images: pixels / 255, less `mean`, by `std`; float32 [channel, y, x].
+
+    One mean makes images grey, three make them RGB. `resize` scales the short side to that many
+    pixels; `size` [height, width] is a centre crop, for which an image is first scaled to just
+    cover it unless `resize` is given.
+    """
+
+    mean: Annotated[tuple[float, ...], BeforeValidator(_listed)]
+    std: Annotated[tuple[PositiveFloat, ...], BeforeValidator(_listed)]
+    resize: int | None = Field(default=None, ge=1, le=4096)
+    size: Annotated[tuple[int, int], BeforeValidator(_listed)] | None = None
+
+    @field_validator("mean")
+    @classmethod
+    def _channels_are_grey_or_rgb(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if len(value) not in (1, 3):
+            raise ValueError("want 1 (grey) or 3 (RGB) values")
+        return value
+
+    @field_validator("size")
+    @classmethod
+    def _size_is_bounded(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not all(1 <= axis <= 4096 for axis in value):
+            raise ValueError("want [height, width] of 1 to 4096")
+        return value
+
+    @model_validator(mode="after")
+    def _parts_fit_each_other(self) -> Self:
+        if len(self.std) != len(self.mean):
+            raise ValueError(f"want as many values in std as in mean ({len(self.mean)})")
+        if self.resize is not None and self.size is not None and self.resize < max(self.size):
+            raise ValueError("want resize to be at least the longer side of size")
+        return self
+
+
+class DataSpec(Strict):
+    """Three disjoint sets of samples: to learn from, to choose by, and to report once."""
+
+    format: Literal["parquet", "numpy", "importable"]
+    train: SplitSpec
+    validation: SplitSpec
+    test: SplitSpec
+    columns: Columns = Columns()
+    image: ImageSpec | None = None
+    """How images become inputs. Must for parquet, where images are encoded; arrays are taken as
+    they are without it, and as uint8 [n, y, x] or [n, y, x, channel] images with it."""
+    n_classes: int | None = Field(default=None, ge=2, le=1_000_000)
+    """Without it: the names of the label's classes in the file, or the largest label of train
+    and one."""
+    calibration_samples: int = Field(default=512, ge=1)
+    """Drawn from train by the spec's seed."""
+    overlap: Literal["refuse", "drop"] = "refuse"
+    """Of a sample in two splits: an error, or leave it out of train (first) or validation;
+    test always stays whole."""
+
+    @model_validator(mode="after")
+    def _origins_fit_the_format(self) -> Self:
+        wanted = "call" if self.format == "importable" else "path"
+        for name in ("train", "validation", "test"):
+            if getattr(getattr(self, name), wanted) is None:
+                raise ValueError(f"want {wanted} in {name} for the format {self.format}")
+        return self
+
+    @model_validator(mode="after")
+    def _images_have_a_preprocessing(self) -> Self:
+        if self.format == "parquet" and self.image is None:
+            raise ValueError("want image (mean, std) for the format parquet")
+        return self
+
+
+class Budget(Strict):
+    """When the search stops: at the first of both."""
+
+    wall_clock_s: PositiveFloat
+    trials: int = Field(ge=1, le=1_000_000)
+
+
+class Techniques(Strict):
+    """Which techniques recipes may be made of."""
+
+    include: Annotated[tuple[TechniqueName, ...], BeforeValidator(_listed)] = TECHNIQUES
+    exclude: Annotated[tuple[TechniqueName, ...], BeforeValidator(_listed)] = ()
+
+    @property
+    def enabled(self) -> tuple[TechniqueName, ...]:
+        """Included and not excluded, in the order of a recipe's stages."""
+        return tuple(
+            name for name in TECHNIQUES if name in self.include and name not in self.exclude
+        )
+
+    @model_validator(mode="after")
+    def _lists_dont_contradict(self) -> Self:
+        both = "include" in self.model_fields_set and set(self.include) & set(self.exclude)
+        if both:
+            raise ValueError(f"want {', '.join(sorted(both))} in include or exclude, not both")
+        if not self.enabled:
+            raise ValueError("want at least one technique left")
+        return self
+
+
+class Target(Strict):
+    """The machine to serve on; measurements are taken on it."""
+
+    device: Literal["cpu"] = "cpu"
+    cores: int | None = Field(default=None, ge=1, le=4096)
+    """Cores of one replica. Without it, all that this process may use."""
+    price_per_core_hour: PositiveFloat
+    """In any currency: the cost is reported in it."""
+
+
+class SpecDocument(Strict):
+    """A spec as written; `read_spec` makes a `Spec` of it."""
+
+    api_version: Literal["trimserve/v1"] = Field(alias="apiVersion")
+    kind: Literal["Optimization"]
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    slo: ExistingFile
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    model: ModelSection
+    data: DataSpec
+    objective: Literal["cost", "latency", "size"] = "cost"
+    budget: Budget
+    techniques: Techniques = Techniques()
+    target: Target
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A checked spec: paths are absolute, and the SLO is read."""
+
+    source: Path
+    """The file it was read from."""
+    name: str
+    """Of the model in the repository that variants are published under."""
+    slo: Slo
+    slo_path: Path
+    seed: int
+    model: ModelSource
+    data: DataSpec
+    objective: Literal["cost", "latency", "size"]
+    """What to minimize among the variants that keep the SLO: money per million inferences,
+    the SLO's quantile of latency, or the bytes of the artifact."""
+    budget: Budget
+    techniques: Techniques
+    target: Target
+
+
+def read_spec(path: Path, environ: Mapping[str, str] | None = None) -> Spec:
+    """Read the spec at `path`, and the SLO that it names.
+
+    Relative paths count from the spec's directory; `${VAR}` in them is taken from `environ`
+    (the process's own by default). Raises SpecInvalid with every problem found.
+    """
+    path = Path(os.path.abspath(path))
+    try:
+        with _within(path.parent, os.environ if environ is None else environ):
+            document = read_document(path, SpecDocument)
+        slo = read_slo(document.slo)
+    except DocumentInvalid as error:
+        raise SpecInvalid(error.source, error.problems) from error
+    return Spec(
+        source=path,
+        name=document.name,
+        slo=slo,
+        slo_path=document.slo,
+        seed=document.seed,
+        model=document.model.source(),
+        data=document.data,
+        objective=document.objective,
+        budget=document.budget,
+        techniques=document.techniques,
+        target=document.target,
+    )
