@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import signal
 import socket
@@ -60,6 +61,9 @@ async def serve(settings: Settings, announce: Callable[[Ports], None]) -> bool:
         http_task = asyncio.create_task(http_server.serve(sockets=[http_socket]))
         await asyncio.to_thread(repository.load, sources)
         service.open(repository)
+        # What is loaded now stays: out of the collector's way, whose pauses requests would feel.
+        gc.collect()
+        gc.freeze()
         await grpc_server.set_ready(service.is_ready)
         announce(ports)
         await stop.wait()
