@@ -1,0 +1,263 @@
+"""The command `trimserve loadtest`: arguments in, tables and an exit code out.
+
+What tests and judges is imported when the command runs, so that its help is quick and there
+whatever is installed.
+"""
+
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Never
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from loadtest.session import Settings, Watcher
+
+EXIT_USAGE, EXIT_INTERNAL, EXIT_INTERRUPTED = 2, 70, 130
+
+HELP = """\
+Send a model the load of an SLO and judge whether it keeps its promise.
+
+SLO is the YAML file that also tells the optimizer and the server what to keep. Requests are sent
+at its rate whatever the server does (an open loop), and their latency counts from the moment
+they were meant to be sent, so a stalled server can't hide behind a waiting client. The server's
+own counters of the same requests are compared with what was seen here.
+
+**Verdict and exit code**: met 0 (a 95 % lower bound clears the objective), violated 1,
+inconclusive 3 (too few requests, or a measurement that can't be trusted: the reasons say which).
+2 is for what to mend before the first request, 70 an internal error, 130 interrupted.
+
+**Examples**
+
+`trimserve loadtest slo.yaml --target http://127.0.0.1:8000 --model resnet`
+
+`trimserve loadtest slo.yaml --target grpc://127.0.0.1:8001 --model resnet --html report.html`
+
+`trimserve loadtest slo.yaml --target http://10.0.0.1:8000 --target http://10.0.0.2:8000
+--model resnet --inputs images.npz --duration-s 120 --json report.json`
+
+For a server that isn't trimserve (no such counters): `--no-server-metrics`.
+"""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+
+@app.command("loadtest", help=HELP, no_args_is_help=True)
+def loadtest(
+    slo: Annotated[Path, typer.Argument(metavar="SLO", help="The SLO, a YAML file.")],
+    target: Annotated[
+        list[str],
+        typer.Option(
+            metavar="URL",
+            help="http://HOST:PORT for REST or grpc://HOST:PORT for gRPC. Give it several times "
+            "to spread the requests at random.",
+        ),
+    ],
+    model: Annotated[str, typer.Option(help="Name of the model on the server.")],
+    version: Annotated[
+        str, typer.Option(help="Version of the model; by default the server chooses.")
+    ] = "",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.")
+    ] = None,
+    html_file: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write the report as one HTML page."),
+    ] = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.npz",
+            help="Real inputs: arrays [n, ...] named like the model's inputs. By default random "
+            "ones.",
+        ),
+    ] = None,
+    duration_s: Annotated[
+        float | None,
+        typer.Option(min=1, max=86_400, help="Measure this long; by default the SLO's window_s."),
+    ] = None,
+    warmup_s: Annotated[
+        float,
+        typer.Option(min=0, max=3_600, help="Send the same load this long before measuring."),
+    ] = 2.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of arrivals, inputs and targets.")] = 0,
+    metrics_url: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL",
+            help="Where a server exports its metrics; by default port 8002 of each target's "
+            "host. Give it once for each server.",
+        ),
+    ] = None,
+    server_metrics: Annotated[
+        bool,
+        typer.Option(
+            "--server-metrics/--no-server-metrics",
+            help="Compare with the server's own counters.",
+        ),
+    ] = True,
+    max_in_flight: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=60_000,
+            help="Drop requests beyond this many unanswered ones; by default as many as can "
+            "arrive within the time limit of a request, 8192 at most.",
+        ),
+    ] = None,
+) -> None:
+    """See HELP; the function only translates arguments and outcomes."""
+    with exit_codes():
+        from loadtest.session import Settings
+        from loadtest.slo import read_slo
+        from loadtest.target import parse_target
+
+        settings = Settings(
+            slo=read_slo(slo),
+            model=model,
+            targets=tuple(parse_target(url) for url in target),
+            version=version,
+            inputs=inputs,
+            duration_s=duration_s,
+            warmup_s=warmup_s,
+            seed=seed,
+            metrics_urls=tuple(metrics_url or ()),
+            server_metrics=server_metrics,
+            max_in_flight=max_in_flight,
+        )
+        raise typer.Exit(test_and_report(settings, json_file, html_file))
+
+
+def test_and_report(settings: "Settings", json_file: Path | None, html_file: Path | None) -> int:
+    """Run, write the reports, print the result; gives the exit code of the verdict."""
+    from loadtest.display import print_plan, print_report
+    from loadtest.report import make_report, to_json, write_atomically
+    from loadtest.session import run
+
+    for option, path in (("--json", json_file), ("--html", html_file)):
+        check_folder(option, path)
+    console = Console(stderr=True)
+    print_plan(settings, console)
+    with progress(console) as watcher:
+        result = run(settings, watcher)
+    report = make_report(result, datetime.now(UTC))
+    if json_file is not None:
+        write_atomically(json_file, to_json(report))
+    if html_file is not None:
+        from loadtest.html import render_html
+
+        write_atomically(html_file, render_html(report))
+    print_report(report, Console())
+    return report.exit_code
+
+
+def check_folder(option: str, path: Path | None) -> None:
+    """Raises SettingsInvalid where a report couldn't be written, before anything is measured."""
+    from loadtest.session import SettingsInvalid
+
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise SettingsInvalid(f"{option}: got {path}, want a file in a folder that exists")
+
+
+@contextmanager
+def progress(console: Console) -> "Iterator[Watcher]":
+    """A progress bar, where there is a terminal to draw it on."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from loadtest.driver import Progress as Played
+    from loadtest.session import Watcher
+
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("preparing", total=None, note="")
+
+        def on_warmup(n: int) -> None:
+            bar.update(task, description="warming up", note=f"{n} requests")
+
+        def on_window(n: int) -> None:
+            bar.reset(task, description="measuring", total=n, note="")
+
+        def on_progress(played: Played) -> None:
+            failed = f", [red]{played.n_bad} failed" if played.n_bad else ""
+            note = f"{played.n_done} requests{failed}"
+            bar.update(task, completed=played.n_done, note=note)
+
+        yield Watcher(on_warmup, on_window, on_progress)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn what the command raises into its exit code, and SIGTERM into an interruption."""
+    from loadtest.document import DocumentInvalid
+    from loadtest.driver import GeneratorFailed, GeneratorMissing
+    from loadtest.endpoint import TargetUnusable
+    from loadtest.inputs import InputsInvalid
+    from loadtest.server_metrics import MetricsUnusable
+    from loadtest.session import SettingsInvalid
+    from loadtest.signature import SignatureUnusable
+    from loadtest.target import TargetInvalid
+
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    except (
+        DocumentInvalid,
+        GeneratorMissing,
+        InputsInvalid,
+        SettingsInvalid,
+        SignatureUnusable,
+        TargetInvalid,
+        TargetUnusable,
+    ) as error:
+        _fail(str(error), EXIT_USAGE)
+    except MetricsUnusable as error:
+        _fail(
+            f"--metrics-url: {error}; want the server's metrics, or --no-server-metrics",
+            EXIT_USAGE,
+        )
+    except KeyboardInterrupt:
+        _fail("interrupted, nothing was judged", EXIT_INTERRUPTED)
+    except GeneratorFailed as error:
+        _fail(str(error), EXIT_INTERNAL)
+    except typer.Exit:
+        raise
+    except Exception:  # noqa: BLE001 - the process boundary: the trace helps, the code is ours
+        traceback.print_exc()
+        _fail("internal error, please report it with the lines above", EXIT_INTERNAL)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command alone; returns its exit code and never lets Typer choose another."""
+    try:
+        app(args=None if argv is None else list(argv), prog_name="trimserve loadtest")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else EXIT_INTERNAL
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return EXIT_INTERNAL
+
+
+def _interrupt(*_: object) -> Never:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> Never:
+    sys.stderr.write(f"error: {message}\n")
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

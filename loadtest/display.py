@@ -1,0 +1,112 @@
+"""A load test's plan and result on a terminal."""
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from loadtest.report import Report
+from loadtest.session import Settings
+from loadtest.verdict import Outcome, requests_needed
+
+STYLES: dict[Outcome, str] = {"met": "green", "violated": "red", "inconclusive": "yellow"}
+
+
+def print_plan(settings: Settings, console: Console) -> None:
+    """What is going to happen, and whether it can show anything."""
+    slo = settings.slo
+    n = round(slo.workload.rate_per_s * settings.window_s)
+    targets = ", ".join(target.url for target in settings.targets)
+    console.print(
+        f"[bold]{escape(slo.name)}[/]: {slo.workload.rate_per_s:g} requests/s "
+        f"({slo.workload.arrivals}) for {settings.window_s:g} s to {escape(settings.model)} "
+        f"at {escape(targets)}; want {slo.latency.quantile * 100:g} % within "
+        f"{slo.latency.threshold_ms:g} ms",
+        highlight=False,
+    )
+    needed = requests_needed(slo.latency.quantile)
+    if n < needed:
+        console.print(
+            f"[yellow]warning:[/] {n} requests can't show a quantile of "
+            f"{slo.latency.quantile:g}, {needed} are needed: the verdict can't be met",
+            highlight=False,
+        )
+
+
+def print_report(report: Report, console: Console) -> None:
+    console.print(_objectives(report))
+    console.print(_latencies(report))
+    console.print(_requests(report))
+    style = STYLES[report.verdict]
+    lines = [f"• {escape(one.message)}" for one in report.reasons]
+    if not lines:
+        share = report.objectives[0]
+        bound = share.lower_bound or 0.0
+        lines = [
+            f"with {report.good_share.confidence * 100:g} % confidence at least "
+            f"{bound * 100:.5g} % of the requests are good, {share.wanted * 100:g} % are wanted"
+        ]
+    console.print(
+        Panel(
+            "\n".join(lines),
+            title=f"[bold {style}]{report.verdict.upper()}",
+            border_style=style,
+            title_align="left",
+        )
+    )
+
+
+def _objectives(report: Report) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title="Objectives", title_justify="left")
+    for heading in ("objective", "wanted", "observed", "at least", "kept in this window"):
+        table.add_column(heading)
+    labels = {
+        "latency": f"good within {report.slo.latency.threshold_ms:g} ms",
+        "success_ratio": "answered without an error",
+    }
+    for one in report.objectives:
+        bound = "" if one.lower_bound is None else f"{one.lower_bound * 100:.5g} %"
+        table.add_row(
+            labels[one.name],
+            f"{one.wanted * 100:g} %",
+            f"{one.observed * 100:.5g} %",
+            bound,
+            "[green]yes" if one.kept else "[red]no",
+        )
+    return table
+
+
+def _latencies(report: Report) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title="Latency from the intended send", title_justify="left")
+    cells = []
+    for one in report.latency:
+        table.add_column(f"p{one.quantile * 100:g}", justify="right")
+        cells.append("no answer" if one.latency_s is None else f"{one.latency_s * 1e3:.2f} ms")
+    table.add_row(*cells)
+    return table
+
+
+def _requests(report: Report) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title="Requests", title_justify="left")
+    for heading in ("what", "figure"):
+        table.add_column(heading)
+    requests, generator = report.requests, report.generator
+    table.add_row("sent", f"{requests.n_sent} of {requests.n}, {requests.achieved_per_s:.1f}/s")
+    table.add_row("goodput", f"{requests.goodput_per_s:.1f}/s")
+    for status in requests.statuses:
+        example = f": {status.example}" if status.example else ""
+        table.add_row(escape(status.label), escape(f"{status.n}{example}"))
+    if generator.lag_p99_s is not None:
+        table.add_row(
+            "generator",
+            f"lag p99 {generator.lag_p99_s * 1e3:.2f} ms, CPU {generator.cpu_share * 100:.0f} %",
+        )
+    if report.server is not None:
+        for one in report.server.transports:
+            table.add_row(
+                f"server, {one.transport}",
+                f"{one.server_n} counted, {one.server_over} over the threshold "
+                f"(seen here: {one.client_n} and {one.client_over})",
+            )
+    return table

@@ -1,0 +1,288 @@
+"""Why a run isn't met: each reason a value with its numbers, and a message for people.
+
+Knows what to say, not when: that is the verdict's.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from loadtest.document import Strict
+
+
+class Reason(Strict):
+    """Base of all reasons; `kind` names the class in a report."""
+
+    @property
+    def message(self) -> str:
+        raise NotImplementedError
+
+
+class LatencyMissed(Reason):
+    kind: Literal["latency_missed"] = "latency_missed"
+    quantile: float
+    threshold_s: float
+    good_share: float
+    latency_at_quantile_s: float | None
+    """none: not even that share was answered"""
+
+    @property
+    def message(self) -> str:
+        observed = (
+            "has no answer at all"
+            if self.latency_at_quantile_s is None
+            else f"took {_ms(self.latency_at_quantile_s)}"
+        )
+        return (
+            f"{_share(self.good_share)} of the requests were answered correctly within "
+            f"{_ms(self.threshold_s)}, want {_share(self.quantile)}; the request at that "
+            f"quantile {observed}"
+        )
+
+
+class SuccessRatioMissed(Reason):
+    kind: Literal["success_ratio_missed"] = "success_ratio_missed"
+    success_ratio: float
+    observed: float
+    n_failed: int
+    n: int
+
+    @property
+    def message(self) -> str:
+        return (
+            f"{self.n_failed} of {self.n} requests failed: {_share(self.observed)} succeeded, "
+            f"want {_share(self.success_ratio)}"
+        )
+
+
+class TooFewRequests(Reason):
+    kind: Literal["too_few_requests"] = "too_few_requests"
+    quantile: float
+    n: int
+    needed: int
+
+    @property
+    def message(self) -> str:
+        return (
+            f"{self.n} requests can't show a quantile of {self.quantile:g}, even if all are "
+            f"good: want at least {self.needed}, so a longer --duration-s"
+        )
+
+
+class TooCloseToCall(Reason):
+    kind: Literal["too_close_to_call"] = "too_close_to_call"
+    quantile: float
+    good_share: float
+    lower_bound: float
+    n: int
+    needed: int | None
+    """about how many requests would show it, if the share stays; none: no number would"""
+
+    @property
+    def message(self) -> str:
+        advice = (
+            "no number of requests shows a share that is just the one wanted"
+            if self.needed is None
+            else f"about {self.needed} requests would show it, so a longer --duration-s"
+        )
+        return (
+            f"{_share(self.good_share)} of {self.n} requests were good, but the lower bound "
+            f"of that share is {_share(self.lower_bound)}, below {_share(self.quantile)}: {advice}"
+        )
+
+
+class RequestsCorrelated(Reason):
+    kind: Literal["requests_correlated"] = "requests_correlated"
+    correlation_requests: float
+    effective_n: int
+    n: int
+    needed: int
+
+    @property
+    def message(self) -> str:
+        return (
+            f"slow requests come in bursts: {self.n} say no more than {self.effective_n} "
+            f"independent ones, want about {self.needed}, so a longer --duration-s"
+        )
+
+
+class RateNotReached(Reason):
+    kind: Literal["rate_not_reached"] = "rate_not_reached"
+    planned_per_s: float
+    achieved_per_s: float
+    min_share: float
+
+    @property
+    def message(self) -> str:
+        return (
+            f"sent {self.achieved_per_s:.5g} requests/s of {self.planned_per_s:.5g} planned, "
+            f"want {_share(self.min_share)}: use a faster or idler machine for the load test"
+        )
+
+
+class RequestsDropped(Reason):
+    kind: Literal["requests_dropped"] = "requests_dropped"
+    n_dropped: int
+    n: int
+    max_in_flight: int
+
+    @property
+    def message(self) -> str:
+        return (
+            f"{self.n_dropped} of {self.n} requests weren't sent, as {self.max_in_flight} were "
+            "in flight: raise --max-in-flight, unless the server is far from keeping up"
+        )
+
+
+class RequestsInvalid(Reason):
+    kind: Literal["requests_invalid"] = "requests_invalid"
+    n_invalid: int
+    n: int
+
+    @property
+    def message(self) -> str:
+        return (
+            f"the server refused {self.n_invalid} of {self.n} requests as invalid, so they say "
+            "nothing of its load: want a workload, or --inputs, that the model takes"
+        )
+
+
+class GeneratorLagged(Reason):
+    kind: Literal["generator_lagged"] = "generator_lagged"
+    lag_p99_s: float
+    limit_s: float
+    good_share: float
+    good_share_from_send: float
+
+    @property
+    def message(self) -> str:
+        return (
+            f"requests were sent up to {_ms(self.lag_p99_s)} late (p99), want "
+            f"{_ms(self.limit_s)}, and it matters: {_share(self.good_share)} are good from the "
+            f"intended send, {_share(self.good_share_from_send)} from the actual one"
+        )
+
+
+class GeneratorBusy(Reason):
+    kind: Literal["generator_busy"] = "generator_busy"
+    cpu_share: float
+    limit: float
+
+    @property
+    def message(self) -> str:
+        return (
+            f"the load generator used {_share(self.cpu_share)} of its core, want at most "
+            f"{_share(self.limit)}: what it measured may be itself"
+        )
+
+
+class MetricsUnreadable(Reason):
+    kind: Literal["metrics_unreadable"] = "metrics_unreadable"
+    error: str
+
+    @property
+    def message(self) -> str:
+        return f"the server's metrics can't be read: {self.error}"
+
+
+class MetricMissing(Reason):
+    kind: Literal["metric_missing"] = "metric_missing"
+    url: str
+    transport: str
+
+    @property
+    def message(self) -> str:
+        return (
+            f"{self.url} doesn't count this model's {self.transport} requests: give the right "
+            "--metrics-url, or --no-server-metrics for a server that isn't trimserve"
+        )
+
+
+class EdgeMissing(Reason):
+    kind: Literal["edge_missing"] = "edge_missing"
+    url: str
+    threshold_s: float
+    edges_s: tuple[float, ...]
+
+    @property
+    def message(self) -> str:
+        edges = ", ".join(f"{edge:g}" for edge in self.edges_s) or "none"
+        return (
+            f"{self.url}: no histogram edge at {self.threshold_s:g} s (there are {edges}): "
+            "start the server with --slo and this objective"
+        )
+
+
+class CountsDisagree(Reason):
+    """The server counted other requests than these: lost ones, or somebody else's."""
+
+    kind: Literal["counts_disagree"] = "counts_disagree"
+    transport: str
+    what: Literal["requests", "successes"]
+    client_least: int
+    client_most: int
+    server: int
+
+    @property
+    def message(self) -> str:
+        span = (
+            str(self.client_least)
+            if self.client_least == self.client_most
+            else f"{self.client_least} to {self.client_most}"
+        )
+        return (
+            f"the server counted {self.server} {self.transport} {self.what}, the client {span}: "
+            "is there other traffic, or a server whose --metrics-url is missing?"
+        )
+
+
+class ServerSlowerThanClient(Reason):
+    kind: Literal["server_slower_than_client"] = "server_slower_than_client"
+    transport: str
+    client_over: int
+    server_over: int
+
+    @property
+    def message(self) -> str:
+        return (
+            f"the server counted {self.server_over} {self.transport} requests over the "
+            f"threshold, the client {self.client_over}: it can't see more than the client waits"
+        )
+
+
+class ServerRestarted(Reason):
+    kind: Literal["server_restarted"] = "server_restarted"
+    url: str
+
+    @property
+    def message(self) -> str:
+        return f"the server behind {self.url} restarted during the measurement"
+
+
+AnyReason = Annotated[
+    LatencyMissed
+    | SuccessRatioMissed
+    | TooFewRequests
+    | TooCloseToCall
+    | RequestsCorrelated
+    | RateNotReached
+    | RequestsDropped
+    | RequestsInvalid
+    | GeneratorLagged
+    | GeneratorBusy
+    | MetricsUnreadable
+    | MetricMissing
+    | EdgeMissing
+    | CountsDisagree
+    | ServerSlowerThanClient
+    | ServerRestarted,
+    Field(discriminator="kind"),
+]
+
+
+def _share(value: float) -> str:
+    return f"{value * 100:.6g} %"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g} ms"

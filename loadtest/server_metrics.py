@@ -1,0 +1,151 @@
+"""The server's own count of the same requests, from two scrapes of its metrics.
+
+Differences of raw counters, bucket edge on the threshold: exact, where increase() extrapolates
+and histogram_quantile() interpolates. Knows the text format and one histogram, no client.
+"""
+
+import http.client
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from prometheus_client.parser import text_string_to_metric_families
+
+HISTOGRAM = "trimserve_request_duration_seconds"
+START_TIME = "process_start_time_seconds"
+TIMEOUT_S = 5.0
+MAX_METRICS_BYTES = 50_000_000
+EDGE_TOLERANCE = 1e-9
+"""Relative; edges and thresholds are decimal fractions that went through text."""
+
+
+class MetricsUnusable(Exception):
+    """The metrics can't be read; `str()` says where and why."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """Requests of one transport."""
+
+    n: int = 0
+    n_ok: int = 0
+    n_over: int = 0
+    """took longer than the threshold, whatever came of them"""
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(self.n + other.n, self.n_ok + other.n_ok, self.n_over + other.n_over)
+
+    def __sub__(self, other: "Count") -> "Count":
+        return Count(self.n - other.n, self.n_ok - other.n_ok, self.n_over - other.n_over)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One server's totals for one model at one scrape."""
+
+    started_s: float | None
+    """when the process started, Unix time"""
+    counts: Mapping[str, Count]
+    """by transport"""
+    edges_s: tuple[float, ...]
+    """of the model's histogram, infinity left out; none where it has no request yet"""
+    has_edge: bool
+    """every series has an edge on the threshold"""
+
+
+@dataclass(frozen=True)
+class Scrapes:
+    """One server before and after the measurement."""
+
+    url: str
+    before: Snapshot
+    after: Snapshot
+
+    @property
+    def restarted(self) -> bool:
+        """Another process answers now, or a counter fell."""
+        fell = any(
+            self.after.counts.get(transport, Count()).n < count.n
+            for transport, count in self.before.counts.items()
+        )
+        return fell or self.before.started_s != self.after.started_s
+
+
+def counted(scrapes: tuple[Scrapes, ...]) -> dict[str, Count]:
+    """Requests by transport between the scrapes, all servers together."""
+    totals: dict[str, Count] = {}
+    for pair in scrapes:
+        for transport, count in pair.after.counts.items():
+            grown = count - pair.before.counts.get(transport, Count())
+            totals[transport] = totals.get(transport, Count()) + grown
+    return totals
+
+
+def scrape(url: str, model: str, version: str, threshold_s: float) -> Snapshot:
+    """Raises MetricsUnusable."""
+    return read_snapshot(fetch(url), model, version, threshold_s, source=url)
+
+
+def fetch(url: str) -> str:
+    """The text at an http:// URL. Raises MetricsUnusable."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port or 80
+    except ValueError as error:
+        raise MetricsUnusable(f"{url}: {error}") from error
+    if parts.scheme != "http" or not parts.hostname:
+        raise MetricsUnusable(f"got {url!r}, want http://HOST:PORT/PATH")
+    connection = http.client.HTTPConnection(parts.hostname, port, timeout=TIMEOUT_S)
+    try:
+        connection.request("GET", parts.path or "/metrics", headers={"Accept": "text/plain"})
+        answer = connection.getresponse()
+        text = answer.read(MAX_METRICS_BYTES).decode("utf-8")
+    except (OSError, http.client.HTTPException, UnicodeDecodeError) as error:
+        raise MetricsUnusable(f"{url}: {error or type(error).__name__}") from error
+    finally:
+        connection.close()
+    if answer.status != 200:
+        raise MetricsUnusable(f"{url}: HTTP {answer.status}")
+    return text
+
+
+def read_snapshot(text: str, model: str, version: str, threshold_s: float, source: str) -> Snapshot:
+    """Pick the model's counters; an empty `version` takes all versions together.
+
+    Raises MetricsUnusable where the text is no metrics.
+    """
+    series: dict[tuple[str, str, str], dict[float, float]] = {}
+    started_s = None
+    try:
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name == START_TIME:
+                    started_s = sample.value
+                elif sample.name == f"{HISTOGRAM}_bucket" and sample.labels["model"] == model:
+                    labels = sample.labels
+                    if version in ("", labels["version"]):
+                        key = (labels["transport"], labels["code"], labels["version"])
+                        series.setdefault(key, {})[float(labels["le"])] = sample.value
+    except (ValueError, KeyError) as error:
+        raise MetricsUnusable(f"{source}: not the metrics expected ({error!r})") from error
+    counts: dict[str, Count] = {}
+    edges: set[float] = set()
+    has_edge = True
+    for (transport, code, _), buckets in series.items():
+        within = _within(buckets, threshold_s)
+        has_edge = has_edge and within is not None
+        edges.update(buckets)
+        n = int(buckets.get(math.inf, 0))
+        over = n - int(within) if within is not None else 0
+        counts[transport] = counts.get(transport, Count()) + Count(n, n * (code == "ok"), over)
+    return Snapshot(
+        started_s, counts, tuple(sorted(edge for edge in edges if edge < math.inf)), has_edge
+    )
+
+
+def _within(buckets: Mapping[float, float], threshold_s: float) -> float | None:
+    for edge, count in buckets.items():
+        if math.isclose(edge, threshold_s, rel_tol=EDGE_TOLERANCE):
+            return count
+    return None

@@ -1,0 +1,259 @@
+"""One load test from its settings to its result: ask, plan, warm up, measure, compare, judge.
+
+Knows no terminal and no file format; progress and results go to the caller.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from loadtest.arrivals import draw_arrivals
+from loadtest.driver import Played, Progress, Warmed, check_generator, play
+from loadtest.endpoint import describe_all
+from loadtest.inputs import FileInputs, RandomInputs, read_inputs_file
+from loadtest.plan import Plan
+from loadtest.samples import Samples
+from loadtest.server_metrics import MetricsUnusable, Scrapes, Snapshot, counted, scrape
+from loadtest.signature import Signature, check_fit, check_lengths
+from loadtest.slo import Slo
+from loadtest.target import Target
+from loadtest.verdict import Evidence, Judgement, ServerEvidence, judge
+from loadtest.wire import encode_payloads
+
+MAX_REQUESTS = 5_000_000
+MIN_TIMEOUT_S = 5.0
+TIMEOUT_PER_THRESHOLD = 4
+MAX_IN_FLIGHT = 8192
+SETTLE_S = 2.0
+"""How long the server's counters may take to show a request that was answered."""
+SETTLE_EVERY_S = 0.05
+
+
+class SettingsInvalid(ValueError):
+    """Settings that no run can have; `str()` says which and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asks for."""
+
+    slo: Slo
+    model: str
+    targets: tuple[Target, ...]
+    version: str = ""
+    inputs: Path | None = None
+    duration_s: float | None = None
+    """none: the objective's window"""
+    warmup_s: float = 2.0
+    seed: int = 0
+    metrics_urls: tuple[str, ...] = ()
+    """none: port 8002 of each target's host"""
+    server_metrics: bool = True
+    max_in_flight: int | None = None
+    """none: as many as can be waiting before the first times out"""
+
+    @property
+    def window_s(self) -> float:
+        return self.slo.window_s if self.duration_s is None else self.duration_s
+
+    @property
+    def timeout_s(self) -> float:
+        return max(MIN_TIMEOUT_S, TIMEOUT_PER_THRESHOLD * self.slo.latency.threshold_s)
+
+    @property
+    def in_flight_limit(self) -> int:
+        if self.max_in_flight is not None:
+            return self.max_in_flight
+        waiting = self.slo.workload.rate_per_s * self.timeout_s
+        return max(64, min(MAX_IN_FLIGHT, int(1.5 * waiting)))
+
+    @property
+    def scraped_urls(self) -> tuple[str, ...]:
+        if not self.server_metrics:
+            return ()
+        urls = self.metrics_urls or [target.metrics_url for target in self.targets]
+        return tuple(dict.fromkeys(urls))
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Called as the run goes on."""
+
+    on_warmup: Callable[[int], None]
+    """number of warm-up requests planned"""
+    on_window: Callable[[int], None]
+    """number of requests planned, once the warm-up has drained"""
+    on_progress: Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    settings: Settings
+    plan: Plan
+    played: Played
+    warmed: Warmed
+    server: ServerEvidence | None
+    judgement: Judgement
+
+
+def run(settings: Settings, watcher: Watcher) -> Result:
+    """Test and judge.
+
+    Before the first request it may raise SettingsInvalid, GeneratorMissing, TargetUnusable,
+    SignatureUnusable, InputsInvalid or MetricsUnusable; later only GeneratorFailed and
+    KeyboardInterrupt.
+    """
+    check_settings(settings)
+    check_generator()
+    signature = describe_all(settings.targets, settings.model, settings.version)
+    plan = make_plan(settings, signature)
+    for url in settings.scraped_urls:
+        scrape_of(settings, url)
+    observer = ServerObserver(settings)
+    warmed: list[Warmed] = []
+
+    def on_warm(message: Warmed) -> None:
+        warmed.append(message)
+        observer.before()
+        watcher.on_window(len(plan.window))
+
+    watcher.on_warmup(len(plan.warmup))
+    with tempfile.TemporaryDirectory(prefix="trimserve-loadtest-") as folder:
+        played = play(plan, Path(folder), on_warm, watcher.on_progress)
+    server = observer.evidence(played.samples) if settings.scraped_urls else None
+    evidence = Evidence(
+        slo=settings.slo,
+        samples=played.samples,
+        window_s=settings.window_s,
+        transports=tuple(target.protocol for target in settings.targets),
+        max_in_flight=plan.max_in_flight,
+        cpu_share=played.cpu_share,
+        server=server,
+    )
+    return Result(settings, plan, played, warmed[0], server, judge(evidence))
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises SettingsInvalid."""
+    if not settings.targets:
+        raise SettingsInvalid("--target: got none, want at least one")
+    rate_per_s = settings.slo.workload.rate_per_s
+    if round(rate_per_s * settings.window_s) < 1:
+        raise SettingsInvalid(
+            f"--duration-s: got {settings.window_s:g}, in which workload.rate_per_s "
+            f"{rate_per_s:g} sends no request, want more than {0.5 / rate_per_s:g}"
+        )
+    n = rate_per_s * (settings.window_s + settings.warmup_s)
+    if n > MAX_REQUESTS:
+        raise SettingsInvalid(
+            f"--duration-s: got {settings.window_s:g}, which at workload.rate_per_s "
+            f"{rate_per_s:g} is {n:.3g} requests with the warm-up, want at most {MAX_REQUESTS}"
+        )
+    if settings.slo.workload.encoding == "json":
+        for target in settings.targets:
+            if target.protocol == "grpc":
+                raise SettingsInvalid(
+                    f"--target: got {target.url} with workload.encoding json, "
+                    "want binary for gRPC or only http:// targets"
+                )
+
+
+def make_plan(settings: Settings, signature: Signature) -> Plan:
+    """Draw schedules and payloads from the seed. Raises SignatureUnusable or InputsInvalid."""
+    workload = settings.slo.workload
+    check_fit(signature, workload)
+    if settings.inputs is None:
+        check_lengths(signature, workload)
+        inputs: RandomInputs | FileInputs = RandomInputs(
+            signature, workload.rows, workload.input_lengths
+        )
+    else:
+        arrays = read_inputs_file(settings.inputs, signature)
+        inputs = FileInputs(signature, workload.rows, arrays)
+    rngs = [np.random.default_rng(one) for one in np.random.SeedSequence(settings.seed).spawn(3)]
+    payloads = encode_payloads(
+        inputs.draw(rngs[0]),
+        signature,
+        workload,
+        sorted({target.protocol for target in settings.targets}),
+        settings.model,
+        settings.version,
+    )
+    n_payloads = len(next(iter(payloads.values())))
+    warmup, window = (
+        draw_arrivals(
+            workload.arrivals,
+            workload.rate_per_s,
+            duration_s,
+            len(settings.targets),
+            n_payloads,
+            rng,
+        )
+        for duration_s, rng in ((settings.warmup_s, rngs[1]), (settings.window_s, rngs[2]))
+    )
+    return Plan(
+        model=settings.model,
+        version=settings.version,
+        targets=settings.targets,
+        payloads=payloads,
+        warmup=warmup,
+        window=window,
+        timeout_s=settings.timeout_s,
+        max_in_flight=settings.in_flight_limit,
+    )
+
+
+def scrape_of(settings: Settings, url: str) -> Snapshot:
+    return scrape(url, settings.model, settings.version, settings.slo.latency.threshold_s)
+
+
+class ServerObserver:
+    """Scrapes the servers before and after the measured requests.
+
+    A server counts a request a moment after it has answered it, so both scrapes are repeated
+    until they have settled.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._before: dict[str, Snapshot] = {}
+        self._error = ""
+
+    def before(self) -> None:
+        """Scrape until nothing moves any more; call it while no request is in flight."""
+        try:
+            self._before = self._scrape_all()
+            deadline_s = time.monotonic() + SETTLE_S
+            while time.monotonic() < deadline_s:
+                time.sleep(SETTLE_EVERY_S)
+                again = self._scrape_all()
+                settled = again == self._before
+                self._before = again
+                if settled:
+                    return
+        except MetricsUnusable as error:
+            self._error = str(error)
+
+    def evidence(self, samples: Samples) -> ServerEvidence:
+        """Scrape until every answered request is counted, or for SETTLE_S at most."""
+        if self._error:
+            return ServerEvidence(error=self._error)
+        n_answered = int(samples.answered.sum())
+        deadline_s = time.monotonic() + SETTLE_S
+        try:
+            while True:
+                after = self._scrape_all()
+                pairs = tuple(Scrapes(url, self._before[url], after[url]) for url in after)
+                n = sum(count.n for count in counted(pairs).values())
+                if n >= n_answered or time.monotonic() > deadline_s:
+                    return ServerEvidence(scrapes=pairs)
+                time.sleep(SETTLE_EVERY_S)
+        except MetricsUnusable as error:
+            return ServerEvidence(error=str(error))
+
+    def _scrape_all(self) -> dict[str, Snapshot]:
+        return {url: scrape_of(self._settings, url) for url in self._settings.scraped_urls}

@@ -1,0 +1,299 @@
+"""Judge a run: met, violated or inconclusive.
+
+The promise has to be shown: it is met only where a lower bound clears the quantile. It is
+violated where the window itself fell short. All else, and everything that casts doubt on the
+measurement, is inconclusive, and doubt comes first.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from loadtest.reasons import (
+    AnyReason,
+    CountsDisagree,
+    EdgeMissing,
+    GeneratorBusy,
+    GeneratorLagged,
+    LatencyMissed,
+    MetricMissing,
+    MetricsUnreadable,
+    RateNotReached,
+    RequestsCorrelated,
+    RequestsDropped,
+    RequestsInvalid,
+    ServerRestarted,
+    ServerSlowerThanClient,
+    SuccessRatioMissed,
+    TooCloseToCall,
+    TooFewRequests,
+)
+from loadtest.samples import FloatArray, Samples
+from loadtest.server_metrics import Count, Scrapes, counted
+from loadtest.slo import LatencyObjective, Slo
+from loadtest.statistics import (
+    CONFIDENCE,
+    N_BATCHES,
+    GoodShare,
+    good_share,
+    min_requests,
+    quantile,
+)
+
+Outcome = Literal["met", "violated", "inconclusive"]
+
+MIN_RATE_SHARE = 0.99
+MAX_LAG_S = 0.001
+MAX_LAG_PER_THRESHOLD = 0.05
+MAX_CPU_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class ServerEvidence:
+    """What the server says: both scrapes of each server, or why they can't be had."""
+
+    scrapes: tuple[Scrapes, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a verdict rests on."""
+
+    slo: Slo
+    samples: Samples
+    window_s: float
+    transports: tuple[str, ...]
+    """[n targets] "rest" or "grpc" """
+    max_in_flight: int
+    cpu_share: float
+    """of the generator's sending thread, 0 to 1"""
+    server: ServerEvidence | None
+    """none: the server isn't asked"""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    outcome: Outcome
+    reasons: tuple[AnyReason, ...]
+    """why it isn't met, doubts first; empty where it is"""
+    good: GoodShare
+    success_ratio: float
+    """observed"""
+    achieved_per_s: float
+
+
+def judge(evidence: Evidence) -> Judgement:
+    """The verdict on a run of at least one request."""
+    samples = evidence.samples
+    good = _share_of(samples, samples.latency_s, evidence.slo.latency)
+    misses = _misses(evidence, good)
+    doubts = _doubts(evidence, good)
+    unshown = [] if misses else _unshown(evidence.slo.latency.quantile, good)
+    outcome: Outcome = "inconclusive" if doubts or unshown else "violated" if misses else "met"
+    return Judgement(
+        outcome=outcome,
+        reasons=(*doubts, *unshown, *misses),
+        good=good,
+        success_ratio=float(samples.ok.mean()),
+        achieved_per_s=_achieved_per_s(evidence),
+    )
+
+
+def _share_of(samples: Samples, latency_s: FloatArray, objective: LatencyObjective) -> GoodShare:
+    answered_s = np.where(samples.ok, latency_s, np.inf)
+    return good_share(answered_s, objective.threshold_s, objective.quantile)
+
+
+def _misses(evidence: Evidence, good: GoodShare) -> list[AnyReason]:
+    """Where the window fell short of the objective."""
+    slo, samples = evidence.slo, evidence.samples
+    misses: list[AnyReason] = []
+    if good.estimate < slo.latency.quantile:
+        latency_s = np.where(samples.ok, samples.latency_s, np.inf)
+        at_quantile_s = quantile(latency_s, slo.latency.quantile)
+        misses.append(
+            LatencyMissed(
+                quantile=slo.latency.quantile,
+                threshold_s=slo.latency.threshold_s,
+                good_share=good.estimate,
+                latency_at_quantile_s=at_quantile_s if np.isfinite(at_quantile_s) else None,
+            )
+        )
+    n_failed = int((~samples.ok).sum())
+    observed = 1 - n_failed / len(samples)
+    if observed < slo.success_ratio:
+        misses.append(
+            SuccessRatioMissed(
+                success_ratio=slo.success_ratio,
+                observed=observed,
+                n_failed=n_failed,
+                n=len(samples),
+            )
+        )
+    return misses
+
+
+def _unshown(wanted: float, good: GoodShare) -> list[AnyReason]:
+    """Why a sample that looks good isn't enough to show it."""
+    needed = requests_needed(wanted, good.confidence)
+    if good.n < needed:
+        return [TooFewRequests(quantile=wanted, n=good.n, needed=needed)]
+    if good.effective_n < min_requests(wanted, good.confidence):
+        return [
+            RequestsCorrelated(
+                correlation_requests=good.correlation_requests,
+                effective_n=good.effective_n,
+                n=good.n,
+                needed=math.ceil(needed * good.correlation_requests),
+            )
+        ]
+    if good.lower < wanted:
+        return [
+            TooCloseToCall(
+                quantile=wanted,
+                good_share=good.estimate,
+                lower_bound=good.lower,
+                n=good.n,
+                needed=_needed(wanted, good),
+            )
+        ]
+    return []
+
+
+def requests_needed(wanted: float, confidence: float = CONFIDENCE) -> int:
+    """The fewest requests with which a quantile can be shown at all, by both bounds."""
+    return max(min_requests(wanted, confidence), 2 * N_BATCHES)
+
+
+def _needed(wanted: float, good: GoodShare) -> int | None:
+    """The bound's distance from the estimate shrinks with the root of the number."""
+    if good.estimate <= wanted:
+        return None
+    return round(good.n * ((good.estimate - good.lower) / (good.estimate - wanted)) ** 2)
+
+
+def _doubts(evidence: Evidence, good: GoodShare) -> list[AnyReason]:
+    """What makes the measurement itself doubtful."""
+    samples = evidence.samples
+    doubts: list[AnyReason] = []
+    planned_per_s = len(samples) / evidence.window_s
+    achieved_per_s = _achieved_per_s(evidence)
+    if achieved_per_s < MIN_RATE_SHARE * planned_per_s:
+        doubts.append(
+            RateNotReached(
+                planned_per_s=planned_per_s,
+                achieved_per_s=achieved_per_s,
+                min_share=MIN_RATE_SHARE,
+            )
+        )
+    n_dropped = int((~samples.sent).sum())
+    if n_dropped:
+        doubts.append(
+            RequestsDropped(
+                n_dropped=n_dropped, n=len(samples), max_in_flight=evidence.max_in_flight
+            )
+        )
+    n_invalid = int(samples.invalid.sum())
+    if n_invalid:
+        doubts.append(RequestsInvalid(n_invalid=n_invalid, n=len(samples)))
+    doubts.extend(_lag_doubts(evidence, good))
+    if evidence.cpu_share > MAX_CPU_SHARE:
+        doubts.append(GeneratorBusy(cpu_share=evidence.cpu_share, limit=MAX_CPU_SHARE))
+    doubts.extend(_server_doubts(evidence))
+    return doubts
+
+
+def lag_limit_s(threshold_s: float) -> float:
+    return min(MAX_LAG_S, MAX_LAG_PER_THRESHOLD * threshold_s)
+
+
+def _lag_doubts(evidence: Evidence, good: GoodShare) -> list[AnyReason]:
+    """Lag counts where leaving it out would move the share across the quantile."""
+    samples, objective = evidence.samples, evidence.slo.latency
+    lag_p99_s = quantile(samples.lag_s, 0.99)
+    limit_s = lag_limit_s(objective.threshold_s)
+    if not lag_p99_s > limit_s:
+        return []
+    from_send = _share_of(samples, samples.latency_from_send_s, objective)
+    if _standing(objective.quantile, good) == _standing(objective.quantile, from_send):
+        return []
+    return [
+        GeneratorLagged(
+            lag_p99_s=lag_p99_s,
+            limit_s=limit_s,
+            good_share=good.estimate,
+            good_share_from_send=from_send.estimate,
+        )
+    ]
+
+
+def _standing(wanted: float, good: GoodShare) -> str:
+    if good.estimate < wanted:
+        return "missed"
+    return "unshown" if _unshown(wanted, good) else "shown"
+
+
+def _achieved_per_s(evidence: Evidence) -> float:
+    """Requests sent by the time they took to send, at least the window."""
+    sent_s = evidence.samples.sent_s[evidence.samples.sent]
+    if len(sent_s) == 0:
+        return 0.0
+    return len(sent_s) / max(evidence.window_s, float(sent_s.max()))
+
+
+def _server_doubts(evidence: Evidence) -> list[AnyReason]:
+    server, threshold_s = evidence.server, evidence.slo.latency.threshold_s
+    if server is None:
+        return []
+    if server.error:
+        return [MetricsUnreadable(error=server.error)]
+    doubts: list[AnyReason] = [
+        ServerRestarted(url=pair.url) for pair in server.scrapes if pair.restarted
+    ]
+    if doubts:
+        return doubts
+    totals = counted(server.scrapes)
+    urls = ", ".join(pair.url for pair in server.scrapes)
+    for transport in sorted(set(evidence.transports)):
+        if transport not in totals:
+            doubts.append(MetricMissing(url=urls, transport=transport))
+        else:
+            doubts.extend(_count_doubts(evidence, transport, totals[transport]))
+    doubts.extend(
+        EdgeMissing(url=pair.url, threshold_s=threshold_s, edges_s=pair.after.edges_s)
+        for pair in server.scrapes
+        if pair.after.counts and not pair.after.has_edge
+    )
+    return doubts
+
+
+def _count_doubts(evidence: Evidence, transport: str, server: Count) -> list[AnyReason]:
+    samples = evidence.samples
+    mine = np.array([one == transport for one in evidence.transports])[samples.target]
+    n_maybe = int((samples.maybe_counted & mine).sum())
+    bounds: list[tuple[Literal["requests", "successes"], int, int]] = [
+        ("requests", int((samples.answered & mine).sum()), server.n),
+        ("successes", int((samples.ok & mine).sum()), server.n_ok),
+    ]
+    doubts: list[AnyReason] = [
+        CountsDisagree(
+            transport=transport,
+            what=what,
+            client_least=least,
+            client_most=least + n_maybe,
+            server=n,
+        )
+        for what, least, n in bounds
+        if not least <= n <= least + n_maybe
+    ]
+    over = (samples.latency_s > evidence.slo.latency.threshold_s) & samples.sent & mine
+    if not doubts and server.n_over > int(over.sum()):
+        doubts.append(
+            ServerSlowerThanClient(
+                transport=transport, client_over=int(over.sum()), server_over=server.n_over
+            )
+        )
+    return doubts

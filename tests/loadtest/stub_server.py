@@ -1,0 +1,183 @@
+"""A small real inference server with faults to order: REST, gRPC and metrics on free ports.
+
+Run as a subprocess; it prints its three ports as one JSON line and serves until it is ended.
+It speaks just enough of the Open Inference Protocol for a load test, answers with nothing, and
+blocks its event loop for a stall, so that everything behind the stall waits as on a real server.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import uvicorn
+from prometheus_client import CollectorRegistry, Histogram, start_http_server
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from loadtest import oip_pb2
+
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+INPUTS: list[dict[str, Any]] = [{"name": "x", "datatype": "FP32", "shape": [-1, 8]}]
+
+
+class StartTime(Collector):
+    """process_start_time_seconds, which moves at every scrape if `restarts` is asked for."""
+
+    def __init__(self, restarts: bool) -> None:
+        self.restarts = restarts
+        self.value = 1_000.0
+
+    def collect(self) -> list[GaugeMetricFamily]:
+        self.value += 1.0 if self.restarts else 0.0
+        return [GaugeMetricFamily("process_start_time_seconds", "Start.", value=self.value)]
+
+
+@dataclass
+class Stub:
+    """State of the one model "stub", shared by both transports."""
+
+    options: argparse.Namespace
+    seen: int = 0
+    requests: Histogram = field(init=False)
+    registry: CollectorRegistry = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Histogram(
+            "trimserve_request_duration_seconds",
+            "Duration of a request.",
+            ("model", "version", "transport", "code"),
+            buckets=[0.001, *self.options.edge_s, 10.0],
+            registry=self.registry if self.options.metrics != "none" else None,
+        )
+        self.registry.register(StartTime(self.options.metrics == "restarts"))
+
+    async def infer(self, transport: str, started: float) -> str:
+        """Serve one request; gives its code, "ok" or the error's."""
+        self.seen += 1
+        if self.seen == self.options.stall_at:
+            time.sleep(self.options.stall_s)
+        if self.options.latency_s > 0:
+            await asyncio.sleep(self.options.latency_s)
+        failed = self.options.fail_every > 0 and self.seen % self.options.fail_every == 0
+        code = "unavailable" if failed else "ok"
+        if not (self.options.metrics == "lossy" and self.seen % 10 == 0):
+            labels = ("stub", "1", transport, code)
+            self.requests.labels(*labels).observe(time.perf_counter() - started)
+        return code
+
+
+def rest_app(stub: Stub) -> Callable[[dict[str, Any], Receive, Send], Awaitable[None]]:
+    async def app(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError(f"no {scope['type']} here")
+        started = time.perf_counter()
+        while (await receive()).get("more_body"):
+            pass
+        status, content = await rest_answer(stub, scope["path"], started)
+        body = json.dumps(content).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+        ]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    return app
+
+
+async def rest_answer(stub: Stub, path: str, started: float) -> tuple[int, dict[str, Any]]:
+    if not path.startswith("/v2/models/stub"):
+        return 404, {"error": f"no model at {path}"}
+    if path.endswith("/infer"):
+        if await stub.infer("rest", started) == "ok":
+            return 200, {"model_name": "stub", "outputs": []}
+        return 503, {"error": "told to fail"}
+    if path.endswith("/ready"):
+        return (503, {"error": "loading"}) if stub.options.not_ready else (200, {})
+    return 200, {"name": "stub", "versions": ["1"], "platform": "stub", "inputs": INPUTS}
+
+
+def grpc_handler(stub: Stub) -> Any:
+    async def model_ready(request: oip_pb2.ModelReadyRequest, context: Any) -> Any:
+        if request.name != "stub":
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no model {request.name}")
+        return oip_pb2.ModelReadyResponse(ready=not stub.options.not_ready)
+
+    async def model_metadata(request: oip_pb2.ModelMetadataRequest, context: Any) -> Any:
+        if request.name != "stub":
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no model {request.name}")
+        inputs = [oip_pb2.ModelMetadataResponse.TensorMetadata(**one) for one in INPUTS]
+        return oip_pb2.ModelMetadataResponse(name="stub", versions=["1"], inputs=inputs)
+
+    async def model_infer(request: oip_pb2.ModelInferRequest, context: Any) -> Any:
+        if await stub.infer("grpc", time.perf_counter()) != "ok":
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "told to fail")
+        return oip_pb2.ModelInferResponse(model_name=request.model_name)
+
+    methods: dict[str, tuple[Any, Any]] = {
+        "ModelReady": (model_ready, oip_pb2.ModelReadyRequest),
+        "ModelMetadata": (model_metadata, oip_pb2.ModelMetadataRequest),
+        "ModelInfer": (model_infer, oip_pb2.ModelInferRequest),
+    }
+    handlers = {
+        name: grpc.unary_unary_rpc_method_handler(
+            call, message.FromString, lambda answer: answer.SerializeToString()
+        )
+        for name, (call, message) in methods.items()
+    }
+    return grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers)
+
+
+async def serve(options: argparse.Namespace) -> None:
+    stub = Stub(options)
+    metrics, _ = start_http_server(0, addr="127.0.0.1", registry=stub.registry)
+    rpc = grpc.aio.server()
+    rpc.add_generic_rpc_handlers((grpc_handler(stub),))
+    grpc_port = rpc.add_insecure_port("127.0.0.1:0")
+    await rpc.start()
+    # asyncio turns Nagle's algorithm off only where a socket names its protocol; without that
+    # an answer in two writes takes 40 ms.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(4096)
+    config = uvicorn.Config(
+        rest_app(stub), log_level="warning", access_log=False, lifespan="off", backlog=4096
+    )
+    ports = {
+        "rest": listener.getsockname()[1],
+        "grpc": grpc_port,
+        "metrics": metrics.server_port,
+    }
+    sys.stdout.write(json.dumps(ports) + "\n")
+    sys.stdout.flush()
+    await uvicorn.Server(config).serve(sockets=[listener])
+    await rpc.stop(None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--latency-s", type=float, default=0.0)
+    parser.add_argument("--fail-every", type=int, default=0, help="fail each n-th request")
+    parser.add_argument("--stall-at", type=int, default=0, help="block at the n-th request")
+    parser.add_argument("--stall-s", type=float, default=1.0)
+    parser.add_argument("--not-ready", action="store_true")
+    parser.add_argument("--edge-s", type=float, action="append", default=[])
+    parser.add_argument(
+        "--metrics", choices=("exact", "none", "lossy", "restarts"), default="exact"
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(serve(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
