@@ -2,7 +2,8 @@
 
 The promise has to be shown: it is met only where a lower bound clears the quantile. It is
 violated where the window itself fell short. All else, and everything that casts doubt on the
-measurement, is inconclusive, and doubt comes first.
+measurement, is inconclusive, and doubt comes first, but for this: requests that the generator
+didn't send can only have spared the server, so a violation that stands without them stands.
 """
 
 import math
@@ -93,6 +94,8 @@ def judge(evidence: Evidence) -> Judgement:
     doubts = _doubts(evidence, good)
     unshown = [] if misses else _unshown(evidence.slo.latency.quantile, good)
     outcome: Outcome = "inconclusive" if doubts or unshown else "violated" if misses else "met"
+    if _sparing_only(doubts) and _violated_without_dropped(evidence, good):
+        outcome = "violated"
     return Judgement(
         outcome=outcome,
         reasons=(*doubts, *unshown, *misses),
@@ -100,6 +103,22 @@ def judge(evidence: Evidence) -> Judgement:
         success_ratio=float(samples.ok.mean()),
         achieved_per_s=_achieved_per_s(evidence),
     )
+
+
+def _sparing_only(doubts: list[AnyReason]) -> bool:
+    """There are doubts, and all say that the server had less to do than was planned."""
+    return bool(doubts) and all(
+        isinstance(doubt, RequestsDropped | RateNotReached) for doubt in doubts
+    )
+
+
+def _violated_without_dropped(evidence: Evidence, good: GoodShare) -> bool:
+    """The window falls short even if every request that wasn't sent had been answered in time."""
+    samples, slo = evidence.samples, evidence.slo
+    n_dropped = int((~samples.sent).sum())
+    best_good = (good.n_good + n_dropped) / good.n
+    best_success = (int(samples.ok.sum()) + n_dropped) / good.n
+    return best_good < slo.latency.quantile or best_success < slo.success_ratio
 
 
 def _share_of(samples: Samples, latency_s: FloatArray, objective: LatencyObjective) -> GoodShare:

@@ -128,7 +128,8 @@ def _stop_event() -> asyncio.Event:
 def _listening(host: str, port: int) -> socket.socket:
     """A bound TCP socket; raises OSError naming the address where that fails."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    http_socket = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol is named, or asyncio leaves Nagle's algorithm on (uvloop does not).
+    http_socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     http_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         http_socket.bind((host, port))

@@ -331,3 +331,18 @@ def test_verdict_lets_the_server_miss_a_request_when_the_client_gave_up_on_it() 
 )
 def test_status_label_is_readable_when_the_status_is(status: int, label: str) -> None:
     assert status_label(status) == label
+
+
+def test_verdict_is_violated_when_the_window_falls_short_without_the_dropped_requests() -> None:
+    samples = make_samples(slow=slice(0, N // 2), status={N - 1: DROPPED})
+    judgement = judge(replace(GOOD, samples=samples, server=None))
+    assert judgement.outcome == "violated"
+    assert {reason.kind for reason in judgement.reasons} == {"requests_dropped", "latency_missed"}
+
+
+def test_verdict_is_inconclusive_when_only_the_dropped_requests_make_the_window_fall_short() -> (
+    None
+):
+    samples = make_samples(status=dict.fromkeys(range(N // 50), DROPPED))
+    judgement = judge(replace(GOOD, samples=samples, server=None))
+    assert judgement.outcome == "inconclusive"
