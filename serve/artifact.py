@@ -7,10 +7,12 @@ Versions are immutable. It knows files and their digests, not engines at work.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -153,10 +155,13 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         detail = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in detail["loc"])
         raise ArtifactInvalid(where, f"{key}: {detail['msg']}") from error
-    for name in (*manifest.files, manifest.engine.file):
+    for name in manifest.files:
         _check_file_name(name, where)
     if manifest.engine.file not in manifest.files:
         raise ArtifactInvalid(where, f"engine.file: {manifest.engine.file!r} is not in files")
+    if manifest.golden is not None and manifest.golden.file not in manifest.files:
+        raise ArtifactInvalid(where, f"golden.file: {manifest.golden.file!r} is not in files")
+    _check_numbers(manifest, where)
     return manifest
 
 
@@ -259,14 +264,29 @@ def write_golden(path: Path, inputs: Mapping[str, Array], outputs: Mapping[str, 
 def read_golden(path: Path) -> tuple[dict[str, Array], dict[str, Array]]:
     """The golden inputs and the outputs expected of them."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError) as error:
+    except (EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
         raise ArtifactInvalid(str(path), f"no readable golden input: {error}") from error
     return (
         {name.removeprefix("inputs/"): a for name, a in arrays.items() if name[:7] == "inputs/"},
         {name.removeprefix("outputs/"): a for name, a in arrays.items() if name[:8] == "outputs/"},
     )
+
+
+def _check_numbers(manifest: Manifest, where: str) -> None:
+    engine, batching = manifest.engine, manifest.batching
+    numbers: dict[str, tuple[float, float]] = {  # field -> (value, the least allowed)
+        "engine.threads": (engine.threads, 1),
+        "engine.instances": (engine.instances, 1),
+        "engine.batch_sizes": (min(engine.batch_sizes, default=1), 1),
+        "batching.max_batch_size": (batching.max_batch_size, 0),
+        "batching.max_queue_delay_s": (batching.max_queue_delay_s, 0),
+        "batching.max_queue_size": (batching.max_queue_size, 1),
+    }
+    for field_name, (value, least) in numbers.items():
+        if not least <= value < math.inf:
+            raise ArtifactInvalid(where, f"{field_name}: got {value}, want at least {least}")
 
 
 def _check_file_name(name: str, where: str) -> None:

@@ -6,6 +6,7 @@ no event loop: answers leave through `deliver`, once a batch, on the instance's 
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,14 @@ import numpy as np
 
 from serve.batch_policy import BatchQueue, Decision, Entry
 from serve.engines import Engine
-from serve.errors import DeadlineExceeded, EngineFailed, QueueFull, ServeError, ShuttingDown
+from serve.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    QueueFull,
+    ServeError,
+    ShuttingDown,
+)
 from serve.tensor import Array
 
 _log = logging.getLogger(__name__)
@@ -107,29 +115,43 @@ class Batcher:
             admitted, evicted = self._queue.offer(entry, now)
             if self._n_idle:
                 self._condition.notify()
-            retry_after_s = 0.0 if admitted else self._queue.retry_after_s()
+            full = None
+            if evicted or not admitted:
+                full = QueueFull(self._queue.limits.max_queue_size, self._queue.retry_after_s())
         if evicted:
-            self._deliver(Batch(self._expired(evicted, now)))
-        if not admitted:
-            raise QueueFull(self._queue.limits.max_queue_size, retry_after_s)
+            completions = tuple(
+                _ended(entry, now, full if math.isinf(entry.deadline_s) else None)
+                for entry in evicted
+            )
+            self._deliver(Batch(completions))
+        if full is not None and not admitted:
+            raise full
 
     def cancel(self, entry: Entry[Work]) -> bool:
         """Take a request out of the queue; False where it already runs or is answered."""
         with self._condition:
             return self._queue.cancel(entry)
 
-    def close(self) -> None:
-        """Admit nothing more, finish what is queued, and end the threads. Blocks until then."""
+    def close(self, finish: bool = True) -> None:
+        """Admit nothing more, finish what is queued, and end the threads. Blocks until then.
+
+        Without `finish` only what runs is waited for; what is queued ends with ShuttingDown.
+        """
         with self._condition:
             self._closing = True
+            abandoned = [] if finish else self._queue.drain()
             self._condition.notify_all()
+        if abandoned:
+            now = self._clock()
+            self._deliver(Batch(tuple(_ended(entry, now, ShuttingDown()) for entry in abandoned)))
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
 
     def _serve(self, engine: Engine) -> None:
         while (decision := self._next_decision()) is not None:
-            completions = self._expired(decision.expired, self._clock())
+            now = self._clock()
+            completions = tuple(_ended(entry, now) for entry in decision.expired)
             batch = Batch(completions)
             if decision.batch:
                 batch = self._run(engine, decision, completions)
@@ -194,7 +216,9 @@ class Batcher:
         """Run together; where that fails, each alone, so that only the culprit fails."""
         try:
             return self._run_together(engine, works)
-        except Exception:  # noqa: BLE001 - engines raise anything; the last one is logged
+        except Exception as error:  # noqa: BLE001 - engines raise anything; the last is logged
+            if len(works) == 1 and isinstance(error, InvalidRequest):
+                return [error]
             if len(works) == 1:
                 _log.exception("engine failed", extra={"model": ":".join(self._name)})
                 return [EngineFailed(*self._name)]
@@ -216,15 +240,15 @@ class Batcher:
             for work, stop in zip(works, stops, strict=True)
         ]
 
-    def _expired(self, entries: Sequence[Entry[Work]], now: float) -> tuple[Completion, ...]:
-        return tuple(
-            Completion(
-                entry.item,
-                Timing(now - entry.arrival_s, 0.0, 0),
-                error=DeadlineExceeded(now - entry.arrival_s, "queue"),
-            )
-            for entry in entries
-        )
+
+def _ended(entry: Entry[Work], now: float, error: ServeError | None = None) -> Completion:
+    """The end of a request that leaves the queue unserved, by default for its deadline."""
+    waited_s = now - entry.arrival_s
+    return Completion(
+        entry.item,
+        Timing(waited_s, 0.0, 0),
+        error=error or DeadlineExceeded(waited_s, "queue"),
+    )
 
 
 def _aligned(array: Array) -> Array:

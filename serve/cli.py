@@ -38,7 +38,7 @@ class LogLevel(StrEnum):
 def serve_command(
     repository: Annotated[
         Path | None,
-        typer.Option(help="Folder of models: <model>/<version>/manifest.json.", metavar="DIR"),
+        typer.Option(help="Folder of models: MODEL/VERSION/manifest.json.", metavar="DIR"),
     ] = None,
     model: Annotated[
         Path | None,

@@ -19,7 +19,7 @@ class InvalidRequest(ServeError):
     code = "invalid_request"
 
     def __init__(self, field: str, got: object, want: str) -> None:
-        super().__init__(f"{field}: got {_shown(got)}, want {want}")
+        super().__init__(f"{_bounded(field)}: got {_shown(got)}, want {want}")
         self.field = field
         self.got = got
         self.want = want
@@ -123,5 +123,8 @@ class ArtifactInvalid(Exception):
 
 def _shown(value: object) -> str:
     """`repr`, bounded and with control characters escaped: it goes to clients and logs."""
-    text = repr(value)
+    return _bounded(repr(value))
+
+
+def _bounded(text: str) -> str:
     return text if len(text) <= 120 else text[:117] + "..."

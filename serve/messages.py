@@ -41,7 +41,7 @@ def earliest_deadline(
     """The deadline of a request that arrived at `arrival_s`: the earlier of the transport's
     `timeout_s` and the parameter `timeout`, microseconds of which 0 means none."""
     value = parameters.get("timeout", 0)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
         raise InvalidRequest("parameters.timeout", value, "microseconds as a whole number from 0")
     timeouts = [timeout for timeout in (timeout_s, value * 1e-6 or None) if timeout is not None]
     return arrival_s + min(timeouts) if timeouts else None

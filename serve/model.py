@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import pydantic
 
 from loadtest.slo import Slo
 from serve.artifact import Batching, FileDigest, Manifest, read_golden, verify_files
@@ -70,8 +71,9 @@ class Model:
         names = self._output_names if request.outputs is None else request.outputs
         return tuple(Tensor(name, self._datatypes[name], arrays[name]) for name in names)
 
-    def close(self) -> None:
-        self.batcher.close()
+    def close(self, finish: bool = True) -> None:
+        """End it, after what it admitted or, without `finish`, after what runs."""
+        self.batcher.close(finish)
         for engine in self._engines:
             engine.close()
 
@@ -128,9 +130,9 @@ def load_model(
     verify_files(directory, manifest)
     if manifest.profile is not None:
         _warn_of_other_machine(manifest, this_machine())
-    objective = slo or (Slo.model_validate(dict(manifest.slo)) if manifest.slo else None)
+    objective = slo or embedded_slo(manifest)
     engines = [load_engine(directory, manifest.engine) for _ in range(manifest.engine.instances)]
-    _check_signature(directory, manifest.signature, engines[0].signature)
+    _check_signature(directory, manifest, engines[0].signature)
     if manifest.golden is not None:
         _check_golden(directory, manifest, engines)
     times = _warmed_up(manifest, engines)
@@ -167,6 +169,19 @@ def manifest_for_onnx(path: Path, model: str, digest: FileDigest) -> Manifest:
     )
 
 
+def embedded_slo(manifest: Manifest) -> Slo | None:
+    """The SLO that the version was made for, if its manifest has one."""
+    if not manifest.slo:
+        return None
+    try:
+        return Slo.model_validate(dict(manifest.slo))
+    except pydantic.ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in ("slo", *detail["loc"]))
+        where = f"model {manifest.model} version {manifest.version}"
+        raise ArtifactInvalid(where, f"{key}: {detail['msg']}") from error
+
+
 def _check_tensor(tensor: Tensor, spec: TensorSpec) -> None:
     if tensor.datatype != spec.datatype:
         raise InvalidRequest(f"inputs.{tensor.name}.datatype", tensor.datatype, spec.datatype)
@@ -179,9 +194,16 @@ def _check_tensor(tensor: Tensor, spec: TensorSpec) -> None:
         )
 
 
-def _check_signature(directory: Path, declared: Signature, found: Signature) -> None:
+def _check_signature(directory: Path, manifest: Manifest, found: Signature) -> None:
+    declared = manifest.signature
     if declared != found:
         raise ArtifactInvalid(str(directory), f"signature: {declared} declared, {found} in file")
+    if manifest.batching.max_batch_size and not found.batched:
+        raise ArtifactInvalid(
+            str(directory),
+            f"batching.max_batch_size: got {manifest.batching.max_batch_size}, want 0 for a model "
+            "without a batch dimension",
+        )
 
 
 def _check_golden(directory: Path, manifest: Manifest, engines: list[Engine]) -> None:
@@ -191,8 +213,13 @@ def _check_golden(directory: Path, manifest: Manifest, engines: list[Engine]) ->
     path = directory / manifest.golden.file
     inputs, expected = read_golden(path)
     for engine in engines:
-        outputs = engine.run(inputs)
+        try:
+            outputs = engine.run(inputs)
+        except Exception as error:
+            raise ArtifactInvalid(str(path), f"the golden input doesn't run: {error}") from error
         for name, want in expected.items():
+            if name not in outputs:
+                raise ArtifactInvalid(str(path), f"output {name!r} isn't the model's")
             difference = _relative_difference(outputs[name], want)
             if not difference <= manifest.golden.tolerance:
                 raise ArtifactInvalid(

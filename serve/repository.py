@@ -23,7 +23,7 @@ from serve.artifact import (
 from serve.batcher import Batch
 from serve.engines import EngineUnavailable
 from serve.errors import ArtifactInvalid, ModelNotFound, ModelNotReady
-from serve.model import Model, load_model, manifest_for_onnx
+from serve.model import Model, embedded_slo, load_model, manifest_for_onnx
 
 _log = logging.getLogger(__name__)
 
@@ -43,9 +43,10 @@ class Source:
         """The latency threshold of the SLO in its manifest; None without one, or if unreadable."""
         try:
             manifest = self.manifest or read_manifest(self.directory)
+            objective = embedded_slo(manifest)
         except ArtifactInvalid:
             return None
-        return Slo.model_validate(dict(manifest.slo)).latency.threshold_s if manifest.slo else None
+        return objective.latency.threshold_s if objective else None
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,11 @@ class Repository:
         """Every model has a version that answers."""
         return bool(self._slots) and all(self.versions(name) for name in self._slots)
 
-    def close(self) -> None:
-        """Finish what the models have admitted and unload them."""
+    def close(self, finish: bool = True) -> None:
+        """Finish what the models have admitted, or only what runs, and unload them."""
         for slot in list(self.slots()):
             if slot.model is not None:
-                slot.model.close()
+                slot.model.close(finish)
 
     def _slot(self, name: str, version: str) -> Slot:
         versions = self._slots.get(name)

@@ -26,14 +26,54 @@ _log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 HTTP_BACKLOG = 2048
 KEEP_ALIVE_S = 75
+MIN_LEAVING_S = 0.1  # for connections to end once the listener is closed
 
 
 class _HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers: `serve` below decides when it ends."""
+    """uvicorn without its signal handlers, and with a way to stop listening that resets nobody.
+
+    Closing a listening socket resets the connections that the kernel has accepted for it and the
+    process has not, and uvicorn then closes idle connections, on one of which a request may be
+    under way. So connections in the kernel's queue are taken in first, and all get some time to
+    bring the request that was on its way and to be told to leave by its answer.
+    """
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
+
+    async def stop_listening(self, listener: socket.socket, grace_s: float) -> None:
+        """Close `listener`, a duplicate of the one served, and wait for connections to end."""
+        loop = asyncio.get_running_loop()
+        for server in self.servers:
+            server.close()
+        for connection in _close_accepting(listener):
+            connection.setblocking(False)
+            await loop.connect_accepted_socket(self._protocol, connection)
+        ends = loop.time() + grace_s
+        while self.server_state.connections and loop.time() < ends:
+            await asyncio.sleep(0.005)
+
+    def _protocol(self) -> asyncio.Protocol:
+        protocol: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+        return protocol(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+
+
+def _close_accepting(listener: socket.socket) -> list[socket.socket]:
+    """Close a non-blocking listening socket; returns the connections that waited in its queue.
+
+    Nothing stands between the last `accept` and `close`: the kernel offers no way to do both at
+    once, and resets a connection that arrives in between.
+    """
+    connections = []
+    try:
+        while True:
+            connections.append(listener.accept()[0])
+    except BlockingIOError:
+        listener.close()
+    return connections
 
 
 async def serve(settings: Settings, announce: Callable[[Ports], None]) -> bool:
@@ -49,6 +89,8 @@ async def serve(settings: Settings, announce: Callable[[Ports], None]) -> bool:
     repository = Repository(service.deliver, settings.slo)
     async with contextlib.AsyncExitStack() as stack:
         http_socket = stack.enter_context(_listening(settings.host, settings.http_port))
+        listener = stack.enter_context(http_socket.dup())
+        listener.setblocking(False)
         metrics_server = _start_metrics(settings, metrics)
         stack.callback(_stop_metrics, metrics_server)
         grpc_server = GrpcServer(service, settings.max_request_bytes)
@@ -67,7 +109,7 @@ async def serve(settings: Settings, announce: Callable[[Ports], None]) -> bool:
         await grpc_server.set_ready(service.is_ready)
         announce(ports)
         await stop.wait()
-        drained = await _drain(settings, service, grpc_server, http_server, http_task)
+        drained = await _drain(settings, service, grpc_server, http_server, http_task, listener)
         await asyncio.to_thread(repository.close)
     return drained
 
@@ -76,14 +118,16 @@ async def _drain(
     settings: Settings,
     service: InferenceService,
     grpc_server: GrpcServer,
-    http_server: uvicorn.Server,
+    http_server: _HttpServer,
     http_task: asyncio.Task[None],
+    listener: socket.socket,
 ) -> bool:
     """Not ready first, then closed to new work, then done with the old."""
     _log.info("draining")
     service.start_draining()
     await grpc_server.set_ready(False)
     await asyncio.sleep(settings.drain_delay_s)
+    await http_server.stop_listening(listener, max(settings.drain_delay_s, MIN_LEAVING_S))
     http_server.should_exit = True
     _, _, drained = await asyncio.gather(
         http_task,
@@ -140,7 +184,7 @@ def _listening(host: str, port: int) -> socket.socket:
     return http_socket
 
 
-def _http_server(service: InferenceService, settings: Settings) -> uvicorn.Server:
+def _http_server(service: InferenceService, settings: Settings) -> _HttpServer:
     app = RestApp(service, admin_app(service), settings.max_request_bytes)
     return _HttpServer(
         uvicorn.Config(

@@ -75,6 +75,10 @@ class InferenceService:
         """Models answer and new requests are welcome: false while loading and draining."""
         return self._repository is not None and self._repository.is_ready and not self._draining
 
+    @property
+    def is_draining(self) -> bool:
+        return self._draining
+
     def is_model_ready(self, name: str, version: str = "") -> bool:
         """False while loading, draining or failed; raises ModelNotFound for an unknown one."""
         try:

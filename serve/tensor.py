@@ -35,6 +35,7 @@ NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
 }
 DATATYPES: dict[np.dtype[np.generic], str] = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 MAX_ELEMENTS = 2**40
+MAX_DIMENSIONS = 32
 _BYTES_PREFIX = struct.Struct("<I")
 
 
@@ -68,13 +69,15 @@ class Tensor:
 
 
 def element_count(field: str, shape: Sequence[int]) -> int:
-    """Number of elements of `shape`; refuses negative and absurd ones before any allocation."""
+    """Number of elements of `shape`; refuses negative and absurd ones before any allocation,
+    absurd ones beside a dimension of 0 included, since numpy can't make them either."""
+    if len(shape) > MAX_DIMENSIONS:
+        raise InvalidRequest(field, f"{len(shape)} dimensions", f"at most {MAX_DIMENSIONS}")
     if any(size < 0 for size in shape):
         raise InvalidRequest(field, list(shape), "dimensions of at least 0")
-    count = math.prod(shape)
-    if count > MAX_ELEMENTS:
+    if math.prod(size or 1 for size in shape) > MAX_ELEMENTS:
         raise InvalidRequest(field, list(shape), f"at most {MAX_ELEMENTS} elements")
-    return count
+    return math.prod(shape)
 
 
 def numpy_dtype(field: str, datatype: str) -> np.dtype[np.generic]:

@@ -69,7 +69,8 @@ class Engine(Protocol):
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name, for inputs whose arrays share the batch dimension.
 
-        Arrays are owned by the caller and not kept; results own their memory.
+        Arrays are owned by the caller and not kept; results own their memory. Raises
+        InvalidRequest for values that the model can't take, anything else for its own failures.
         """
         ...
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 
 from serve.engines import EngineSpec, KernelTime, Signature
-from serve.errors import ArtifactInvalid
+from serve.errors import ArtifactInvalid, InvalidRequest
 from serve.tensor import Array, TensorSpec
 
 PROVIDERS: dict[str, str] = {
@@ -87,7 +87,7 @@ class OnnxRuntimeEngine:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         if self._text:
-            inputs = {n: _decoded(a) if n in self._text else a for n, a in inputs.items()}
+            inputs = {n: _decoded(n, a) if n in self._text else a for n, a in inputs.items()}
         outputs = dict(
             zip(self._output_names, self._session.run(self._output_names, inputs), strict=True)
         )
@@ -185,11 +185,11 @@ def _tensor_spec(node: Any) -> TensorSpec:
     return TensorSpec(node.name, DATATYPES[node.type], shape)
 
 
-def _decoded(array: Array) -> Array:
+def _decoded(name: str, array: Array) -> Array:
     try:
         flat = [bytes(item).decode() for item in array.ravel()]  # type: ignore[call-overload]
     except UnicodeDecodeError as error:
-        raise ValueError("ONNX strings are UTF-8, an element is not") from error
+        raise InvalidRequest(f"inputs.{name}", "bytes that are no UTF-8", "UTF-8 text") from error
     return np.array(flat, object).reshape(array.shape)
 
 

@@ -5,16 +5,21 @@ for each of `EngineSpec.batch_sizes`; a batch is padded to the next of them, or 
 of the largest.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino
 
 from serve.engines import EngineSpec, KernelTime, Signature
 from serve.errors import ArtifactInvalid
 from serve.tensor import DATATYPES, Array, TensorSpec
+
+# Importing OpenVINO starts a thread that reports the use to its makers, unless that part is
+# missing: a server calls nobody.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+import openvino  # noqa: E402
 
 # Declared precision -> the hint; without it OpenVINO takes bf16 on its own where the CPU has it.
 INFERENCE_PRECISIONS: dict[str, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}

@@ -11,7 +11,7 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from serve import oip_pb2 as pb
-from serve.errors import ServeError
+from serve.errors import Cancelled, ServeError
 from serve.service import InferenceService
 from serve.tensor import TensorSpec
 from serve.transport.proto_codec import decode_request, encode_response
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 TRANSPORT = "grpc"
 SERVICE = "inference.GRPCInferenceService"
 MAX_DETAILS = 1024  # HTTP/2 headers carry the details: longer ones can kill the call
-# A client may ping every 10 s; connections are renewed, so that new replicas get load.
+# A client may ping every 10 s, between calls too.
 SERVER_OPTIONS: dict[str, int] = {
     "grpc.so_reuseport": 0,
     "grpc.http2.min_recv_ping_interval_without_data_ms": 10_000,
@@ -132,14 +132,12 @@ class _Calls:
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
         arrival_s = self._clock()
-        code = "ok"
-
-        async def answer() -> pb.ModelInferResponse:
-            wanted = decode_request(request, arrival_s, context.time_remaining())
-            return encode_response(await self._service.infer(wanted, arrival_s))
-
+        code = Cancelled.code  # unless it ends otherwise
         try:
-            return await answer()
+            wanted = decode_request(request, arrival_s, context.time_remaining())
+            answer = encode_response(await self._service.infer(wanted, arrival_s))
+            code = "ok"
+            return answer
         except ServeError as error:
             code = error.code
             await _abort(error, context)

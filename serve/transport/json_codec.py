@@ -148,7 +148,7 @@ def _decode_document(json: memoryview) -> _RequestDocument:
         document = _request_decoder.decode(json)
     except msgspec.ValidationError as error:
         raise _misfit(str(error), "body") from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _malformed(bytes(json), error) from error
     except RecursionError as error:
         raise InvalidRequest("body", "JSON nested too deeply", "the protocol's depth") from error
@@ -215,23 +215,28 @@ def _decode_data(field: str, datatype: str, dtype: np.dtype[Any], json: bytes) -
         raise InvalidRequest(field, f"{nesting} nested lists", f"at most {MAX_NESTING}")
     try:
         values = _data_decoder(datatype, nesting).decode(json)
-        if datatype == "BYTES":
-            return _encoded_text(np.array(values, object))
-        array = np.array(values, dtype)
     except msgspec.ValidationError as error:
         raise _misfit(str(error).replace("$", f"$.{field}", 1), field) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(field, "malformed JSON", f"values of {datatype}") from error
+    try:
+        with np.errstate(over="ignore"):  # infinities are refused below
+            array = np.array(values, dtype)
     except OverflowError as error:
         raise InvalidRequest(field, "an integer out of range", f"values of {datatype}") from error
     except ValueError as error:
         raise InvalidRequest(field, "lists of unequal lengths", "a full array") from error
+    if array.ndim != nesting:  # numpy takes unequal lists for elements of an object array
+        raise InvalidRequest(field, "lists of unequal lengths", "a full array")
+    if datatype == "BYTES":
+        return _encoded_text(array)
     if dtype.kind == "f" and not np.isfinite(array).all():
         raise InvalidRequest(field, "a number out of range", f"values of {datatype}")
     return array
 
 
 def _nesting(json: bytes) -> int:
-    head = json[: 4 * MAX_NESTING].translate(None, b" \t\r\n")
-    return len(head) - len(head.lstrip(b"["))
+    return json[: len(json) - len(json.lstrip(b"[ \t\r\n"))].count(b"[")
 
 
 @functools.cache

@@ -4,7 +4,7 @@ Tensors come typed (`contents`) or raw (`raw_input_contents`), all of one kind. 
 since that is all that tritonclient's `as_numpy` reads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -29,6 +29,8 @@ TYPED_FIELDS: dict[str, str] = {
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
 }
+# Kind of a numpy dtype -> the widest of it, which holds every value of its fields.
+WIDE_DTYPES = {"i": np.dtype(np.int64), "u": np.dtype(np.uint64)}
 
 
 def decode_request(
@@ -104,12 +106,15 @@ def _typed_input(given: pb.ModelInferRequest.InferInputTensor) -> Tensor:
     return Tensor(given.name, given.datatype, array.reshape(tuple(given.shape)))
 
 
-def _typed_array(where: str, datatype: str, dtype: np.dtype[np.generic], values: object) -> Array:
-    wide: Array = np.array(values)
+def _typed_array(
+    where: str, datatype: str, dtype: np.dtype[np.generic], values: Sequence[object]
+) -> Array:
     if datatype == "BYTES":
-        elements = np.empty(len(wide), object)
-        elements[:] = list(values)  # type: ignore[call-overload]
+        elements = np.empty(len(values), object)
+        elements[:] = list(values)
         return elements
+    # The type of the field, not numpy's guess: for mixed large integers that is a double.
+    wide: Array = np.array(values, WIDE_DTYPES.get(dtype.kind, dtype))
     array = wide.astype(dtype)
     if dtype.kind in "iu" and not np.array_equal(array, wide):
         raise InvalidRequest(where, "an integer out of range", f"values of {datatype}")
