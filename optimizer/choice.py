@@ -1,0 +1,178 @@
+"""The choice: which variants keep the SLO, and in which order to prefer them.
+
+Pure functions of measurements and the SLO: the same records give the same choice. A prediction is
+no proof, so what they call feasible still has to be verified.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from loadtest.slo import AccuracyObjective, Slo
+from optimizer.result import NearestMiss, Reason, ServingChoice, Variant, Verification
+from serve.artifact import Quality
+
+LATENCY_MARGIN = 0.1
+"""Of the SLO's threshold, kept free in predictions: a simulation knows less than a load test."""
+EQUAL = 0.01
+"""Relative difference of the objective below which two variants are equally good."""
+EQUALLY_BUSY = 0.1
+"""The same for the cores that they keep busy, which are noisier."""
+
+Objective = Literal["cost", "latency", "size"]
+
+
+def with_margin(slo: Slo) -> Slo:
+    """The SLO that predictions are held against."""
+    tight = {"threshold_ms": slo.latency.threshold_ms * (1 - LATENCY_MARGIN)}
+    return slo.model_copy(update={"latency": slo.latency.model_copy(update=tight)})
+
+
+def reasons_against(slo: Slo, quality: Quality | None, serving: ServingChoice) -> list[Reason]:
+    """The constraints that a variant breaks, each with how far; none where it is feasible."""
+    reasons = []
+    if slo.accuracy is not None and quality is not None:
+        reasons += _accuracy_reasons(slo.accuracy, quality)
+    limit_s = with_margin(slo).latency.threshold_s
+    prediction = serving.prediction
+    if serving.max_rate_per_s <= 0:
+        what = f"predicted at its best, with {LATENCY_MARGIN:.0%} kept free"
+        # Whatever the load, so the prediction may look fine at a rate it was made for.
+        latency_s = max(prediction.slo_latency_s, math.nextafter(limit_s, math.inf))
+        reasons.append(Reason("latency", latency_s, limit_s, "s", what))
+    elif prediction.success_ratio < slo.success_ratio:
+        reasons.append(
+            Reason("success_ratio", prediction.success_ratio, slo.success_ratio, "1", "predicted")
+        )
+    return reasons
+
+
+def contradictions(accuracy: AccuracyObjective, quality: Quality) -> list[Reason]:
+    """Whether the locked test split contradicts the promise: even the lower end of the drop is
+    too much. It is looked at once and is often too small to prove what validation did."""
+    if quality.drop_lower <= accuracy.max_drop:
+        return []
+    detail = "on the locked test split, by the lower end of its interval"
+    return [Reason("accuracy_drop", quality.drop_lower, accuracy.max_drop, "1", detail)]
+
+
+def verification_reasons(slo: Slo, verification: Verification) -> list[Reason]:
+    """Why the load test didn't confirm the variant."""
+    detail = "on the real server: " + ("; ".join(verification.reasons) or verification.verdict)
+    latency_s, limit_s = verification.slo_latency_s, slo.latency.threshold_s
+    if verification.verdict == "violated" and latency_s is not None and latency_s > limit_s:
+        return [Reason("latency", latency_s, limit_s, "s", detail)]
+    return [Reason("evidence", detail=detail)]
+
+
+def is_undecided(slo: Slo, variant: Variant) -> bool:
+    """Whether nothing but the accuracy's bound stands against it, and more samples might help:
+    the drop itself is small enough."""
+    return (
+        slo.accuracy is not None
+        and variant.status == "infeasible"
+        and variant.quality is not None
+        and [reason.constraint for reason in variant.reasons] == ["accuracy_drop"]
+        and variant.quality.drop <= slo.accuracy.max_drop
+    )
+
+
+def value_of(variant: Variant, objective: Objective) -> float:
+    """What is minimized; infinite where it isn't known."""
+    if objective == "size":
+        return math.inf if variant.size_bytes is None else float(variant.size_bytes)
+    if variant.serving is None:
+        return math.inf
+    if objective == "latency":
+        return variant.serving.prediction.slo_latency_s
+    return variant.serving.cost_per_million
+
+
+def violations(reasons: Sequence[Reason]) -> dict[str, float]:
+    """By constraint, how far it is broken relative to its limit: for the sampler."""
+    return {reason.constraint: excess(reason) for reason in reasons}
+
+
+def excess(reason: Reason) -> float:
+    """How far a constraint is broken, relative to its limit; infinite without numbers."""
+    if reason.value is None or reason.limit is None:
+        return math.inf
+    difference = abs(reason.value - reason.limit)
+    return difference / abs(reason.limit) if reason.limit else difference
+
+
+def ranked(variants: Sequence[Variant], objective: Objective) -> list[Variant]:
+    """The feasible variants, the best first.
+
+    Among equals the less busy is better, then the smaller drop.
+    """
+    left = [variant for variant in variants if is_candidate(variant)]
+    order = []
+    while left:
+        best = min(value_of(variant, objective) for variant in left)
+        equal = [one for one in left if value_of(one, objective) <= best * (1 + EQUAL)]
+        chosen = _best_of_equals(equal)
+        order.append(chosen)
+        left.remove(chosen)
+    return order
+
+
+def finalists(variants: Sequence[Variant], objective: Objective, n: int) -> list[Variant]:
+    """The best of each engine and precision, at most `n`: what refutes one most likely refutes
+    its siblings too."""
+    best: dict[tuple[str, str], Variant] = {}
+    for variant in ranked(variants, objective):
+        best.setdefault((variant.engine, variant.precision), variant)
+    return list(best.values())[:n]
+
+
+def is_candidate(variant: Variant) -> bool:
+    """Whether it breaks no constraint that was measured or predicted."""
+    return variant.status == "unverified" and not variant.reasons
+
+
+def nearest_miss(variants: Sequence[Variant]) -> NearestMiss | None:
+    """The variant whose worst violation is smallest, with that violation."""
+    missed = [
+        (max(variant.reasons, key=excess), variant)
+        for variant in variants
+        if variant.status == "infeasible" and variant.reasons
+    ]
+    if not missed:
+        return None
+    binding, variant = min(missed, key=lambda miss: (excess(miss[0]), miss[1].id))
+    return NearestMiss(variant.id, binding)
+
+
+def _accuracy_reasons(accuracy: AccuracyObjective, quality: Quality) -> list[Reason]:
+    if accuracy.judged_by == "estimate":
+        value, what = quality.drop, "estimated"
+    else:
+        value, what = quality.drop_bound, f"by its upper bound at {accuracy.confidence:.0%}"
+    if value <= accuracy.max_drop:
+        return []
+    detail = f"{what} on {quality.n_samples} samples"
+    return [Reason("accuracy_drop", value, accuracy.max_drop, "1", detail)]
+
+
+def _best_of_equals(variants: Sequence[Variant]) -> Variant:
+    """The one that keeps fewer cores busy: what it leaves free is headroom. Then the smaller
+    drop, then the id."""
+    least = min(_busy_cores(variant) for variant in variants)
+    equal = [one for one in variants if _busy_cores(one) <= least * (1 + EQUALLY_BUSY)]
+    return min(equal, key=lambda one: (one.quality.drop if one.quality else 0.0, one.id))
+
+
+def _busy_cores(variant: Variant) -> float:
+    """Cores that the engine occupies at the SLO's rate, in the mean."""
+    serving = variant.serving
+    if serving is None:
+        return math.inf
+    return serving.prediction.utilization * serving.instances * serving.threads
+
+
+def constraint_values(slo: Slo, reasons: Sequence[Reason]) -> Mapping[str, float]:
+    """Constraints for the sampler, kept where at most 0: every one of the SLO, broken or not."""
+    names = ["latency"] + (["accuracy_drop"] if slo.accuracy is not None else [])
+    broken = violations(reasons)
+    return {name: min(broken.get(name, -1.0), 1e6) for name in names}

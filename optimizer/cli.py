@@ -1,0 +1,180 @@
+"""The command `trimserve optimize`: arguments in, progress, tables and an exit code out.
+
+What searches is imported when the command runs, so that its help is quick and there whatever is
+installed.
+"""
+
+import importlib
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from optimizer.result import Outcome, StudyResult
+
+EXIT_DONE, EXIT_USAGE, EXIT_INTERNAL, EXIT_INTERRUPTED = 0, 2, 70, 130
+EXIT_CODES: "Mapping[Outcome, int]" = {
+    "met": 0,
+    "unverified": 0,
+    "infeasible": 1,
+    "inconclusive": 3,
+}
+# What a study imports beyond the base install, all of it in the extra `optimizer`.
+_NEEDED = ("optuna", "onnx", "torch", "plotly", "jinja2")
+_DEFAULT_STORE = Path(".trimserve", "store.sqlite")
+
+HELP = """\
+Find the cheapest variant of a model that keeps its SLO, and publish it.
+
+SPEC is a YAML file that names the model, the data, the SLO, the budget and the price of the
+machine. Variants (engines, precisions, quantization) are built, checked against the model they
+come from, timed on this machine and compared in accuracy. The best by prediction are then put to
+the real server under the SLO's load, and the first that keeps it is published to the repository
+as the model's next version. Otherwise the repository stays as it was.
+
+What was measured is kept in the store: after an interruption the same command continues, and for
+another SLO it starts from what is known.
+
+**Exit code**: 0 published, 1 nothing feasible (the table says which constraint binds), 2 for what
+to mend in the spec, 3 inconclusive (too few samples, or a load test that proved nothing), 70 an
+internal error, 130 interrupted.
+
+**Examples**
+
+`trimserve optimize examples/digits/spec.yaml --repository models`
+
+`trimserve optimize spec.yaml --repository models --html report.html --json result.json`
+
+`trimserve optimize spec.yaml --repository models --no-verify` predicts only: quick, and marked
+*unverified*.
+
+`trimserve serve --repository models` serves what came out.
+"""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+
+@app.command("optimize", help=HELP, no_args_is_help=True)
+def optimize_command(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="The spec, a YAML file.")],
+    repository: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="Model repository to publish to; made if need be."),
+    ],
+    store: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="Store of variants and measurements; made if need be."),
+    ] = _DEFAULT_STORE,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")
+    ] = None,
+    html_file: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write the report as one HTML page."),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(help="Put the best variants to the real server under load."),
+    ] = True,
+) -> None:
+    _check_installed()
+    _check_writable(json_file, html_file)
+    console = Console(stderr=True)
+    result = _run(spec, repository, store, verify, console)
+    _write(result, json_file, html_file)
+    _print(result, repository, json_file, html_file)
+    raise typer.Exit(EXIT_CODES[result.outcome])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `trimserve optimize` alone; returns its exit code."""
+    from loadtest.document import DocumentInvalid
+    from optimizer.errors import SpecInvalid
+    from serve.engines import EngineUnavailable
+    from serve.errors import ArtifactInvalid
+
+    try:
+        app(args=None if argv is None else list(argv), prog_name="trimserve optimize")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else EXIT_DONE
+    except (ArtifactInvalid, DocumentInvalid, EngineUnavailable, OSError, SpecInvalid) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Exception:  # noqa: BLE001 - the process boundary: the trace helps, the code is ours
+        traceback.print_exc()
+        return EXIT_INTERNAL
+    return EXIT_DONE
+
+
+def _run(
+    spec: Path, repository: Path, store: Path, verify: bool, console: Console
+) -> "StudyResult":
+    from optimizer.progress import Progress
+    from optimizer.store import StoreInvalid
+    from optimizer.study import Options, optimize
+
+    command = ["trimserve", "optimize", str(spec), "--repository", str(repository)]
+    command += ["--store", str(store)] if store != _DEFAULT_STORE else []
+    command += [] if verify else ["--no-verify"]
+    with Progress(console) as progress:
+        options = Options(store=store, verify=verify, observer=progress, command=tuple(command))
+        try:
+            return optimize(spec, repository, options)
+        except StoreInvalid as error:
+            raise OSError(f"--store: {error}") from error
+
+
+def _check_installed() -> None:
+    """Say what to install rather than fail in the middle."""
+    for name in _NEEDED:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            _usage(f"{name} can't be imported ({error}): pip install 'trimserve[optimizer]'")
+
+
+def _check_writable(*files: Path | None) -> None:
+    for file in files:
+        if file is not None and not file.absolute().parent.is_dir():
+            _usage(f"{file}: there is no directory {file.absolute().parent}")
+
+
+def _usage(message: str) -> None:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(EXIT_USAGE)
+
+
+def _write(result: "StudyResult", json_file: Path | None, html_file: Path | None) -> None:
+    from optimizer.report import render_html
+    from optimizer.result import to_json
+
+    if json_file is not None:
+        json_file.write_text(to_json(result), "utf-8")
+    if html_file is not None:
+        html_file.write_text(render_html(result), "utf-8")
+
+
+def _print(
+    result: "StudyResult", repository: Path, json_file: Path | None, html_file: Path | None
+) -> None:
+    from optimizer.report import print_table
+
+    console = Console()
+    print_table(result, console)
+    chosen = result.chosen
+    if chosen is not None:
+        console.print(f"published: {repository / result.model / chosen.version}", soft_wrap=True)
+    for what, file in (("JSON", json_file), ("report", html_file)):
+        if file is not None:
+            console.print(f"{what}: {file}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

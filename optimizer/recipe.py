@@ -1,0 +1,134 @@
+"""Recipes: which techniques are applied, in which order, with which parameters.
+
+An illegal order can't be built: stages never go back, each comes at most once, and the kind that
+a technique accepts is the one that the step before it gives. Recipes are plain values; models
+and the applying are elsewhere.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from functools import cache
+from importlib import metadata
+from types import MappingProxyType
+
+from optimizer.space import Parameters, Value
+from optimizer.variant import Kind, Stage, variant_id
+from serve.artifact import Step
+
+
+class Needs(StrEnum):
+    """The data that a technique needs."""
+
+    NOTHING = "nothing"
+    UNLABELLED = "unlabelled"
+    LABELS = "labels"
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is fixed about a technique. `version` changes with anything that changes its results;
+    `packages` are the distributions that decide them too."""
+
+    name: str
+    version: str
+    stage: Stage
+    accepts: Kind
+    gives: Kind
+    needs: Needs = Needs.NOTHING
+    packages: tuple[str, ...] = ()
+    optional: bool = True
+    """Whether a recipe can go without it; export and compilation can't be left out."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A technique with its parameters."""
+
+    traits: Traits
+    parameters: Parameters
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", MappingProxyType(dict(self.parameters)))
+
+    def __hash__(self) -> int:
+        return hash((self.traits, tuple(sorted(self.parameters.items(), key=repr))))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Steps from a model of the kind `starts_from`."""
+
+    starts_from: Kind
+    choices: tuple[Choice, ...] = ()
+
+    def __post_init__(self) -> None:
+        kind = self.starts_from
+        seen: list[Stage] = []
+        for traits in (choice.traits for choice in self.choices):
+            if traits.accepts is not kind:
+                raise ValueError(f"{traits.name} accepts {traits.accepts} models, got {kind}")
+            if traits.stage in seen or any(stage.rank > traits.stage.rank for stage in seen):
+                done = ", ".join(stage.value for stage in seen)
+                raise ValueError(f"{traits.name} ({traits.stage.value}) can't come after {done}")
+            seen.append(traits.stage)
+            kind = traits.gives
+
+    @property
+    def gives(self) -> Kind:
+        return self.choices[-1].traits.gives if self.choices else self.starts_from
+
+    def then(self, traits: Traits, parameters: Mapping[str, Value]) -> "Recipe":
+        """The recipe with one step more. Raises ValueError for a step that can't come here."""
+        return Recipe(self.starts_from, (*self.choices, Choice(traits, parameters)))
+
+    def can_take(self, traits: Traits) -> bool:
+        """Whether the technique can come next."""
+        stages = [choice.traits.stage for choice in self.choices]
+        return (
+            traits.accepts is self.gives
+            and traits.stage not in stages
+            and all(stage.rank <= traits.stage.rank for stage in stages)
+        )
+
+    def __str__(self) -> str:
+        return " → ".join(_shown(choice) for choice in self.choices) or "untouched"
+
+
+def step_of(choice: Choice, seed: int) -> Step:
+    """The choice as a manifest records it."""
+    traits = choice.traits
+    return Step(
+        technique=traits.name,
+        technique_version=traits.version,
+        parameters=dict(choice.parameters),
+        seed=seed,
+        packages={name: _installed(name) for name in traits.packages},
+    )
+
+
+def steps_with_ids(
+    recipe: Recipe, base_id: str, seed: int, data_digest: str
+) -> tuple[tuple[Step, str], ...]:
+    """Each step of the recipe with the id of the variant that it makes, in order."""
+    steps = []
+    parent = base_id
+    for choice in recipe.choices:
+        step = step_of(choice, seed)
+        uses_data = choice.traits.needs is not Needs.NOTHING
+        parent = variant_id(parent, asdict(step), data_digest if uses_data else "")
+        steps.append((step, parent))
+    return tuple(steps)
+
+
+@cache
+def _installed(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _shown(choice: Choice) -> str:
+    parameters = ", ".join(f"{name} {value}" for name, value in choice.parameters.items())
+    return f"{choice.traits.name} ({parameters})" if parameters else choice.traits.name

@@ -1,0 +1,1 @@
+"""The search: which recipes to try, in which order. It sees names and numbers, no model."""

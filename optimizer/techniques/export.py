@@ -1,0 +1,210 @@
+"""Export: a torch model to ONNX with a dynamic batch.
+
+By `torch.onnx.export(dynamo=True)`; where that fails by the older TorchScript exporter, which
+the variant then notes. What the file computes is compared with torch by whoever builds it.
+"""
+
+# ruff: noqa: ARG002  every technique takes what the contract passes
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimizer.errors import TechniqueFailed
+from optimizer.model_source import load_torch
+from optimizer.recipe import Needs, Traits
+from optimizer.space import Parameters, Space
+from optimizer.spec import TorchSource
+from optimizer.techniques import Context
+from optimizer.variant import Kind, Model, OnnxModel, Stage, TorchModel, onnx_model
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+_NAME = "export"
+_FILE = "model.onnx"
+_EXAMPLE_BATCH = 2
+"""Not 1: torch.export takes sizes 0 and 1 for constants (pytorch PR 170264)."""
+_EXAMPLE_LENGTH = 16
+"""Of every other variable axis."""
+_FALLBACK_OPSET = 18
+"""What the dynamo exporter writes too."""
+
+
+class Export:
+    traits = Traits(
+        name=_NAME,
+        version="1",
+        stage=Stage.EXPORT,
+        accepts=Kind.TORCH,
+        gives=Kind.ONNX,
+        needs=Needs.NOTHING,
+        packages=("torch", "onnx", "onnxscript"),
+        optional=False,
+    )
+
+    def check(self, model: Model, context: Context) -> str | None:
+        return None
+
+    def space(self, model: Model, context: Context) -> Space:
+        return {}
+
+    def describe(self, parameters: Parameters) -> str:
+        return ""
+
+    def apply(
+        self, model: Model, parameters: Parameters, context: Context, directory: Path
+    ) -> OnnxModel:
+        assert isinstance(model, TorchModel)
+        module = load_torch(model.source)
+        example = _example(model.source)
+        notes: tuple[str, ...] = ()
+        try:
+            exported = _by_dynamo(module, example, model.source)
+        except Exception as dynamo_error:  # noqa: BLE001  the exporter raises whatever it meets
+            first = _first_line(dynamo_error)
+            try:
+                exported = _by_torchscript(module, example, model.source, directory)
+            except Exception as error:
+                raise TechniqueFailed(
+                    _NAME,
+                    f"the dynamo exporter says: {first}; the TorchScript exporter says: "
+                    f"{_first_line(error)}. Export the model to ONNX by other means and name the "
+                    "file as model.onnx in the spec",
+                ) from error
+            notes = (f"exported by the TorchScript exporter, since dynamo's failed: {first}",)
+        _strip_origin(exported)
+        (directory / _FILE).write_bytes(exported.SerializeToString(deterministic=True))
+        return onnx_model(directory, _FILE, model.precision, notes)
+
+
+def _example(source: TorchSource) -> tuple["torch.Tensor", ...]:
+    import torch
+
+    types = {"BOOL": torch.bool, "FP16": torch.float16, "FP32": torch.float32,
+             "FP64": torch.float64, "UINT8": torch.uint8, "INT8": torch.int8,
+             "INT16": torch.int16, "INT32": torch.int32, "INT64": torch.int64}  # fmt: skip
+    return tuple(
+        torch.zeros(
+            (_EXAMPLE_BATCH, *(_EXAMPLE_LENGTH if axis == -1 else axis for axis in tensor.shape)),
+            dtype=types[tensor.datatype],
+        )
+        for tensor in source.inputs
+    )
+
+
+def _by_dynamo(
+    module: "torch.nn.Module", example: tuple["torch.Tensor", ...], source: TorchSource
+) -> "onnx.ModelProto":
+    import torch
+
+    batch = torch.export.Dim("batch")
+    shapes = tuple(
+        {0: batch}
+        | {
+            # Named by the axis, so that inputs of one length (ids, mask) share it.
+            axis + 1: torch.export.Dim(f"length_{axis + 1}")
+            for axis, size in enumerate(tensor.shape)
+            if size == -1
+        }
+        for tensor in source.inputs
+    )
+    with _quiet():
+        program = torch.onnx.export(
+            module,
+            example,
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=[tensor.name for tensor in source.inputs],
+            output_names=[tensor.name for tensor in source.outputs],
+            optimize=True,
+            verbose=False,
+        )
+    assert program is not None
+    exported: onnx.ModelProto = program.model_proto
+    fixed = [value.name for value in exported.graph.input if _batch_is_fixed(value)]
+    if fixed:
+        raise ValueError(f"the batch axis of {', '.join(fixed)} came out fixed")
+    return exported
+
+
+def _by_torchscript(
+    module: "torch.nn.Module",
+    example: tuple["torch.Tensor", ...],
+    source: TorchSource,
+    directory: Path,
+) -> "onnx.ModelProto":
+    import onnx
+    import torch
+
+    axes = {
+        tensor.name: {0: "batch"}
+        | {axis + 1: f"length_{axis + 1}" for axis, size in enumerate(tensor.shape) if size == -1}
+        for tensor in source.inputs
+    }
+    axes |= {tensor.name: {0: "batch"} for tensor in source.outputs}
+    path = directory / "torchscript.onnx"
+    with _quiet():
+        torch.onnx.export(
+            module,
+            example,
+            path,
+            dynamo=False,
+            dynamic_axes=axes,
+            input_names=[tensor.name for tensor in source.inputs],
+            output_names=[tensor.name for tensor in source.outputs],
+            opset_version=_FALLBACK_OPSET,
+            verbose=False,
+        )
+    exported = onnx.load(path)
+    path.unlink()
+    return exported
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporters say on every call and no user can act on."""
+    from torch.jit._trace import TracerWarning  # torch.jit doesn't re-export it by type stubs
+
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)  # "torchvision is not installed", four times
+    try:
+        with warnings.catch_warnings():
+            # torch.export copies a type that torch itself deprecates.
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+            # The fallback is chosen on purpose, and what it traces is compared with torch.
+            warnings.filterwarnings("ignore", ".*legacy TorchScript-based", DeprecationWarning)
+            warnings.filterwarnings("ignore", "The feature will be removed", DeprecationWarning)
+            warnings.filterwarnings("ignore", category=TracerWarning)
+            yield
+    finally:
+        registration.setLevel(level)
+
+
+def _batch_is_fixed(value: "onnx.ValueInfoProto") -> bool:
+    axes = value.type.tensor_type.shape.dim
+    return not axes or axes[0].HasField("dim_value")
+
+
+def _strip_origin(exported: "onnx.ModelProto") -> None:
+    """Remove stack traces and paths of the exporting machine: they'd be published, and make
+    equal models differ."""
+    graph = exported.graph
+    holders: list[Any] = [exported, graph, *graph.node, *graph.value_info, *graph.input]
+    holders += [*graph.output, *graph.initializer, *exported.functions]
+    holders += [node for function in exported.functions for node in function.node]
+    for holder in holders:
+        holder.doc_string = ""
+        del holder.metadata_props[:]
+
+
+def _first_line(error: BaseException) -> str:
+    if error.__cause__ is not None:  # the exporter wraps what happened in general advice
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip() if lines else 'no message'}"

@@ -1,0 +1,153 @@
+"""Variants of a model: immutable handles on what a recipe made, by kind, and their ids.
+
+A handle points at files and carries their digest; it holds no live model. It knows nothing of
+how it was made (`optimizer.recipe`) or where it is kept (`optimizer.store`).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from enum import Enum, StrEnum
+from pathlib import Path
+from typing import ClassVar
+
+from optimizer.spec import OnnxSource, TorchSource
+from serve.engines import EngineSpec
+
+
+class Kind(StrEnum):
+    """The form that a model is in."""
+
+    TORCH = "torch"
+    ONNX = "onnx"
+    ENGINE = "engine"
+
+
+class Stage(Enum):
+    """Where a technique stands in a recipe; see `Stage.rank`."""
+
+    ARCHITECTURE = "architecture"
+    PRUNE = "prune"
+    DECOMPOSE = "decompose"
+    RECOVER = "recover"
+    EXPORT = "export"
+    PRECISION = "precision"
+    COMPILE = "compile"
+
+    @property
+    def rank(self) -> int:
+        """A recipe's ranks never fall. Prune and decompose share one: either may come first."""
+        return _RANKS[self]
+
+
+_RANKS = {
+    Stage.ARCHITECTURE: 0,
+    Stage.PRUNE: 1,
+    Stage.DECOMPOSE: 1,
+    Stage.RECOVER: 2,
+    Stage.EXPORT: 3,
+    Stage.PRECISION: 4,
+    Stage.COMPILE: 5,
+}
+
+
+@dataclass(frozen=True)
+class TorchModel:
+    """A factory and its weights."""
+
+    kind: ClassVar[Kind] = Kind.TORCH
+    source: TorchSource
+    digest: str
+    precision: str = "fp32"
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """`directory/file`, self-contained; `precision` is what its heavy operators compute in."""
+
+    kind: ClassVar[Kind] = Kind.ONNX
+    directory: Path
+    file: str
+    digest: str
+    precision: str = "fp32"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        return self.directory / self.file
+
+
+@dataclass(frozen=True)
+class EngineModel:
+    """The files that an engine loads. `spec` says how, but for the serving configuration
+    (threads, instances, batch sizes), which isn't the variant's."""
+
+    kind: ClassVar[Kind] = Kind.ENGINE
+    directory: Path
+    spec: EngineSpec
+    digest: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def precision(self) -> str:
+        return self.spec.precision
+
+    def served(self, instances: int, threads: int, batch_sizes: tuple[int, ...]) -> EngineSpec:
+        """The spec in a serving configuration."""
+        return replace(self.spec, instances=instances, threads=threads, batch_sizes=batch_sizes)
+
+    def size_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.directory.iterdir() if file.is_file())
+
+
+StoredModel = OnnxModel | EngineModel
+Model = TorchModel | StoredModel
+
+
+def onnx_model(
+    directory: Path, file: str, precision: str = "fp32", notes: tuple[str, ...] = ()
+) -> OnnxModel:
+    """A handle on the ONNX file in `directory`, digested now."""
+    return OnnxModel(directory, file, directory_digest(directory), precision, notes)
+
+
+def engine_model(directory: Path, spec: EngineSpec, notes: tuple[str, ...] = ()) -> EngineModel:
+    """A handle on the engine files in `directory`, digested now together with `spec`."""
+    content = directory_digest(directory) + canonical_json(asdict(spec))
+    return EngineModel(directory, spec, hashlib.sha256(content.encode()).hexdigest(), notes)
+
+
+def source_model(
+    source: TorchSource | OnnxSource, digest: str, precision: str = "fp32"
+) -> TorchModel | OnnxModel:
+    """The model that a study starts from; `digest` as `optimizer.model_source.source_digest`."""
+    if isinstance(source, TorchSource):
+        return TorchModel(source, digest, precision)
+    return OnnxModel(source.path.parent, source.path.name, digest, precision)
+
+
+def directory_digest(directory: Path) -> str:
+    """SHA-256 (hex) of the names and contents of the files in `directory`, subfolders included."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(directory).as_posix()}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def canonical_json(value: object) -> str:
+    """JSON that is the same for equal values: for digests and keys."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def variant_id(parent_id: str, step: Mapping[str, object], data_digest: str) -> str:
+    """The id of what `step` (an `artifact.Step` as a mapping) makes of the parent.
+
+    It covers technique and version, parameters, seed, package versions, and the data where
+    they are used (else `data_digest` is empty): all that decides the result.
+    """
+    content = {"parent": parent_id, "step": dict(step), "data": data_digest}
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
