@@ -119,8 +119,9 @@ def choose_serving(
     For the objective latency: the one with the lowest latency at the SLO's rate among those that
     sustain it. Rates within `RATE_TOLERANCE` count as equal; then the lower latency decides, and
     within `LATENCY_TOLERANCE` of it the simpler configuration: no delay, fewer instances and
-    threads, smaller batches. Where none keeps the SLO at any rate, it is the one that comes
-    closest at light load. Raises ValueError if no option fits the cores.
+    threads, larger batches (the policy forms none without need, so they are room for bursts and
+    for clients that send several rows). Where none keeps the SLO at any rate, it is the one that
+    comes closest at light load. Raises ValueError if no option fits the cores.
     """
     search = _Search(Load.of(slo), cores, front_end or FrontEnd(), seed)
     rate, best = search.run(options, objective)
@@ -167,13 +168,14 @@ class _Search:
         return self._best_of(rates)
 
     def _without_delay(self, options: Sequence[InstanceTimes]) -> list[Replica]:
-        """The simpler first. A size that adds no throughput to the one before is left out."""
+        """The simpler first. A size with which the engine gets no more done than with the one
+        before is left out."""
         candidates = []
         for option in sorted(options, key=lambda option: (option.instances, option.threads)):
             throughput = 0.0
             for size in _batch_sizes(option, self.load.rows):
                 replica = Replica(option, self.cores, size, front_end=self.front_end)
-                more = replica.highest_throughput(self.load.rows)
+                more = replica.engine_throughput(self.load.rows)
                 if option.instances * option.threads <= self.cores and more > throughput * (
                     1 + RATE_TOLERANCE
                 ):
@@ -237,7 +239,7 @@ def _batch_sizes(option: InstanceTimes, rows: int) -> list[int]:
 
 def _complexity(replica: Replica) -> tuple[float, int, int, int]:
     times = replica.times
-    return replica.max_queue_delay_s, times.instances, times.threads, replica.max_batch_size
+    return replica.max_queue_delay_s, times.instances, times.threads, -replica.max_batch_size
 
 
 def _rank(n: int, quantile: float) -> int:

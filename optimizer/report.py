@@ -79,14 +79,13 @@ def details(result: StudyResult) -> str:
     chosen = result.chosen
     if result.outcome in ("met", "unverified") and chosen is not None:
         return " ".join(_accuracy_details(result, chosen) + _cost_details(result, chosen))
-    sentences = [
-        f"{_capitalized(reason)}." for reason in _doubts(result) if result.outcome == "inconclusive"
-    ]
+    if result.outcome == "inconclusive" and (doubts := _doubts(result)):
+        return " ".join(f"{_capitalized(doubt)}." for doubt in doubts)
     miss = result.nearest_miss
     nearest = result.variant(miss.variant_id) if miss else None
-    if miss is not None and nearest is not None:
-        sentences.append(f"The nearest is {nearest.label}: {explain(miss.binding)}.")
-    return " ".join(sentences)
+    if miss is None or nearest is None:
+        return ""
+    return f"The nearest is {nearest.label}: {explain(miss.binding)}."
 
 
 def slo_sentence(slo: Slo) -> str:
@@ -343,9 +342,10 @@ def _cost_details(result: StudyResult, chosen: Variant) -> list[str]:
 
 
 def _doubts(result: StudyResult) -> list[str]:
-    """Why nothing was decided: what the load tests said."""
+    """Why nothing was decided: what the load tests said that came to no conclusion."""
     loaded = [v.verification for v in sorted_variants(result) if v.verification is not None]
-    return [reason for verification in loaded for reason in verification.reasons]
+    undecided = [verification for verification in loaded if verification.verdict == "inconclusive"]
+    return [reason for verification in undecided for reason in verification.reasons]
 
 
 def _capitalized(text: str) -> str:

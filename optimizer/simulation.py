@@ -65,11 +65,15 @@ class Replica:
 
     def highest_throughput(self, rows: int) -> float:
         """Requests of `rows` a second that no policy could exceed."""
+        rate, serial_s = self.engine_throughput(rows), self.front_end.serial_s
+        return min(rate, 1 / serial_s) if serial_s > 0 else rate
+
+    def engine_throughput(self, rows: int) -> float:
+        """Requests of `rows` a second that the instances could answer at most, the front end
+        left aside."""
         medians = _medians(self)
         batches = range(rows, max(rows, self.max_batch_size) + 1, rows)
-        rate = self.times.instances * max(n / rows / medians.of(n) for n in batches)
-        serial_s = self.front_end.serial_s
-        return min(rate, 1 / serial_s) if serial_s > 0 else rate
+        return self.times.instances * max(n / rows / medians.of(n) for n in batches)
 
     def light_load(self, load: "Load") -> float:
         """The rate at which fewer requests meet another than the load's quantile leaves out: a

@@ -97,8 +97,10 @@ class Repository:
 
     @property
     def is_ready(self) -> bool:
-        """Every model has a version that answers."""
-        return bool(self._slots) and all(self.versions(name) for name in self._slots)
+        """Nothing is loading any more, and some model answers. A broken one is reported with its
+        reason and doesn't keep the others' clients away."""
+        states = {slot.state for slot in self.slots()}
+        return "READY" in states and "LOADING" not in states
 
     def close(self, finish: bool = True) -> None:
         """Finish what the models have admitted, or only what runs, and unload them."""

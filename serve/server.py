@@ -6,74 +6,24 @@ import functools
 import gc
 import logging
 import signal
-import socket
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from wsgiref.simple_server import WSGIServer
 
 import prometheus_client
-import uvicorn
 
+from serve.errors import ArtifactInvalid
 from serve.metrics import DEFAULT_THRESHOLD_S, Metrics
 from serve.repository import Repository, Source, find_versions, onnx_source
 from serve.service import InferenceService
 from serve.settings import Ports, Settings
 from serve.transport.grpc import GrpcServer
+from serve.transport.http_server import HttpServer, listening_socket
 from serve.transport.rest import RestApp, admin_app
 
 _log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-HTTP_BACKLOG = 2048
-KEEP_ALIVE_S = 75
-MIN_LEAVING_S = 0.1  # for connections to end once the listener is closed
-
-
-class _HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers, and with a way to stop listening that resets nobody.
-
-    Closing a listening socket resets the connections that the kernel has accepted for it and the
-    process has not, and uvicorn then closes idle connections, on one of which a request may be
-    under way. So connections in the kernel's queue are taken in first, and all get some time to
-    bring the request that was on its way and to be told to leave by its answer.
-    """
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
-
-    async def stop_listening(self, listener: socket.socket, grace_s: float) -> None:
-        """Close `listener`, a duplicate of the one served, and wait for connections to end."""
-        loop = asyncio.get_running_loop()
-        for server in self.servers:
-            server.close()
-        for connection in _close_accepting(listener):
-            connection.setblocking(False)
-            await loop.connect_accepted_socket(self._protocol, connection)
-        ends = loop.time() + grace_s
-        while self.server_state.connections and loop.time() < ends:
-            await asyncio.sleep(0.005)
-
-    def _protocol(self) -> asyncio.Protocol:
-        protocol: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
-        return protocol(
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
-
-
-def _close_accepting(listener: socket.socket) -> list[socket.socket]:
-    """Close a non-blocking listening socket; returns the connections that waited in its queue.
-
-    Nothing stands between the last `accept` and `close`: the kernel offers no way to do both at
-    once, and resets a connection that arrives in between.
-    """
-    connections = []
-    try:
-        while True:
-            connections.append(listener.accept()[0])
-    except BlockingIOError:
-        listener.close()
-    return connections
 
 
 async def serve(settings: Settings, announce: Callable[[Ports], None]) -> bool:
@@ -88,20 +38,22 @@ async def serve(settings: Settings, announce: Callable[[Ports], None]) -> bool:
     service = InferenceService(metrics)
     repository = Repository(service.deliver, settings.slo)
     async with contextlib.AsyncExitStack() as stack:
-        http_socket = stack.enter_context(_listening(settings.host, settings.http_port))
-        listener = stack.enter_context(http_socket.dup())
-        listener.setblocking(False)
+        http_socket = stack.enter_context(listening_socket(settings.host, settings.http_port))
         metrics_server = _start_metrics(settings, metrics)
         stack.callback(_stop_metrics, metrics_server)
         grpc_server = GrpcServer(service, settings.max_request_bytes)
+        stack.push_async_callback(grpc_server.stop, 0)
         ports = Ports(
             http_socket.getsockname()[1],
             await grpc_server.start(_address(settings.host, settings.grpc_port)),
             metrics_server.server_port,
         )
-        http_server = _http_server(service, settings)
+        app = RestApp(service, admin_app(service), settings.max_request_bytes)
+        http_server = HttpServer(app, settings.drain_timeout_s)
         http_task = asyncio.create_task(http_server.serve(sockets=[http_socket]))
+        stack.push_async_callback(_end, http_server, http_task)
         await asyncio.to_thread(repository.load, sources)
+        _check_loaded(repository)
         service.open(repository)
         # What is loaded now stays: out of the collector's way, whose pauses requests would feel.
         gc.collect()
@@ -109,25 +61,29 @@ async def serve(settings: Settings, announce: Callable[[Ports], None]) -> bool:
         await grpc_server.set_ready(service.is_ready)
         announce(ports)
         await stop.wait()
-        drained = await _drain(settings, service, grpc_server, http_server, http_task, listener)
-        await asyncio.to_thread(repository.close)
+        drained = await _drain(settings, service, grpc_server, http_server, http_task)
+        await asyncio.to_thread(repository.close, drained)
     return drained
+
+
+async def _end(http_server: HttpServer, http_task: asyncio.Task[None]) -> None:
+    """Nothing to do after a drain; where the start failed, this ends the server."""
+    http_server.should_exit = True
+    await http_task
 
 
 async def _drain(
     settings: Settings,
     service: InferenceService,
     grpc_server: GrpcServer,
-    http_server: _HttpServer,
+    http_server: HttpServer,
     http_task: asyncio.Task[None],
-    listener: socket.socket,
 ) -> bool:
     """Not ready first, then closed to new work, then done with the old."""
     _log.info("draining")
     service.start_draining()
     await grpc_server.set_ready(False)
     await asyncio.sleep(settings.drain_delay_s)
-    await http_server.stop_listening(listener, max(settings.drain_delay_s, MIN_LEAVING_S))
     http_server.should_exit = True
     _, _, drained = await asyncio.gather(
         http_task,
@@ -143,6 +99,13 @@ def _sources(settings: Settings) -> list[Source]:
         return [onnx_source(settings.model)]
     assert settings.repository is not None
     return find_versions(settings.repository)
+
+
+def _check_loaded(repository: Repository) -> None:
+    """At least one model must be there to answer; the others are reported as failed."""
+    slots = list(repository.slots())
+    if not any(slot.model for slot in slots):
+        raise ArtifactInvalid("no model could be loaded", "; ".join(slot.reason for slot in slots))
 
 
 def _threshold_s(settings: Settings, sources: list[Source]) -> float:
@@ -167,40 +130,6 @@ def _stop_event() -> asyncio.Event:
     for number in SIGNALS:
         loop.add_signal_handler(number, functools.partial(on_signal, number))
     return stop
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    """A bound TCP socket; raises OSError naming the address where that fails."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named, or asyncio leaves Nagle's algorithm on (uvloop does not).
-    http_socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    http_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        http_socket.bind((host, port))
-    except OSError as error:
-        http_socket.close()
-        raise OSError(f"can't listen on {host}:{port} for REST: {error.strerror}") from error
-    http_socket.setblocking(False)
-    return http_socket
-
-
-def _http_server(service: InferenceService, settings: Settings) -> _HttpServer:
-    app = RestApp(service, admin_app(service), settings.max_request_bytes)
-    return _HttpServer(
-        uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            backlog=HTTP_BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
-        )
-    )
 
 
 def _start_metrics(settings: Settings, metrics: Metrics) -> WSGIServer:

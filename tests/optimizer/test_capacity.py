@@ -148,3 +148,12 @@ def test_choice_makes_batches_that_hold_a_request_when_requests_have_many_rows()
 def test_choice_refuses_when_no_option_fits_the_cores() -> None:
     with pytest.raises(ValueError, match="at most 1"):
         choose_serving([times(constant(0.01), threads=2)], slo(), 1, 0.04)
+
+
+def test_choice_leaves_room_for_batches_when_the_front_end_is_the_limit() -> None:
+    options = [times(affine(0.0002, 0.00001))]
+
+    chosen = choose_serving(options, slo(), cores=1, price_per_core_hour=0.04)
+
+    assert chosen.max_batch_size == 32
+    assert chosen.max_queue_delay_s == 0
