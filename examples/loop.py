@@ -106,7 +106,7 @@ class Loop:
         report = self.output / "loadtest.json"
         with running_server(serve, Timeouts()) as ports:
             command = [*PROGRAM, "loadtest", str(self.slo), "--model", result.model]
-            for target in ports.targets:
+            for target in ports.targets(result.slo):
                 command += ["--target", target]
             command += ["--metrics-url", ports.metrics_url]
             command += ["--json", str(report)]

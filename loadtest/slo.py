@@ -15,6 +15,8 @@ from pydantic import Field, field_validator, model_validator
 from loadtest.document import Strict, read_document
 
 API_VERSION = "trimserve/v1"
+REQUESTS_CONFIDENCE = 0.95
+"""With which a load test has to show the latency quantile."""
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -131,6 +133,15 @@ class Slo(Strict):
     def planned_requests(self) -> float:
         """Expected number of requests in the measurement window."""
         return self.workload.rate_per_s * self.window_s
+
+    def min_requests(self) -> int:
+        """The fewest requests, all good, that show the latency quantile: 299 for 0.99.
+
+        So many independent ones are all good with a probability of `REQUESTS_CONFIDENCE` less
+        than 1, if the share of good ones is just the quantile.
+        """
+        quantile = self.latency.quantile
+        return math.ceil(math.log(1 - REQUESTS_CONFIDENCE) / math.log(quantile))
 
     def to_dict(self) -> dict[str, object]:
         """The document as plain values, the way `read_slo` reads it."""

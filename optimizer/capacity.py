@@ -231,10 +231,11 @@ class _Search:
 
 
 def _batch_sizes(option: InstanceTimes, rows: int) -> list[int]:
-    """Powers of two, from what one request needs up to the largest size measured."""
+    """What one request needs, the largest size measured, and powers of eight between: the policy
+    sizes each batch itself, so a finer limit makes little difference and costs simulations."""
     largest = max(rows, option.times[-1].batch_size)
-    sizes = [2**power for power in range(largest.bit_length())]
-    return [size for size in sizes if size >= rows] or [rows]
+    powers = [8**power for power in range(1, largest.bit_length()) if rows < 8**power < largest]
+    return sorted({rows, *powers, largest})
 
 
 def _complexity(replica: Replica) -> tuple[float, int, int, int]:

@@ -5,6 +5,7 @@ installed.
 """
 
 import importlib
+import importlib.util
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ EXIT_CODES: "Mapping[Outcome, int]" = {
 }
 # What a study imports beyond the base install, all of it in the extra `optimizer`.
 _NEEDED = ("optuna", "onnx", "torch", "plotly", "jinja2")
+_NEEDED_TO_VERIFY = "locust"
 _DEFAULT_STORE = Path(".trimserve", "store.sqlite")
 
 HELP = """\
@@ -41,8 +43,8 @@ What was measured is kept in the store: after an interruption the same command c
 another SLO it starts from what is known.
 
 **Exit code**: 0 published, 1 nothing feasible (the table says which constraint binds), 2 for what
-to mend in the spec, 3 inconclusive (too few samples, or a load test that proved nothing), 70 an
-internal error, 130 interrupted.
+to mend in the spec, 3 inconclusive (too few samples, a load test that proved nothing, or a budget
+that ended before every baseline was tried), 70 an internal error, 130 interrupted.
 
 **Examples**
 
@@ -50,8 +52,8 @@ internal error, 130 interrupted.
 
 `trimserve optimize spec.yaml --repository models --html report.html --json result.json`
 
-`trimserve optimize spec.yaml --repository models --no-verify` predicts only: quick, and marked
-*unverified*.
+`trimserve optimize spec.yaml --repository models --no-verify` publishes what is predicted to
+keep the SLO, without a load test: quick, and marked *unverified*.
 
 `trimserve serve --repository models` serves what came out.
 """
@@ -82,8 +84,10 @@ def optimize_command(
         typer.Option(help="Put the best variants to the real server under load."),
     ] = True,
 ) -> None:
-    _check_installed()
+    _check_installed(verify)
     _check_writable(json_file, html_file)
+    if store.is_dir():
+        _usage(f"--store: {store} is a directory, want a file")
     console = Console(stderr=True)
     result = _run(spec, repository, store, verify, console)
     _write(result, json_file, html_file)
@@ -131,8 +135,11 @@ def _run(
             raise OSError(f"--store: {error}") from error
 
 
-def _check_installed() -> None:
+def _check_installed(verify: bool) -> None:
     """Say what to install rather than fail in the middle."""
+    # Locust patches the process that imports it, so it is only looked for.
+    if verify and importlib.util.find_spec(_NEEDED_TO_VERIFY) is None:
+        _usage("verifying needs the load test: pip install 'trimserve[loadtest]', or --no-verify")
     for name in _NEEDED:
         try:
             importlib.import_module(name)

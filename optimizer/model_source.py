@@ -80,12 +80,15 @@ def read_signature(source: ModelSource) -> Signature:
 def source_digest(source: ModelSource) -> str:
     """SHA-256 (hex) of what the model is made of.
 
-    That is the ONNX file; or the weights, the factory's name and the source of its module where
-    that lies beside the spec. Modules that it imports in turn are not covered.
+    That is the ONNX file with the files of weights beside it that it names; or the weights, the
+    factory's name and the source of its module where that lies beside the spec. Modules that it
+    imports in turn are not covered.
     """
     digest = hashlib.sha256()
     if isinstance(source, OnnxSource):
         digest.update(b"onnx\0" + _file_digest(source.path))
+        for path in _external_files(source.path):
+            digest.update(path.name.encode() + b"\0" + _file_digest(path))
         return digest.hexdigest()
     code = hashlib.sha256(source.factory.source_bytes()).digest()
     digest.update(b"torch\0" + _file_digest(source.weights) + code + str(source.factory).encode())
@@ -309,6 +312,20 @@ def _axes(shape: tuple[int, ...]) -> str:
 def _file_digest(path: Path) -> bytes:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
+
+
+def _external_files(path: Path) -> list[Path]:
+    """The files beside an ONNX model that hold some of its weights."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    names = {
+        entry.value
+        for tensor in graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return sorted(path.parent / name for name in names)
 
 
 def _shown(source: ModelSource) -> str:

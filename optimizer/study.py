@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from loadtest.slo import Slo
 from optimizer.builder import Builder
 from optimizer.choice import nearest_miss, ranked
 from optimizer.data.splits import DataSplits, Samples, Split, load_splits
@@ -111,6 +112,8 @@ class _Study:
         self._observer.phase("reading model and data")
         splits = self._read_data()
         too_few = _too_few_samples(self._spec, splits.validation)
+        if not too_few and self._options.verify:
+            too_few = _too_few_requests(self._spec.slo)
         if too_few:
             self._note(too_few)
             return self._result("inconclusive", splits, [])
@@ -265,6 +268,18 @@ def _too_few_samples(spec: Spec, validation: Split) -> str:
         f"data.validation has {len(validation)} samples, but a drop of at most {drop} "
         f"can't be shown by a bound at {accuracy.confidence:.0%} with fewer than "
         f"{accuracy.min_samples()}: give more, allow a larger drop, or set judged_by: estimate"
+    )
+
+
+def _too_few_requests(slo: Slo) -> str:
+    """Why no load test could show the latency quantile; empty otherwise. With several replicas it
+    takes more: then the load test says so."""
+    if slo.planned_requests() >= slo.min_requests():
+        return ""
+    return (
+        f"workload.rate_per_s x window_s of the SLO are {slo.planned_requests():.4g} requests, but "
+        f"a quantile of {slo.latency.quantile:g} can't be shown with fewer than "
+        f"{slo.min_requests()}: want a longer window_s"
     )
 
 

@@ -42,7 +42,8 @@ class Trials:
     evaluator: Evaluator
     rows: list[Variant] = field(default_factory=list)
     baseline: StoredVariant | None = None
-    """The first variant that could be measured: what others are timed and compared with."""
+    """The first variant in the base's own precision that could be measured: what others are
+    timed and compared with."""
     _best_speedup: float = 0.0
 
     def run(self, trial: Trial) -> Answer:
@@ -75,6 +76,12 @@ class Trials:
 
     def _measured(self, recipe: Recipe) -> Variant:
         variant = self.builder.build(recipe)
+        if self.baseline is None and variant.model.precision != self.builder.base.precision:
+            raise TechniqueNotApplicable(
+                recipe.choices[-1].traits.name,
+                "no variant in the base's own precision could be measured, so there is nothing "
+                "to compare it with",
+            )
         baseline = self.baseline or variant
         evidence = self.evaluator.evidence(
             variant, self._parent(variant), baseline, self._best_speedup

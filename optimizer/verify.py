@@ -82,10 +82,10 @@ class Ports(pydantic.BaseModel):
     grpc_port: int
     metrics_port: int
 
-    @property
-    def targets(self) -> tuple[str, str]:
-        """The URLs of REST and gRPC, as the load test takes them."""
-        return f"http://{HOST}:{self.http_port}", f"grpc://{HOST}:{self.grpc_port}"
+    def targets(self, slo: Slo) -> tuple[str, ...]:
+        """The URLs of REST and gRPC, as the load test takes them; JSON has no form in gRPC."""
+        rest, grpc = f"http://{HOST}:{self.http_port}", f"grpc://{HOST}:{self.grpc_port}"
+        return (rest,) if slo.workload.encoding == "json" else (rest, grpc)
 
     @property
     def metrics_url(self) -> str:
@@ -94,7 +94,8 @@ class Ports(pydantic.BaseModel):
 
 @dataclass(frozen=True)
 class ServerVerifier:
-    """Serves the candidate on free ports of this machine, and loads it over REST and gRPC.
+    """Serves the candidate on free ports of this machine, and loads it over REST and gRPC
+    (over REST alone where the workload is JSON).
 
     `cores` is how many the replica has. Where this process may use more than that, server and
     load generator are kept apart on cores of their own; else they share them, and the verdict
@@ -129,6 +130,8 @@ class ServerVerifier:
         with running_server(serve, self.timeouts, server_cores) as ports:
             report = scratch / "report.json"
             command = self._loadtest(manifest.model, slo_path, ports, report)
+            for target in ports.targets(slo):
+                command += ["--target", target]
             for repeats_left in range(self.max_repeats, -1, -1):
                 verification = self._load(command, report, slo, generator_cores)
                 if not repeats_left or not is_spoiled(report):
@@ -146,8 +149,6 @@ class ServerVerifier:
 
     def _loadtest(self, model: str, slo: Path, ports: Ports, report: Path) -> list[str]:
         command = [*self.program, "loadtest", str(slo), "--model", model, "--json", str(report)]
-        for target in ports.targets:
-            command += ["--target", target]
         command += ["--metrics-url", ports.metrics_url]
         command += ["--seed", str(self.seed), "--warmup-s", str(self.warmup_s)]
         return [*command, "--inputs", str(self.inputs)] if self.inputs else command

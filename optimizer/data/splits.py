@@ -18,6 +18,7 @@ from optimizer.data.table import Indices, Labels, Table
 from optimizer.errors import SpecInvalid
 from optimizer.spec import DataSpec, SplitSpec
 
+DEFAULT_CALIBRATION_SAMPLES = 512
 _SOURCE = "data"
 
 
@@ -254,7 +255,8 @@ def _n_shared(split: TableSplit, other: TableSplit) -> int:
     return sum(counts[sample] for sample in counts.keys() & set(other.hashes))
 
 
-def _calibration(train: TableSplit, n_samples: int, seed: int) -> TableSplit:
+def _calibration(train: TableSplit, wanted: int | None, seed: int) -> TableSplit:
+    n_samples = min(DEFAULT_CALIBRATION_SAMPLES, len(train)) if wanted is None else wanted
     if n_samples > len(train):
         raise SpecInvalid(
             _SOURCE,

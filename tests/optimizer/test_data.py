@@ -286,6 +286,14 @@ def test_calibration_is_a_seeded_part_of_train(parquet: DataSpec) -> None:
     assert splits.digest == again.digest != other.digest
 
 
+def test_calibration_is_all_of_train_when_nothing_is_asked_and_train_is_small(
+    parquet: DataSpec,
+) -> None:
+    data = parquet.model_copy(update={"calibration_samples": None})
+    splits = load_splits(data, ["image"], seed=0)
+    assert len(splits.calibration) == len(splits.train) == 10
+
+
 def test_calibration_is_refused_when_train_is_smaller(parquet: DataSpec) -> None:
     data = parquet.model_copy(update={"calibration_samples": 11})
     assert "data.calibration_samples: got 11, want at most train's 10" in refusal(

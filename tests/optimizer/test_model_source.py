@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 
 from optimizer.data.splits import Samples, load_splits
@@ -248,6 +248,20 @@ def test_digest_changes_when_weights_or_code_or_factory_do(source: TorchSource) 
     (folder / "model.py").write_text(MODEL.replace("BatchNorm1d(3)", "BatchNorm1d(3, eps=1e-3)"))
     digests.add(source_digest(other))
     assert len(digests) == 4
+
+
+def test_digest_changes_when_weights_beside_an_onnx_file_do(tmp_path: Path) -> None:
+    source = write_onnx(tmp_path / "model.onnx")
+    model = onnx.load(source.path)
+    raw = numpy_helper.from_array(numpy_helper.to_array(model.graph.initializer[0]), "w")
+    model.graph.initializer[0].CopyFrom(raw)
+    onnx.save(
+        model, source.path, save_as_external_data=True, location="weights.bin", size_threshold=0
+    )
+    before = source_digest(source)
+    weights = tmp_path / "weights.bin"
+    weights.write_bytes(weights.read_bytes()[::-1])
+    assert source_digest(source) != before
 
 
 def test_digest_is_the_same_when_a_model_is_moved(

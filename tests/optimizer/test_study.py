@@ -202,6 +202,23 @@ def test_study_says_that_samples_are_too_few_before_anything_is_built(
     assert not given.store.exists()
 
 
+def test_study_says_that_requests_are_too_few_before_anything_is_built(
+    study: Path, tmp_path: Path
+) -> None:
+    spec = spec_with(study, trials=2)
+    spec = replace(spec, slo=spec.slo.model_copy(update={"window_s": 2.0}))
+    diary = Diary()
+    given = options(study, observer=diary, store=tmp_path / "store.sqlite")
+    result = optimize(spec, tmp_path / "models", given)
+    assert result.outcome == "inconclusive"
+    assert (
+        "are 100 requests, but a quantile of 0.99 can't be shown with fewer than 299"
+        in (result.notes[0])
+    )
+    assert diary.phases == ["reading model and data"]
+    assert not given.store.exists()
+
+
 class Raising:
     """A technique that accepts every model and fails."""
 

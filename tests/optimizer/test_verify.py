@@ -272,7 +272,10 @@ def test_running_server_ends_the_server_when_the_block_raises(stage: Stage) -> N
 
     def serve_and_interrupt() -> None:
         with running_server(command, TIMEOUTS) as ports:
-            assert ports.targets == ("http://127.0.0.1:1001", "grpc://127.0.0.1:1002")
+            rest, grpc = "http://127.0.0.1:1001", "grpc://127.0.0.1:1002"
+            assert ports.targets(SLO) == (rest, grpc)
+            workload = SLO.workload.model_copy(update={"encoding": "json"})
+            assert ports.targets(SLO.model_copy(update={"workload": workload})) == (rest,)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -37,7 +37,7 @@ kind: SLO
 name: tiny
 latency: {{quantile: 0.99, threshold_ms: {threshold_ms}}}
 workload: {{rate_per_s: 50}}
-window_s: 1
+window_s: 6
 accuracy: {{max_drop_points: {max_drop_points}, confidence: 0.9}}
 """
 
