@@ -138,8 +138,13 @@ def _run(
 def _check_installed(verify: bool) -> None:
     """Say what to install rather than fail in the middle."""
     # Locust patches the process that imports it, so it is only looked for.
-    if verify and importlib.util.find_spec(_NEEDED_TO_VERIFY) is None:
-        _usage("verifying needs the load test: pip install 'trimserve[loadtest]', or --no-verify")
+    wanted = dict.fromkeys(_NEEDED, "optimizer")
+    wanted |= {_NEEDED_TO_VERIFY: "loadtest"} if verify else {}
+    missing = {name: extra for name, extra in wanted.items() if not importlib.util.find_spec(name)}
+    if missing:
+        extras = ",".join(dict.fromkeys(missing.values()))
+        hint = "; --no-verify needs no load test" if "loadtest" in missing.values() else ""
+        _usage(f"{', '.join(missing)} missing: pip install 'trimserve[{extras}]'{hint}")
     for name in _NEEDED:
         try:
             importlib.import_module(name)
