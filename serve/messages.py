@@ -1,9 +1,9 @@
 """Inference requests and responses as every layer below the transports sees them."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from serve.errors import InvalidRequest
+from serve.errors import InvalidRequest, NotSupported
 from serve.tensor import Tensor
 
 Parameter = bool | int | float | str
@@ -33,6 +33,22 @@ class InferResponse:
     outputs: tuple[Tensor, ...]
     id: str = ""
     parameters: Parameters = field(default_factory=dict)
+
+
+# Parameters of Triton's extensions that would change the answer: ignoring them would be wrong.
+_UNSUPPORTED_OF_REQUEST = ("sequence_id", "sequence_start", "sequence_end")
+_UNSUPPORTED_OF_OUTPUT = ("classification", "shared_memory_region")
+
+
+def refuse_unsupported(request: Container[str], outputs: Iterable[Container[str]]) -> None:
+    """Raise NotSupported for parameters, of the request and of its outputs, that aren't there."""
+    for name in _UNSUPPORTED_OF_REQUEST:
+        if name in request:
+            raise NotSupported(f"parameters.{name}: sequences are not supported")
+    for output in outputs:
+        for name in _UNSUPPORTED_OF_OUTPUT:
+            if name in output:
+                raise NotSupported(f"outputs.parameters.{name} is not supported")
 
 
 def earliest_deadline(

@@ -16,7 +16,13 @@ import numpy as np
 import orjson
 
 from serve.errors import InvalidRequest
-from serve.messages import InferRequest, InferResponse, Parameter, earliest_deadline
+from serve.messages import (
+    InferRequest,
+    InferResponse,
+    Parameter,
+    earliest_deadline,
+    refuse_unsupported,
+)
 from serve.tensor import Array, Tensor, decode_raw, element_count, encode_raw, numpy_dtype
 
 MAX_TENSORS = 1024
@@ -86,7 +92,8 @@ def decode_request(
     """Read a request body whose first `json_bytes` are JSON (None: all of it).
 
     Tensors are views of `body` where they came as binary. The deadline is the earlier of
-    `timeout_s` and the request's `timeout` parameter after `arrival_s`. Raises InvalidRequest.
+    `timeout_s` and the request's `timeout` parameter after `arrival_s`. Raises InvalidRequest, or
+    NotSupported for parameters of extensions that aren't there.
     """
     view = memoryview(body)
     if json_bytes is not None and not 0 <= json_bytes <= len(view):
@@ -94,6 +101,7 @@ def decode_request(
             "Inference-Header-Content-Length", json_bytes, f"0 to the body's {len(view)} bytes"
         )
     document = _decode_document(view if json_bytes is None else view[:json_bytes])
+    refuse_unsupported(document.parameters, (one.parameters for one in document.outputs or ()))
     binary = view[len(view) if json_bytes is None else json_bytes :]
     tensors = []
     for given in document.inputs:

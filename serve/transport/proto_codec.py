@@ -10,7 +10,13 @@ import numpy as np
 
 from serve import oip_pb2 as pb
 from serve.errors import InvalidRequest
-from serve.messages import InferRequest, InferResponse, Parameter, earliest_deadline
+from serve.messages import (
+    InferRequest,
+    InferResponse,
+    Parameter,
+    earliest_deadline,
+    refuse_unsupported,
+)
 from serve.tensor import Array, Tensor, decode_raw, element_count, encode_raw, numpy_dtype
 
 MAX_TENSORS = 1024
@@ -39,6 +45,7 @@ def decode_request(
     """Read a ModelInferRequest. Raw tensors are views of the message's bytes."""
     if len(message.inputs) + len(message.outputs) > MAX_TENSORS:
         raise InvalidRequest("inputs", f"{len(message.inputs)} tensors", f"at most {MAX_TENSORS}")
+    refuse_unsupported(message.parameters, (output.parameters for output in message.outputs))
     parameters = _parameters(message.parameters)
     inputs = _raw_inputs(message) if message.raw_input_contents else _typed_inputs(message)
     return InferRequest(

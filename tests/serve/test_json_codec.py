@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.errors import InvalidRequest
+from serve.errors import InvalidRequest, NotSupported
 from serve.messages import InferRequest, InferResponse
 from serve.tensor import NUMPY_DTYPES, Array, Tensor, encode_raw
 from serve.transport.json_codec import (
@@ -445,3 +445,27 @@ def test_response_has_all_fields_when_they_are_given() -> None:
         "id": "é",
         "parameters": {"variant": "abc"},
     }
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        pytest.param({"parameters": {"sequence_id": 1}}, "sequence_id", id="a sequence"),
+        pytest.param(
+            {"outputs": [{"name": "y", "parameters": {"classification": 3}}]},
+            "classification",
+            id="classes",
+        ),
+        pytest.param(
+            {"outputs": [{"name": "y", "parameters": {"shared_memory_region": "r"}}]},
+            "shared_memory_region",
+            id="shared memory",
+        ),
+    ],
+)
+def test_request_is_refused_as_not_supported_when_it_asks_for(
+    fields: dict[str, Any], field: str
+) -> None:
+    body = json.dumps({**json.loads(json_body([1, 2])), **fields}).encode()
+    with pytest.raises(NotSupported, match=field):
+        decode(body)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve import oip_pb2 as pb
-from serve.errors import InvalidRequest
+from serve.errors import InvalidRequest, NotSupported
 from serve.messages import InferRequest, InferResponse
 from serve.tensor import Tensor, encode_raw
 from serve.transport.proto_codec import TYPED_FIELDS, decode_request, encode_response
@@ -156,3 +156,14 @@ def test_raw_request_is_read_or_refused_when_it_is_any_bytes(raw: bytes, shape: 
     except InvalidRequest:
         return
     assert tensor.shape == tuple(shape)
+
+
+def test_request_is_refused_as_not_supported_when_it_asks_for_classes() -> None:
+    message = typed_request("FP32", [2], [1.0, 2.0])
+    message.outputs.add(name="y").parameters["classification"].int64_param = 3
+    with pytest.raises(NotSupported, match="classification"):
+        decode(message)
+    message.outputs.clear()
+    message.parameters["sequence_id"].int64_param = 7
+    with pytest.raises(NotSupported, match="sequence_id"):
+        decode(message)
