@@ -326,7 +326,13 @@ def _accuracy_details(result: StudyResult, chosen: Variant) -> list[str]:
     lower = f"Its accuracy is {percent(quality.value)}, at most "
     bound = f"{_points(max(0.0, quality.drop_bound))} points lower than the base's"
     allowed = f", {objective.max_drop_points:g} allowed" if objective else ""
-    return [f"{lower}{bound} ({quality.confidence * 100:g}% confidence{allowed})."]
+    sentences = [f"{lower}{bound} ({quality.confidence * 100:g}% confidence{allowed})."]
+    if (test := chosen.test_quality) is not None:
+        sentences.append(
+            f"On the locked test split, looked at once, it is {percent(test.value)}, where the "
+            f"base has {percent(test.value + test.drop)}."
+        )
+    return sentences
 
 
 def _cost_details(result: StudyResult, chosen: Variant) -> list[str]:

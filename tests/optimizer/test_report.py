@@ -254,3 +254,18 @@ def test_script_json_is_json_that_cannot_end_the_script() -> None:
 
     assert not re.search("[<>&\u2028]", text)
     assert json.loads(text) == {"text": "</script>\u2028&", "gap": [1.0, None, None]}
+
+
+def test_details_report_the_locked_test_split_when_it_was_looked_at() -> None:
+    result = met()
+    chosen = result.chosen
+    assert chosen is not None
+    assert chosen.quality is not None
+    test = replace(chosen.quality, value=0.893, drop=0.004, split="test")
+    rows = tuple(
+        replace(row, test_quality=test) if row is chosen else row for row in result.variants
+    )
+    said = details(replace(result, variants=rows))
+    assert "On the locked test split, looked at once, it is 89.30%, where the base has 89.70%." in (
+        said
+    )
