@@ -3,6 +3,7 @@
 Knows what to say, not when: that is the verdict's.
 """
 
+from abc import abstractmethod
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -14,8 +15,9 @@ class Reason(Strict):
     """Base of all reasons; `kind` names the class in a report."""
 
     @property
+    @abstractmethod
     def message(self) -> str:
-        raise NotImplementedError
+        """The reason as a sentence with its numbers, and what to do where something can be."""
 
 
 class LatencyMissed(Reason):
