@@ -6,9 +6,11 @@ installed.
 
 import importlib
 import importlib.util
+import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -89,7 +91,8 @@ def optimize_command(
     if store.is_dir():
         _usage(f"--store: {store} is a directory, want a file")
     console = Console(stderr=True)
-    result = _run(spec, repository, store, verify, console)
+    with _interrupted_by_sigterm():
+        result = _run(spec, repository, store, verify, console)
     _write(result, json_file, html_file)
     _print(result, repository, json_file, html_file)
     raise typer.Exit(EXIT_CODES[result.outcome])
@@ -133,6 +136,20 @@ def _run(
             return optimize(spec, repository, options)
         except StoreInvalid as error:
             raise OSError(f"--store: {error}") from error
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends a study as Ctrl-C does, so that its server and load test end with it."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _check_installed(verify: bool) -> None:

@@ -1,5 +1,6 @@
 """The command `trimserve optimize`: exit codes, messages, and what it leaves behind."""
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,3 +145,18 @@ def test_missing_extra_is_named_with_the_command_that_installs_it(
     code = main([str(tmp_path / "spec.yaml"), "--repository", str(tmp_path)])
     assert code == 2
     assert "pip install 'trimserve[optimizer]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_exit_code_is_130_and_nothing_is_published_when_a_study_is_interrupted(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    command = [sys.executable, "-m", "trimserve", "optimize", str(write_study(tmp_path))]
+    command += ["--repository", str(tmp_path / "models"), "--store", str(tmp_path / "s.sqlite")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as study:
+        assert study.stderr is not None
+        assert any(line.startswith("searching") for line in study.stderr)
+        study.send_signal(number)
+        study.stderr.read()
+        assert study.wait(60) == 130
+    assert not (tmp_path / "models").exists()
