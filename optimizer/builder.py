@@ -7,7 +7,7 @@ only once its parity was checked. It doesn't time or judge anything.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from optimizer.errors import OptimizerError, TechniqueFailed, TechniqueNotApplicable
 from optimizer.parity import check_parity
@@ -31,6 +31,8 @@ class Builder:
     context: Context
     inputs: Mapping[str, Array]
     clock: Callable[[], float] = time.monotonic
+    refusals: dict[str, str] = field(default_factory=dict)
+    """Technique → why its check refused a model that it could take by kind; grows with use."""
 
     def variant_id(self, recipe: Recipe) -> str:
         """The id of what the recipe makes, without making it."""
@@ -69,17 +71,14 @@ class Builder:
         if not takers:
             return ()
         model = self._model(recipe)
-        return [
-            Option(technique.traits, technique.space(model, self.context))
-            for technique in takers
-            if self._reason_against(technique, model) is None
-        ]
-
-    def reasons_against(self, recipe: Recipe) -> dict[str, str]:
-        """Technique → why it can't come after the recipe, though by its kind it could."""
-        model = self._model(recipe)
-        found = {one.traits.name: self._reason_against(one, model) for one in self._takers(recipe)}
-        return {name: reason for name, reason in found.items() if reason is not None}
+        options = []
+        for technique in takers:
+            reason = self._reason_against(technique, model)
+            if reason is None:
+                options.append(Option(technique.traits, technique.space(model, self.context)))
+            else:
+                self.refusals[technique.traits.name] = reason
+        return options
 
     def _steps(self, recipe: Recipe) -> tuple[tuple[Step, str], ...]:
         calibration = self.context.calibration.digest

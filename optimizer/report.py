@@ -34,7 +34,7 @@ MAX_ROWS = 12
 WIDE = 100
 """Columns of a terminal that have room for all of the table."""
 LEGEND = (
-    "★ chosen  ✓ kept the SLO too  · could keep it  ✗ breaks it  - dropped.  Latency at the SLO's "
+    "★ chosen  · could keep the SLO  ✗ breaks it  - dropped.  Latency at the SLO's "
     "rate, measured where marked *, else predicted; req/s: the most that a replica sustains "
     "within the SLO; cost: of a million inferences at that rate."
 )

@@ -186,6 +186,8 @@ class _Study:
         rows = trials.rows
         if any(row.speedup is not None and row.speedup.noisy for row in rows):
             self._note("the machine was too noisy to rank some variants by their speed")
+        for name, reason in trials.builder.refusals.items():
+            self._note(f"{name} was left out: {reason}")
         if not complete:
             self._note("the budget ended before every baseline was tried")
         finals = Finals(

@@ -14,7 +14,7 @@ from optimizer.recipe import Traits
 from optimizer.space import Categorical, Parameters, Space
 from optimizer.techniques import Context
 from optimizer.variant import EngineModel, Kind, Model, OnnxModel, Stage, engine_model
-from serve.engines import EngineSpec
+from serve.engines import EngineSpec, engine_module
 
 _ONNX_FILE = "model.onnx"
 _IR_FILE = "model.xml"
@@ -91,6 +91,7 @@ def _to_onnxruntime(model: OnnxModel, optimization: str, directory: Path) -> Eng
 
 
 def _to_openvino(model: OnnxModel, precision: str, directory: Path) -> EngineModel:
+    engine_module("openvino")  # first, since it keeps OpenVINO from reporting to its makers
     import openvino
 
     converted = openvino.Core().read_model(model.path)

@@ -253,6 +253,26 @@ def test_study_reports_a_technique_that_raises_and_goes_on(study: Path, tmp_path
     assert dropped[0].reasons[0].detail == ("pruning failed: RuntimeError: a layer without a name")
 
 
+class Refusing(Raising):
+    """A technique that finds nothing to do in any model."""
+
+    def check(self, model: Model, context: Context) -> str | None:
+        return "no layer is wide enough"
+
+
+def test_study_says_why_a_technique_is_left_out_when_its_check_refuses(
+    study: Path, tmp_path: Path
+) -> None:
+    techniques: Mapping[str, Technique] = {
+        "pruning": Refusing(),
+        "export": load_technique("export"),
+        "compilation": load_technique("compilation"),
+    }
+    result = optimize(spec_with(study, trials=3), tmp_path, options(study, techniques=techniques))
+    assert result.outcome == "met"
+    assert "pruning was left out: no layer is wide enough" in result.notes
+
+
 def test_study_leaves_out_what_the_spec_excludes(study: Path, tmp_path: Path) -> None:
     spec = spec_with(study, trials=10)
     included = spec.techniques.model_copy(update={"include": ("compilation",)})
