@@ -16,32 +16,40 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pydantic
 
 from serve.engines import EngineSpec, Signature
-from serve.errors import ArtifactInvalid
+from serve.errors import ArtifactInvalid, InvalidRequest
 from serve.machine import Machine
-from serve.tensor import Array
+from serve.padding import CutOutput, PaddedInput, Padding
+from serve.tensor import DATATYPES, Array, Tensor, decode_raw, encode_raw
+from serve.transform import ImageInput, LabelOutput, TextInput, TransformSpec, check_spec, files_of
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
 MAX_MANIFEST_BYTES = 4_000_000
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# Datatypes that npz has no type for.
+_STORED_RAW = frozenset({"BYTES", "BF16"})
 VERSION_NAME = re.compile(r"[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True)
 class Batching:
     """`max_batch_size` 0 means a model without a batch dimension; the delay is counted from the
-    oldest request in the queue, the queue's size in requests."""
+    oldest request in the queue, the queue's size in requests. Requests of more rows than the
+    maximum are refused or, with `oversize` "split", run in several batches. `default_timeout_s`
+    is the deadline of requests that bring none; 0 for none."""
 
     max_batch_size: int = 0
     max_queue_delay_s: float = 0.0
     max_queue_size: int = 1024
+    oversize: Literal["refuse", "split"] = "refuse"
+    default_timeout_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,9 @@ class Golden:
 
 @dataclass(frozen=True)
 class Manifest:
+    """One version: what serves it and how. `signature` is the engine's. `labels` names, for an
+    output, the file with its classes' names, one a line."""
+
     model: str
     version: str
     signature: Signature
@@ -119,10 +130,29 @@ class Manifest:
     profile: Profile | None = None
     slo: Mapping[str, Any] | None = None
     golden: Golden | None = None
+    padding: Padding | None = None
+    transform: TransformSpec | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
 
-for _kind in (Batching, ServiceTime, Profile, Quality, Step, FileDigest, Golden, Manifest):
+for _kind in (
+    Batching,
+    CutOutput,
+    FileDigest,
+    Golden,
+    ImageInput,
+    LabelOutput,
+    Manifest,
+    PaddedInput,
+    Padding,
+    Profile,
+    Quality,
+    ServiceTime,
+    Step,
+    TextInput,
+    TransformSpec,
+):
     setattr(_kind, "__pydantic_config__", pydantic.ConfigDict(extra="forbid"))  # noqa: B010
 _MANIFESTS = pydantic.TypeAdapter(Manifest)
 
@@ -156,12 +186,15 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         key = ".".join(str(part) for part in detail["loc"])
         raise ArtifactInvalid(where, f"{key}: {detail['msg']}") from error
     for name in manifest.files:
-        _check_file_name(name, where)
-    if manifest.engine.file not in manifest.files:
-        raise ArtifactInvalid(where, f"engine.file: {manifest.engine.file!r} is not in files")
-    if manifest.golden is not None and manifest.golden.file not in manifest.files:
-        raise ArtifactInvalid(where, f"golden.file: {manifest.golden.file!r} is not in files")
+        check_file_name(name, where)
+    for field_name, name in _named_files(manifest).items():
+        if name not in manifest.files:
+            raise ArtifactInvalid(where, f"{field_name}: {name!r} is not in files")
     _check_numbers(manifest, where)
+    _check_padding(manifest, where)
+    _check_labels(manifest, where)
+    if manifest.transform is not None:
+        check_spec(manifest.transform, where)
     return manifest
 
 
@@ -200,7 +233,7 @@ def write_version(repository: Path, manifest: Manifest, files: Mapping[str, Path
     if (directory / MANIFEST).exists():
         raise ArtifactInvalid(str(directory), "exists already, versions are immutable")
     for name in files:
-        _check_file_name(name, str(directory))
+        check_file_name(name, str(directory))
     if directory.exists():
         shutil.rmtree(directory)
     directory.mkdir(parents=True)
@@ -254,9 +287,21 @@ def check_version_name(name: str) -> None:
 
 
 def write_golden(path: Path, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-    """Store a golden input with its outputs as an npz file without pickles."""
-    arrays = {f"inputs/{name}": array for name, array in inputs.items()}
-    arrays |= {f"outputs/{name}": array for name, array in outputs.items()}
+    """Store a golden input with its outputs as an npz file without pickles.
+
+    Tensors that npz has no type for (BYTES, BF16) are stored in the protocol's raw form, with
+    their shape beside it.
+    """
+    arrays: dict[str, Array] = {}
+    for side, tensors in (("inputs", inputs), ("outputs", outputs)):
+        for name, array in tensors.items():
+            datatype = DATATYPES[array.dtype]
+            if datatype in _STORED_RAW:
+                raw = encode_raw(Tensor(name, datatype, array))
+                arrays[f"{side}.{datatype}/{name}"] = np.frombuffer(raw, np.uint8)
+                arrays[f"{side}.shape/{name}"] = np.array(array.shape, np.int64)
+            else:
+                arrays[f"{side}/{name}"] = array
     with path.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
 
@@ -266,12 +311,49 @@ def read_golden(path: Path) -> tuple[dict[str, Array], dict[str, Array]]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except (EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
+        return _golden_side(arrays, "inputs"), _golden_side(arrays, "outputs")
+    except (EOFError, InvalidRequest, KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
         raise ArtifactInvalid(str(path), f"no readable golden input: {error}") from error
-    return (
-        {name.removeprefix("inputs/"): a for name, a in arrays.items() if name[:7] == "inputs/"},
-        {name.removeprefix("outputs/"): a for name, a in arrays.items() if name[:8] == "outputs/"},
-    )
+
+
+def _golden_side(arrays: Mapping[str, Array], side: str) -> dict[str, Array]:
+    tensors: dict[str, Array] = {}
+    for key, array in arrays.items():
+        kind, _, name = key.partition("/")
+        if kind == side:
+            tensors[name] = array
+        elif kind.removeprefix(f"{side}.") in _STORED_RAW and kind.startswith(f"{side}."):
+            shape = arrays[f"{side}.shape/{name}"].tolist()
+            raw = memoryview(array.tobytes())
+            tensors[name] = decode_raw(name, kind.removeprefix(f"{side}."), shape, raw).array
+    return tensors
+
+
+def _named_files(manifest: Manifest) -> dict[str, str]:
+    """The files that parts of the manifest name, by field: they must be among its files."""
+    named = {"engine.file": manifest.engine.file}
+    if manifest.golden is not None:
+        named["golden.file"] = manifest.golden.file
+    if manifest.transform is not None:
+        named |= {f"transform: {name}": name for name in files_of(manifest.transform)}
+    named |= {f"labels.{output}": name for output, name in manifest.labels.items()}
+    return named
+
+
+def _check_padding(manifest: Manifest, where: str) -> None:
+    if manifest.padding is None:
+        return
+    if not manifest.batching.max_batch_size:
+        raise ArtifactInvalid(where, "padding: want batching.max_batch_size of at least 1 with it")
+    problem = manifest.padding.problem(manifest.signature.inputs, manifest.signature.outputs)
+    if problem is not None:
+        raise ArtifactInvalid(where, ": ".join(problem))
+
+
+def _check_labels(manifest: Manifest, where: str) -> None:
+    unknown = sorted(set(manifest.labels) - {one.name for one in manifest.signature.outputs})
+    if unknown:
+        raise ArtifactInvalid(where, f"labels: got {unknown[0]!r}, want names of outputs")
 
 
 def _check_numbers(manifest: Manifest, where: str) -> None:
@@ -283,13 +365,14 @@ def _check_numbers(manifest: Manifest, where: str) -> None:
         "batching.max_batch_size": (batching.max_batch_size, 0),
         "batching.max_queue_delay_s": (batching.max_queue_delay_s, 0),
         "batching.max_queue_size": (batching.max_queue_size, 1),
+        "batching.default_timeout_s": (batching.default_timeout_s, 0),
     }
     for field_name, (value, least) in numbers.items():
         if not least <= value < math.inf:
             raise ArtifactInvalid(where, f"{field_name}: got {value}, want at least {least}")
 
 
-def _check_file_name(name: str, where: str) -> None:
+def check_file_name(name: str, where: str) -> None:
     parts = name.split("/")
     if not name or any(part in ("", ".", "..") for part in parts) or "\\" in name or "\0" in name:
         raise ArtifactInvalid(where, f"file name {name!r} leads out of the version's folder")

@@ -24,6 +24,7 @@ from serve.errors import (
     ServeError,
     ShuttingDown,
 )
+from serve.padding import Padding
 from serve.tensor import Array
 
 _log = logging.getLogger(__name__)
@@ -31,20 +32,36 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """What the batcher needs of a request; `context` belongs to whoever submits it."""
+    """What the batcher needs of a request: the engine's inputs, their rows, and their own length
+    where the model pads. `context` belongs to whoever submits it."""
 
     inputs: Mapping[str, Array]
     n_rows: int
     context: object
+    length: int = 0
+
+
+@dataclass(slots=True)
+class Phases:
+    """Seconds that a batch took: putting its inputs together, in the engine, and taking its
+    outputs apart. Several runs where a failing batch was halved."""
+
+    assemble_s: float = 0.0
+    execute_s: float = 0.0
+    split_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        return self.assemble_s + self.execute_s + self.split_s
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Where a request's time went, in seconds, and the batch it was part of."""
+    """Where a request's time went: in the queue, then in the phases of its batch."""
 
     queue_s: float
-    execute_s: float
-    batch_rows: int
+    phases: Phases = field(default_factory=Phases)
+    batch_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +80,16 @@ class Batch:
 
     completions: tuple[Completion, ...]
     n_rows: int = 0
-    execute_s: float = 0.0
+    phases: Phases = field(default_factory=Phases)
     reason: str = ""
 
 
 class Batcher:
     """Queue and instances of one model version.
 
-    `batched` says whether the tensors' first axis is the batch; without it every request runs
-    alone. `deliver` is called from the instances' threads and must not block.
+    The first axis of the tensors is the batch where the queue's limits let more than one request
+    share a run. `padding` says how lengths are made equal; the queue's lanes are its buckets then.
+    `deliver` is called from the instances' threads and must not block.
     """
 
     def __init__(
@@ -80,13 +98,13 @@ class Batcher:
         engines: Sequence[Engine],
         queue: BatchQueue[Work],
         deliver: Callable[[Batch], None],
-        batched: bool = True,
+        padding: Padding | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = name
         self._queue = queue
         self._deliver = deliver
-        self._batched = batched
+        self._padding = padding
         self._clock = clock
         self._condition = threading.Condition()
         self._n_idle = 0
@@ -178,67 +196,84 @@ class Batcher:
         started = self._clock()
         entries = decision.batch
         n_rows = sum(entry.n_rows for entry in entries)
-        results = self._run_groups(engine, [entry.item for entry in entries])
-        seconds = max(self._clock() - started, 1e-9)
+        phases = Phases()
+        bucket = decision.lane if isinstance(decision.lane, int) else 0
+        results = self._run_halving(engine, [entry.item for entry in entries], bucket, phases)
         with self._condition:
-            self._queue.times.observe(n_rows, seconds)
+            self._queue.times_of(decision.lane).observe(n_rows, max(phases.total_s, 1e-9))
         completions = [
             Completion(
                 entry.item,
-                Timing(started - entry.arrival_s, seconds, n_rows),
+                Timing(started - entry.arrival_s, phases, n_rows),
                 {} if isinstance(result, ServeError) else result,
                 result if isinstance(result, ServeError) else None,
             )
             for entry, result in zip(entries, results, strict=True)
         ]
-        return Batch((*others, *completions), n_rows, seconds, decision.reason)
+        return Batch((*others, *completions), n_rows, phases, decision.reason)
 
-    def _run_groups(
-        self, engine: Engine, works: Sequence[Work]
-    ) -> list[Mapping[str, Array] | ServeError]:
-        """Results in the order of `works`; only those of equal row shapes share a run."""
-        groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
-        for index, work in enumerate(works):
-            shapes = tuple(array.shape[1:] for array in work.inputs.values())
-            groups.setdefault(shapes, []).append(index)
-        if not self._batched:
-            groups = {((index,),): [index] for index in range(len(works))}
-        results: list[Mapping[str, Array] | ServeError] = [ShuttingDown()] * len(works)
-        for indices in groups.values():
-            group = [works[index] for index in indices]
-            for index, result in zip(indices, self._run_group(engine, group), strict=True):
-                results[index] = result
-        return results
-
-    def _run_group(
-        self, engine: Engine, works: Sequence[Work]
+    def _run_halving(
+        self, engine: Engine, works: Sequence[Work], bucket: int, phases: Phases
     ) -> Sequence[Mapping[str, Array] | ServeError]:
-        """Run together; where that fails, each alone, so that only the culprit fails."""
+        """Run together; where that fails, each half alone, so that only the culprit fails and its
+        neighbours are run again as few times as can be."""
         try:
-            return self._run_together(engine, works)
+            return self._run_together(engine, works, bucket, phases)
         except Exception as error:  # noqa: BLE001 - engines raise anything; the last is logged
             if len(works) == 1 and isinstance(error, InvalidRequest):
                 return [error]
             if len(works) == 1:
                 _log.exception("engine failed", extra={"model": ":".join(self._name)})
                 return [EngineFailed(*self._name)]
-        return [self._run_group(engine, [work])[0] for work in works]
+        middle = len(works) // 2
+        return [
+            *self._run_halving(engine, works[:middle], bucket, phases),
+            *self._run_halving(engine, works[middle:], bucket, phases),
+        ]
 
-    def _run_together(self, engine: Engine, works: Sequence[Work]) -> Sequence[Mapping[str, Array]]:
+    def _run_together(
+        self, engine: Engine, works: Sequence[Work], bucket: int, phases: Phases
+    ) -> Sequence[Mapping[str, Array]]:
+        started = self._clock()
+        inputs = self._assembled(works, bucket)
+        assembled = self._clock()
+        phases.assemble_s += assembled - started
+        try:
+            outputs = engine.run(inputs)
+        finally:
+            executed = self._clock()
+            phases.execute_s += executed - assembled
+        results = self._split(works, outputs)
+        phases.split_s += self._clock() - executed
+        return results
+
+    def _assembled(self, works: Sequence[Work], bucket: int) -> Mapping[str, Array]:
+        if self._padding is not None:
+            return self._padding.assemble([work.inputs for work in works], bucket)
         if len(works) == 1:
-            return [engine.run({n: _aligned(a) for n, a in works[0].inputs.items()})]
-        names = works[0].inputs
-        outputs = engine.run(
-            {name: np.concatenate([work.inputs[name] for work in works]) for name in names}
-        )
+            return {name: _aligned(array) for name, array in works[0].inputs.items()}
+        return {
+            name: np.concatenate([work.inputs[name] for work in works]) for name in works[0].inputs
+        }
+
+    def _split(
+        self, works: Sequence[Work], outputs: Mapping[str, Array]
+    ) -> Sequence[Mapping[str, Array]]:
+        if len(works) == 1:
+            return [self._own(works[0], outputs)]
         stops = np.cumsum([work.n_rows for work in works]).tolist()
         for name, array in outputs.items():
             if len(array) != stops[-1]:
                 raise ValueError(f"output {name!r} has {len(array)} rows, want {stops[-1]}")
         return [
-            {name: array[stop - work.n_rows : stop] for name, array in outputs.items()}
+            self._own(
+                work, {name: array[stop - work.n_rows : stop] for name, array in outputs.items()}
+            )
             for work, stop in zip(works, stops, strict=True)
         ]
+
+    def _own(self, work: Work, outputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        return outputs if self._padding is None else self._padding.cut(outputs, work.length)
 
 
 def _ended(entry: Entry[Work], now: float, error: ServeError | None = None) -> Completion:
@@ -246,7 +281,7 @@ def _ended(entry: Entry[Work], now: float, error: ServeError | None = None) -> C
     waited_s = now - entry.arrival_s
     return Completion(
         entry.item,
-        Timing(waited_s, 0.0, 0),
+        Timing(waited_s),
         error=error or DeadlineExceeded(waited_s, "queue"),
     )
 

@@ -49,6 +49,12 @@ class NotSupported(ServeError):
     code = "not_supported"
 
 
+class Forbidden(ServeError):
+    """Understood, and not allowed here; the message says where or how it would be."""
+
+    code = "forbidden"
+
+
 class ModelNotFound(ServeError):
     code = "model_not_found"
 
@@ -77,9 +83,9 @@ class ShuttingDown(ServeError):
 class QueueFull(ServeError):
     code = "queue_full"
 
-    def __init__(self, limit: int, retry_after_s: float) -> None:
+    def __init__(self, limit: int, retry_after_s: float, unit: str = "requests") -> None:
         super().__init__(
-            f"the queue holds its limit of {limit} requests, retry in {retry_after_s:.3g} s"
+            f"the queue holds its limit of {limit} {unit}, retry in {retry_after_s:.3g} s"
         )
         self.limit = limit
         self.retry_after_s = retry_after_s
@@ -101,6 +107,16 @@ class Cancelled(ServeError):
 
     def __init__(self) -> None:
         super().__init__("the client cancelled the request")
+
+
+class LoadFailed(ServeError):
+    """A model that was asked to be loaded can't be; what was there before goes on."""
+
+    code = "load_failed"
+
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(f"model {_shown(model)} was not loaded: {reason}")
+        self.reason = reason
 
 
 class EngineFailed(ServeError):

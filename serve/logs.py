@@ -4,7 +4,10 @@ import json
 import logging
 import sys
 import time
+from dataclasses import dataclass
 from typing import TextIO
+
+from serve.errors import InvalidRequest
 
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 
@@ -38,3 +41,44 @@ def configure(log_format: str, level: str, stream: TextIO | None = None) -> None
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+
+
+# Least severe level that is shown -> what Triton's logging extension calls it: information,
+# warnings, errors, verbose level.
+_SHOWN: dict[int, tuple[bool, bool, bool, int]] = {
+    logging.DEBUG: (True, True, True, 1),
+    logging.INFO: (True, True, True, 0),
+    logging.WARNING: (False, True, True, 0),
+    logging.ERROR: (False, False, True, 0),
+    logging.CRITICAL: (False, False, False, 0),
+}
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """Which severities are shown. Each includes those more severe than itself."""
+
+    info: bool
+    warning: bool
+    error: bool
+    verbose_level: int
+
+
+def settings() -> LogSettings:
+    """What the process logs now."""
+    level = logging.getLogger().level
+    return LogSettings(*_SHOWN[max((one for one in _SHOWN if one <= level), default=logging.DEBUG)])
+
+
+def change_settings(wanted: LogSettings) -> None:
+    """Log what `wanted` says from now on. Raises InvalidRequest where a severity is to be shown
+    and a greater one isn't."""
+    shown = (wanted.info, wanted.warning, wanted.error, min(wanted.verbose_level, 1))
+    level = next((level for level, known in _SHOWN.items() if known == shown), None)
+    if level is None or wanted.verbose_level < 0:
+        raise InvalidRequest(
+            "log_info, log_warning, log_error, log_verbose_level",
+            shown,
+            "every severity to include the greater ones",
+        )
+    logging.getLogger().setLevel(level)

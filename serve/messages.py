@@ -1,6 +1,6 @@
 """Inference requests and responses as every layer below the transports sees them."""
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 from serve.errors import InvalidRequest, NotSupported
@@ -14,7 +14,9 @@ Parameters = Mapping[str, Parameter]
 class InferRequest:
     """One inference. `deadline_s` is absolute on the monotonic clock, None for no deadline.
 
-    `outputs` names the tensors to return, in order; None means all of them.
+    `outputs` names the tensors to return, in order; None means all of them. `classification` has,
+    for outputs wanted as their best classes, how many of them. `tenant` separates clients that
+    must not share answers.
     """
 
     model: str
@@ -24,6 +26,8 @@ class InferRequest:
     id: str = ""
     parameters: Parameters = field(default_factory=dict)
     deadline_s: float | None = None
+    classification: Mapping[str, int] = field(default_factory=dict)
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +40,14 @@ class InferResponse:
 
 
 # Parameters of Triton's extensions that would change the answer: ignoring them would be wrong.
-_UNSUPPORTED_OF_REQUEST = ("sequence_id", "sequence_start", "sequence_end")
-_UNSUPPORTED_OF_OUTPUT = ("classification", "shared_memory_region")
+_UNSUPPORTED = ("sequence_id", "sequence_start", "sequence_end")
 
 
-def refuse_unsupported(request: Container[str], outputs: Iterable[Container[str]]) -> None:
-    """Raise NotSupported for parameters, of the request and of its outputs, that aren't there."""
-    for name in _UNSUPPORTED_OF_REQUEST:
-        if name in request:
+def refuse_unsupported(parameters: Container[str]) -> None:
+    """Raise NotSupported for parameters of a request that this server can't honour."""
+    for name in _UNSUPPORTED:
+        if name in parameters:
             raise NotSupported(f"parameters.{name}: sequences are not supported")
-    for output in outputs:
-        for name in _UNSUPPORTED_OF_OUTPUT:
-            if name in output:
-                raise NotSupported(f"outputs.parameters.{name} is not supported")
 
 
 def earliest_deadline(

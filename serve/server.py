@@ -6,24 +6,28 @@ import functools
 import gc
 import logging
 import signal
-import threading
-from collections.abc import Callable
-from wsgiref.simple_server import WSGIServer
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 
-import prometheus_client
-
+from serve.control import ControlOptions, ModelControl, Wanted
 from serve.errors import ArtifactInvalid
-from serve.metrics import DEFAULT_THRESHOLD_S, Metrics
-from serve.repository import Repository, Source, find_versions, onnx_source
-from serve.service import InferenceService
+from serve.machine import allowed_cores
+from serve.metrics import CONTENT_TYPE, DEFAULT_THRESHOLD_S, Metrics
+from serve.service import InferenceService, ServiceOptions
 from serve.settings import Ports, Settings
-from serve.transport.grpc import GrpcServer
+from serve.shared_memory import SharedMemory
+from serve.storage import Storage, open_storage
+from serve.storage.onnx_file import OnnxFile
+from serve.transport.admin import control_app, data_app
+from serve.transport.grpc import GrpcOptions, GrpcServer
 from serve.transport.http_server import HttpServer, listening_socket
-from serve.transport.rest import RestApp, admin_app
+from serve.transport.metrics_server import MetricsServer
+from serve.transport.rest import App, RestApp, RestOptions
 
 _log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+CONTROL_HOST = "127.0.0.1"  # whatever the data port listens on
 
 
 async def serve(settings: Settings, announce: Callable[[Ports], None]) -> bool:
@@ -33,60 +37,109 @@ async def serve(settings: Settings, announce: Callable[[Ports], None]) -> bool:
     is nothing to serve, OSError where a port is taken.
     """
     stop = _stop_event()
-    sources = _sources(settings)
-    metrics = Metrics(_threshold_s(settings, sources))
-    service = InferenceService(metrics)
-    repository = Repository(service.deliver, settings.slo)
+    threshold_s = settings.slo.latency.threshold_s if settings.slo else DEFAULT_THRESHOLD_S
+    metrics = Metrics(threshold_s)
     async with contextlib.AsyncExitStack() as stack:
-        http_socket = stack.enter_context(listening_socket(settings.host, settings.http_port))
-        metrics_server = _start_metrics(settings, metrics)
-        stack.callback(_stop_metrics, metrics_server)
-        grpc_server = GrpcServer(service, settings.max_request_bytes)
-        stack.push_async_callback(grpc_server.stop, 0)
-        ports = Ports(
-            http_socket.getsockname()[1],
-            await grpc_server.start(_address(settings.host, settings.grpc_port)),
-            metrics_server.server_port,
+        workers = stack.enter_context(ThreadPoolExecutor(allowed_cores(), "transform"))
+        memory = stack.enter_context(
+            contextlib.closing(SharedMemory(settings.shared_memory_prefix))
         )
-        app = RestApp(service, admin_app(service), settings.max_request_bytes)
-        http_server = HttpServer(app, settings.drain_timeout_s)
-        http_task = asyncio.create_task(http_server.serve(sockets=[http_socket]))
-        stack.push_async_callback(_end, http_server, http_task)
-        await asyncio.to_thread(repository.load, sources)
-        _check_loaded(repository)
-        service.open(repository)
+        service = InferenceService(metrics, workers, _service_options(settings), memory)
+        storage = stack.enter_context(contextlib.closing(_storage(settings)))
+        control = service.controlled(storage, _control_options(settings))
+        rest = RestApp(service, data_app(service), _rest_options(settings))
+        http_port, http_server = await stack.enter_async_context(
+            _listening(rest, settings.host, settings.http_port, settings.drain_timeout_s)
+        )
+        metrics_server = MetricsServer(
+            settings.host, settings.metrics_port, CONTENT_TYPE, metrics.exposition
+        )
+        stack.callback(metrics_server.stop)
+        grpc_server = GrpcServer(service, _grpc_options(settings))
+        stack.push_async_callback(grpc_server.stop, 0)
+        grpc_port = await grpc_server.start(_address(settings.host, settings.grpc_port))
+        control_port = None
+        if settings.control_port is not None:
+            control_port, _ = await stack.enter_async_context(
+                _listening(control_app(service), CONTROL_HOST, settings.control_port, 1.0)
+            )
+        await control.start()
+        _check_loaded(settings, service)
         # What is loaded now stays: out of the collector's way, whose pauses requests would feel.
         gc.collect()
         gc.freeze()
         await grpc_server.set_ready(service.is_ready)
-        announce(ports)
+        announce(Ports(http_port, grpc_port, metrics_server.port, control_port))
+        watching = asyncio.create_task(_watch(settings, control, service, grpc_server))
         await stop.wait()
-        drained = await _drain(settings, service, grpc_server, http_server, http_task)
-        await asyncio.to_thread(repository.close, drained)
+        watching.cancel()
+        drained = await _drain(settings, service, grpc_server, http_server)
+        await control.close(drained)
     return drained
 
 
-async def _end(http_server: HttpServer, http_task: asyncio.Task[None]) -> None:
-    """Nothing to do after a drain; where the start failed, this ends the server."""
-    http_server.should_exit = True
-    await http_task
+async def _watch(
+    settings: Settings,
+    control: ModelControl,
+    service: InferenceService,
+    grpc_server: GrpcServer,
+) -> None:
+    """Poll the repository where the mode says so, and keep gRPC's health service in step with
+    what is loaded and unloaded."""
+    async with asyncio.TaskGroup() as tasks:
+        if settings.model_control == "poll":
+            tasks.create_task(control.poll(settings.poll_interval_s))
+        if settings.model_control != "none":
+            tasks.create_task(_follow_readiness(service, grpc_server))
+
+
+async def _follow_readiness(service: InferenceService, grpc_server: GrpcServer) -> None:
+    while True:
+        await asyncio.sleep(0.2)
+        await grpc_server.set_ready(service.is_ready)
+
+
+@contextlib.asynccontextmanager
+async def _listening(
+    app: App, host: str, port: int, drain_timeout_s: float
+) -> AsyncIterator[tuple[int, "RunningHttp"]]:
+    """An HTTP server on its port while the context is open; it ends with it, if not before."""
+    with listening_socket(host, port) as listener:
+        running = RunningHttp(HttpServer(app, drain_timeout_s))
+        running.task = asyncio.create_task(running.server.serve(sockets=[listener]))
+        try:
+            yield listener.getsockname()[1], running
+        finally:
+            await running.stop()
+
+
+class RunningHttp:
+    """An HTTP server and the task that runs it."""
+
+    def __init__(self, server: HttpServer) -> None:
+        self.server = server
+        self.task: asyncio.Task[None] | None = None
+
+    async def stop(self) -> None:
+        """Let no further connection in and answer what is there."""
+        self.server.should_exit = True
+        if self.task is not None:
+            await self.task
 
 
 async def _drain(
     settings: Settings,
     service: InferenceService,
     grpc_server: GrpcServer,
-    http_server: HttpServer,
-    http_task: asyncio.Task[None],
+    http_server: RunningHttp,
 ) -> bool:
     """Not ready first, then closed to new work, then done with the old."""
     _log.info("draining")
     service.start_draining()
     await grpc_server.set_ready(False)
     await asyncio.sleep(settings.drain_delay_s)
-    http_server.should_exit = True
     _, _, drained = await asyncio.gather(
-        http_task,
+        http_server.stop(),
         grpc_server.stop(settings.drain_timeout_s),
         service.drain(settings.drain_timeout_s),
     )
@@ -94,28 +147,61 @@ async def _drain(
     return drained
 
 
-def _sources(settings: Settings) -> list[Source]:
+def _control_options(settings: Settings) -> ControlOptions:
+    return ControlOptions(
+        mode=settings.model_control,
+        models=tuple(_wanted(text) for text in settings.load_models),
+        policy=settings.version_policy,
+        slo=settings.slo,
+        oversize=settings.oversize,
+    )
+
+
+def _storage(settings: Settings) -> Storage:
     if settings.model is not None:
-        return [onnx_source(settings.model)]
+        return OnnxFile(settings.model)
     assert settings.repository is not None
-    return find_versions(settings.repository)
+    return open_storage(settings.repository, settings.cache)
 
 
-def _check_loaded(repository: Repository) -> None:
-    """At least one model must be there to answer; the others are reported as failed."""
-    slots = list(repository.slots())
-    if not any(slot.model for slot in slots):
-        raise ArtifactInvalid("no model could be loaded", "; ".join(slot.reason for slot in slots))
+def _wanted(text: str) -> Wanted:
+    name, _, digest = text.partition("@")
+    return Wanted(name, digest=digest)
 
 
-def _threshold_s(settings: Settings, sources: list[Source]) -> float:
-    """The latency threshold that histograms must have an edge on."""
-    if settings.slo is not None:
-        return settings.slo.latency.threshold_s
-    thresholds = {t for source in sources if (t := source.threshold_s()) is not None}
-    if len(thresholds) > 1:
-        _log.warning("models with several SLO thresholds, histograms follow the lowest")
-    return min(thresholds, default=DEFAULT_THRESHOLD_S)
+def _service_options(settings: Settings) -> ServiceOptions:
+    return ServiceOptions(
+        response_cache_bytes=settings.response_cache_bytes,
+        merge_duplicates=settings.merge_duplicates,
+        max_in_flight_bytes=max(settings.max_in_flight_bytes, settings.max_request_bytes),
+        control_on_data_port=settings.control_on_data_port,
+    )
+
+
+def _rest_options(settings: Settings) -> RestOptions:
+    return RestOptions(settings.max_request_bytes, settings.tenant_header)
+
+
+def _grpc_options(settings: Settings) -> GrpcOptions:
+    return GrpcOptions(
+        max_message_bytes=settings.max_request_bytes,
+        max_connection_age_s=settings.max_connection_age_s,
+        tenant_header=settings.tenant_header,
+    )
+
+
+def _check_loaded(settings: Settings, service: InferenceService) -> None:
+    """Where nothing can be loaded later, some model must be there to answer; the others are
+    reported as failed."""
+    slots = list(service.repository.slots())
+    if settings.model_control != "none" or any(slot.model for slot in slots):
+        return
+    if not slots:
+        raise ArtifactInvalid(
+            str(settings.repository or settings.model),
+            "no model version, want <model>/<version>/manifest.json or model.onnx in it",
+        )
+    raise ArtifactInvalid("no model could be loaded", "; ".join(slot.reason for slot in slots))
 
 
 def _stop_event() -> asyncio.Event:
@@ -130,26 +216,6 @@ def _stop_event() -> asyncio.Event:
     for number in SIGNALS:
         loop.add_signal_handler(number, functools.partial(on_signal, number))
     return stop
-
-
-def _start_metrics(settings: Settings, metrics: Metrics) -> WSGIServer:
-    try:
-        server, _ = prometheus_client.start_http_server(
-            settings.metrics_port, settings.host, metrics.registry
-        )
-    except OSError as error:
-        raise OSError(
-            f"can't listen on {settings.host}:{settings.metrics_port} for metrics: {error.strerror}"
-        ) from error
-    return server
-
-
-def _stop_metrics(server: WSGIServer) -> None:
-    """Stop answering scrapes; in a thread, since `shutdown` waits for the serving loop."""
-    stopper = threading.Thread(target=server.shutdown)
-    stopper.start()
-    stopper.join()
-    server.server_close()
 
 
 def _address(host: str, port: int) -> str:

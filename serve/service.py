@@ -5,24 +5,50 @@ bring requests in their own encodings and translate errors. It knows neither HTT
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from serve import VERSION
-from serve.batch_policy import Entry
-from serve.batcher import Batch, Completion, Work
+from serve.batcher import Batch
+from serve.control import ControlOptions, ModelControl
 from serve.engines import Signature
-from serve.errors import DeadlineExceeded, ModelNotFound, ModelNotReady
+from serve.errors import Cancelled, ModelNotFound, ModelNotReady, QueueFull, ServeError
+from serve.execution import Execution, Job
 from serve.messages import InferRequest, InferResponse
 from serve.metrics import Metrics
 from serve.model import Model
-from serve.repository import Repository
+from serve.model_config_pb2 import ModelConfig
+from serve.repository import Repository, Slot
+from serve.response_cache import ResponseCache
+from serve.reuse import Reuse
+from serve.shared_memory import SharedMemory
+from serve.statistics import Statistics
+from serve.storage import Storage
+from serve.triton import config_of
 
 # Of the Open Inference Protocol; only what is implemented, clients rely on it.
-EXTENSIONS = ("binary_tensor_data",)
-# After its deadline a request in a running batch is given up; the batch itself goes on.
-_MAX_DEADLINE_S = 24 * 3600.0
+EXTENSIONS = (
+    "classification",
+    "binary_tensor_data",
+    "model_configuration",
+    "parameters",
+    "statistics",
+)
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """`response_cache_bytes` 0 switches the cache off. `max_in_flight_bytes` bounds the request
+    bodies that are held at a time. `control_on_data_port` lets clients of the data port load,
+    unload and change settings."""
+
+    response_cache_bytes: int = 0
+    merge_duplicates: bool = False
+    max_in_flight_bytes: int = 1 << 30
+    control_on_data_port: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,70 +59,110 @@ class ModelMetadata:
     signature: Signature
 
 
-@dataclass(slots=True, eq=False)
-class _Call:
-    """A request under way: where its answer goes."""
-
-    model: Model
-    answer: asyncio.Future[Completion]
+@dataclass(frozen=True)
+class ModelStatistics:
+    name: str
+    version: str
+    statistics: Statistics
 
 
 class InferenceService:
-    """Inference, metadata and health over the models of a repository.
+    """Inference, metadata, statistics and health over the models of a repository.
 
     Made on the event loop that its coroutines run on. `deliver` may be called from any thread;
-    everything else belongs to the loop.
+    everything else belongs to the loop. `workers` run declared pre- and postprocessing.
     """
 
-    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        workers: Executor,
+        options: ServiceOptions | None = None,
+        shared_memory: SharedMemory | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.metrics = metrics
+        self.options = options or ServiceOptions()
+        self.repository = Repository()
+        self.shared_memory = shared_memory or SharedMemory(None)
+        self.control: ModelControl | None = None
         self._clock = clock
-        self._loop = asyncio.get_running_loop()
-        self._repository: Repository | None = None
+        cache_bytes = self.options.response_cache_bytes
+        cache = ResponseCache(cache_bytes) if cache_bytes else None
+        self._reuse = Reuse(metrics, cache, self.options.merge_duplicates, clock)
+        self._execution = Execution(metrics, workers, clock)
         self._draining = False
-        self._n_in_flight = 0
+        self._n_bytes = 0
 
-    def open(self, repository: Repository) -> None:
-        """Serve the models of `repository`, which is loaded."""
-        self._repository = repository
-        for slot in repository.slots():
-            if slot.model is not None:
-                manifest = slot.model.manifest
-                self.metrics.model_loaded(
-                    manifest.model,
-                    manifest.version,
-                    manifest.variant_id,
-                    manifest.engine.name,
-                    manifest.engine.precision,
-                )
+    def controlled(self, storage: Storage, options: ControlOptions) -> ModelControl:
+        """Have the models come from `storage`, loaded and unloaded as `options` say."""
+        self.control = ModelControl(
+            storage, self.repository, self.metrics, self.deliver, options, self._reuse.forget
+        )
+        return self.control
+
+    # --- health and metadata
 
     @property
     def is_ready(self) -> bool:
         """Models answer and new requests are welcome: false while loading and draining."""
-        return self._repository is not None and self._repository.is_ready and not self._draining
+        return self.repository.is_ready and not self._draining
 
     @property
     def is_draining(self) -> bool:
         return self._draining
 
-    def is_model_ready(self, name: str, version: str = "") -> bool:
-        """False while loading, draining or failed; raises ModelNotFound for an unknown one."""
-        try:
-            self._model(name, version)
-        except ModelNotReady:
-            return False
-        return not self._draining
+    def check_model_ready(self, name: str, version: str = "") -> None:
+        """Raise ModelNotReady, with the reason, while loading, draining or failed; and
+        ModelNotFound for an unknown one."""
+        model = self._model(name, version)
+        if self._draining:
+            raise ModelNotReady(name, model.manifest.version, "the server is draining")
 
     def model_metadata(self, name: str, version: str = "") -> ModelMetadata:
         model = self._model(name, version)
-        assert self._repository is not None
-        return ModelMetadata(
-            name, tuple(self._repository.versions(name)), model.platform, model.signature
-        )
+        versions = tuple(self.repository.versions(name))
+        return ModelMetadata(name, versions, model.platform, model.signature)
+
+    def model_config(self, name: str, version: str = "") -> ModelConfig:
+        """What Triton would call the version's configuration."""
+        config = config_of(self._model(name, version))
+        config.response_cache.enable = self._reuse.is_caching
+        return config
+
+    def model_statistics(self, name: str = "", version: str = "") -> list[ModelStatistics]:
+        """Those of a version, of all ready versions of a model, or of all models."""
+        if version:
+            self._model(name, version)
+        elif name:
+            self.repository.slot(name)
+        return [
+            ModelStatistics(
+                slot.name, slot.version, self.metrics.statistics(slot.name, slot.version)
+            )
+            for slot in self.repository.slots(name or None)
+            if slot.model is not None and version in ("", slot.version)
+        ]
 
     def server_metadata(self) -> tuple[str, str, tuple[str, ...]]:
         """Name, version and extensions."""
-        return "trimserve", VERSION, EXTENSIONS
+        extensions = list(EXTENSIONS)
+        if self.shared_memory.enabled:
+            extensions.append("system_shared_memory")
+        if self.options.control_on_data_port:
+            extensions += ["model_repository", "model_repository(unload_dependents)", "logging"]
+        return "trimserve", VERSION, tuple(extensions)
+
+    async def index(self, ready_only: bool = False) -> list[Slot]:
+        """Every version with its state, and the reason where it isn't ready."""
+        if self.control is None:
+            return list(self.repository.slots())
+        return await self.control.index(ready_only)
+
+    def signature(self, name: str, version: str = "") -> tuple[Signature, int]:
+        """The client's side of a model, and its max batch size (0: no batch dimension)."""
+        model = self._model(name, version)
+        return model.signature, model.max_batch_size
 
     def labels(self, name: str, version: str = "") -> tuple[str, str]:
         """Model and version as metric labels: empty where the repository doesn't know them."""
@@ -106,28 +172,48 @@ class InferenceService:
             return "", ""
         return manifest.model, manifest.version
 
+    # --- inference
+
     async def infer(self, request: InferRequest, arrival_s: float) -> InferResponse:
         """Answer one request, which arrived at `arrival_s` on the monotonic clock.
 
         Raises a ServeError. Cancelling the coroutine takes the request out of the queue.
         """
         model = self._model(request.model, request.version)
-        entry = model.entry(request, arrival_s, None)
-        call = _Call(model, self._loop.create_future())
-        entry.item.context = call
-        completion = await self._completion(entry, call)
-        if completion.error is not None:
-            raise completion.error
-        return InferResponse(
-            model=model.manifest.model,
-            version=model.manifest.version,
-            outputs=model.outputs(request, completion.outputs),
-            id=request.id,
-        )
+        name, version = model.manifest.model, model.manifest.version
+        statistics = self.metrics.statistics(name, version)
+        model.n_leases += 1
+        code = Cancelled.code  # unless it ends otherwise
+        try:
+            job = _job(model, request, arrival_s)
+            answer = await self._reuse.answer(job, request.tenant, self._execution.run)
+            tensors = model.tensors(request, answer.outputs)
+            code = "ok"
+        except ServeError as error:
+            code = error.code
+            raise
+        finally:
+            model.n_leases -= 1
+            seconds = self._clock() - arrival_s
+            if code != "ok":
+                statistics.failed(seconds, code)
+        now_ms = time.time_ns() // 1_000_000
+        statistics.answered(seconds, job.n_rows, answer.timings, now_ms)
+        return InferResponse(name, version, tensors, request.id)
+
+    def reserve(self, n_bytes: int) -> None:
+        """Count a request's body, before it is kept, against the bytes in flight. Raises QueueFull
+        where they are at their limit; every reservation is given back by `release`."""
+        if self._n_bytes + n_bytes > self.options.max_in_flight_bytes:
+            raise QueueFull(self.options.max_in_flight_bytes, 1.0, "bytes in flight")
+        self._n_bytes += n_bytes
+
+    def release(self, n_bytes: int) -> None:
+        self._n_bytes -= n_bytes
 
     def deliver(self, batch: Batch) -> None:
-        """Hand a batch's completions to the loop; called from the instances' threads."""
-        self._loop.call_soon_threadsafe(self._resolve, batch)
+        """Take a batch's completions; called from the instances' threads."""
+        self._execution.deliver(batch)
 
     def start_draining(self) -> None:
         """Turn not ready; requests are still answered, so that balancers can look away."""
@@ -137,48 +223,21 @@ class InferenceService:
         """Wait until all admitted requests are answered; False where the time ran out."""
         self._draining = True
         ends = self._clock() + timeout_s
-        while self._n_in_flight and self._clock() < ends:
+        while self._execution.n_in_flight and self._clock() < ends:
             await asyncio.sleep(0.01)
-        return not self._n_in_flight
+        return not self._execution.n_in_flight
 
     def _model(self, name: str, version: str) -> Model:
-        if self._repository is None:
+        if not self.repository.is_open:
             raise ModelNotReady(name, version, "the repository is loading")
-        return self._repository.get(name, version)
+        return self.repository.get(name, version)
 
-    async def _completion(self, entry: Entry[Work], call: _Call) -> Completion:
-        model, version = call.model.manifest.model, call.model.manifest.version
-        now = self._clock()
-        if entry.deadline_s <= now:
-            raise DeadlineExceeded(now - entry.arrival_s, "front end")
-        call.model.batcher.submit(entry)
-        self._n_in_flight += 1
-        self.metrics.request_admitted(model, version)
-        try:
-            if entry.deadline_s - now > _MAX_DEADLINE_S:
-                return await call.answer
-            async with asyncio.timeout(entry.deadline_s - now):
-                return await call.answer
-        except TimeoutError:
-            phase = "queue" if call.model.batcher.cancel(entry) else "engine"
-            raise DeadlineExceeded(self._clock() - entry.arrival_s, phase) from None
-        except asyncio.CancelledError:
-            call.model.batcher.cancel(entry)
-            raise
-        finally:
-            self._n_in_flight -= 1
-            self.metrics.request_left(model, version)
 
-    def _resolve(self, batch: Batch) -> None:
-        for completion in batch.completions:
-            call = completion.work.context
-            assert isinstance(call, _Call)
-            manifest = call.model.manifest
-            self.metrics.request_queued(manifest.model, manifest.version, completion)
-            if not call.answer.done():
-                call.answer.set_result(completion)
-        if batch.n_rows:
-            call = batch.completions[-1].work.context
-            assert isinstance(call, _Call)
-            manifest = call.model.manifest
-            self.metrics.batch_executed(manifest.model, manifest.version, batch)
+def _job(model: Model, request: InferRequest, arrival_s: float) -> Job:
+    """The request as the model's; raises InvalidRequest where it doesn't fit the signature."""
+    inputs = model.checked_inputs(request)
+    deadline_s = request.deadline_s
+    if deadline_s is None:
+        timeout_s = model.manifest.batching.default_timeout_s
+        deadline_s = arrival_s + timeout_s if timeout_s else math.inf
+    return Job(model, inputs, model.n_rows(inputs), arrival_s, deadline_s)

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,8 +17,8 @@ from serve.errors import InvalidRequest
 
 Array = NDArray[np.generic]
 
-# OIP datatype -> numpy's. BYTES elements are Python bytes in an object array. BF16 has no numpy
-# type and is refused when a model is loaded.
+# OIP datatype -> numpy's. BYTES elements are Python bytes in an object array; BF16 is a dtype that
+# ml_dtypes adds to numpy.
 NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
     "BOOL": np.dtype(np.bool_),
     "UINT8": np.dtype(np.uint8),
@@ -29,11 +30,13 @@ NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
     "INT32": np.dtype("<i4"),
     "INT64": np.dtype("<i8"),
     "FP16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
     "BYTES": np.dtype(object),
 }
 DATATYPES: dict[np.dtype[np.generic], str] = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
+FLOATING = frozenset({"FP16", "BF16", "FP32", "FP64"})
 MAX_ELEMENTS = 2**40
 MAX_DIMENSIONS = 32
 _BYTES_PREFIX = struct.Struct("<I")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from serve.padding import Padding
 from serve.tensor import Array, TensorSpec
 
 EngineOption = str | int | float | bool
@@ -80,7 +81,10 @@ class Engine(Protocol):
 class EngineModule(Protocol):
     """What each module in `ENGINES` provides."""
 
-    def load(self, directory: Path, spec: EngineSpec) -> Engine: ...
+    def load(self, directory: Path, spec: EngineSpec, padding: Padding | None = None) -> Engine:
+        """One instance. `padding` names the lengths that inputs will have, for engines that
+        compile fixed shapes."""
+        ...
 
     def profile(
         self, directory: Path, spec: EngineSpec, inputs: Mapping[str, Array], n_runs: int
@@ -107,6 +111,6 @@ def engine_module(name: str) -> EngineModule:
         ) from error
 
 
-def load_engine(directory: Path, spec: EngineSpec) -> Engine:
+def load_engine(directory: Path, spec: EngineSpec, padding: Padding | None = None) -> Engine:
     """Load one instance of the engine that `spec` names on the files in `directory`."""
-    return engine_module(spec.name).load(directory, spec)
+    return engine_module(spec.name).load(directory, spec, padding)

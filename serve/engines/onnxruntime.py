@@ -4,9 +4,11 @@ Batches of any size run as they are: the CPU provider plans per call and does no
 a new batch size.
 """
 
+import ctypes
 import json
+import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import onnxruntime
 
 from serve.engines import EngineSpec, KernelTime, Signature
 from serve.errors import ArtifactInvalid, InvalidRequest
-from serve.tensor import Array, TensorSpec
+from serve.padding import Padding
+from serve.tensor import NUMPY_DTYPES, Array, TensorSpec
 
 PROVIDERS: dict[str, str] = {
     "cpu": "CPUExecutionProvider",
@@ -47,10 +50,13 @@ DATATYPES: dict[str, str] = {
     "tensor(int32)": "INT32",
     "tensor(int64)": "INT64",
     "tensor(float16)": "FP16",
+    "tensor(bfloat16)": "BF16",
     "tensor(float)": "FP32",
     "tensor(double)": "FP64",
     "tensor(string)": "BYTES",
 }
+BFLOAT16 = NUMPY_DTYPES["BF16"]
+_ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16 of the ONNX format
 # Kernels whose arithmetic is 8-bit whatever the types at their edges.
 INT8_OPERATORS = frozenset(
     {
@@ -84,13 +90,14 @@ class OnnxRuntimeEngine:
             for spec in (*self.signature.inputs, *self.signature.outputs)
             if spec.datatype == "BYTES"
         )
+        tensors = (*self.signature.inputs, *self.signature.outputs)
+        self._has_bfloat16 = any(spec.datatype == "BF16" for spec in tensors)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         if self._text:
             inputs = {n: _decoded(n, a) if n in self._text else a for n, a in inputs.items()}
-        outputs = dict(
-            zip(self._output_names, self._session.run(self._output_names, inputs), strict=True)
-        )
+        run = self._run_values if self._has_bfloat16 else self._session.run
+        outputs = dict(zip(self._output_names, run(self._output_names, inputs), strict=True))
         if self._text:
             outputs = {n: _encoded(a) if n in self._text else a for n, a in outputs.items()}
         return outputs
@@ -98,10 +105,16 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         del self._session
 
+    def _run_values(self, names: list[str], inputs: Mapping[str, Array]) -> list[Array]:
+        """`session.run` by ONNX Runtime's own values: its numpy interface knows no bfloat16."""
+        feeds = {name: _to_value(array) for name, array in inputs.items()}
+        return [_from_value(value) for value in self._session.run_with_ort_values(names, feeds)]
 
-def load(directory: Path, spec: EngineSpec) -> OnnxRuntimeEngine:
-    """Load a session of `spec.threads` threads. Raises ArtifactInvalid for a broken model, an
-    unknown option, or a provider that this build or machine lacks."""
+
+def load(directory: Path, spec: EngineSpec, padding: Padding | None = None) -> OnnxRuntimeEngine:
+    """Load a session of `spec.threads` threads, which takes any length. Raises ArtifactInvalid for
+    a broken model, an unknown option, or a provider that this build or machine lacks."""
+    del padding
     path = directory / spec.file
     return OnnxRuntimeEngine(_session(path, spec, _session_options(path, spec)))
 
@@ -173,7 +186,30 @@ def _signature(session: onnxruntime.InferenceSession) -> Signature:
     batched = bool(inputs) and all(
         spec.shape and spec.shape[0] == -1 for spec in (*inputs, *outputs)
     )
-    return Signature(inputs, outputs, batched)
+    nodes = (*session.get_inputs(), *session.get_outputs())
+    return Signature(inputs, outputs, batched and _first_axis_is_shared(nodes))
+
+
+def _first_axis_is_shared(nodes: Sequence[Any]) -> bool:
+    """Whether all first axes may be the same one, the batch: two names are two axes. Names that
+    ONNX Runtime made up ("unk__3") say nothing."""
+    names = {node.shape[0] for node in nodes if isinstance(node.shape[0], str)}
+    return len({name for name in names if name and not name.startswith("unk__")}) <= 1
+
+
+def _to_value(array: Array) -> onnxruntime.OrtValue:
+    if array.dtype == BFLOAT16:
+        bits = np.ascontiguousarray(array).view(np.uint16)
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _ONNX_BFLOAT16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def _from_value(value: onnxruntime.OrtValue) -> Array:
+    if value.data_type() != "tensor(bfloat16)":
+        return np.asarray(value.numpy())
+    shape = value.shape()
+    raw = ctypes.string_at(value.data_ptr(), 2 * math.prod(shape)) if math.prod(shape) else b""
+    return np.frombuffer(bytearray(raw), BFLOAT16).reshape(shape)
 
 
 def _tensor_spec(node: Any) -> TensorSpec:

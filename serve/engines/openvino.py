@@ -1,10 +1,11 @@
 """OpenVINO: executes an IR (`model.xml`) or ONNX file on the CPU.
 
 OpenVINO re-plans a dynamic shape whenever it changes (milliseconds), so one model is compiled
-for each of `EngineSpec.batch_sizes`; a batch is padded to the next of them, or cut into pieces
-of the largest.
+for each of `EngineSpec.batch_sizes` (and each bucket of lengths where the model pads); a batch is
+padded to the next of them, or cut into pieces of the largest. Without sizes shapes stay dynamic.
 """
 
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 
 from serve.engines import EngineSpec, KernelTime, Signature
 from serve.errors import ArtifactInvalid
+from serve.padding import Padding
 from serve.tensor import DATATYPES, Array, TensorSpec
 
 # Importing OpenVINO starts a thread that reports the use to its makers, unless that part is
@@ -26,22 +28,29 @@ INFERENCE_PRECISIONS: dict[str, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "
 OPTIONS: dict[str, tuple[str, ...]] = {"hint": ("LATENCY", "THROUGHPUT")}
 
 
-class OpenVinoEngine:
-    """One inference request for each compiled batch size. OpenVINO releases the GIL."""
+# Batch size (0 without a batch dimension) and bucket of lengths (0 without padding).
+Shape = tuple[int, int]
 
-    def __init__(self, signature: Signature, compiled: Mapping[int, Any]) -> None:
+
+class OpenVinoEngine:
+    """One inference request for each compiled shape. OpenVINO releases the GIL."""
+
+    def __init__(
+        self, signature: Signature, compiled: Mapping[Shape, Any], padding: Padding | None
+    ) -> None:
         self.signature = signature
-        self._sizes = sorted(compiled)
-        self._requests = {size: model.create_infer_request() for size, model in compiled.items()}
+        self._sizes = sorted({size for size, _ in compiled})
+        self._length_axis = padding.inputs[0] if padding is not None else None
+        self._requests = {shape: model.create_infer_request() for shape, model in compiled.items()}
         self._output_names = [spec.name for spec in signature.outputs]
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        if not self.signature.batched:
-            return self._run_padded(0, inputs, 0)
+        if (0, 0) in self._requests:
+            return self._run_padded((0, 0), inputs, 0)
         n_rows = len(next(iter(inputs.values())))
         largest = self._sizes[-1]
         if n_rows <= largest:
-            return self._run_padded(self._size_for(n_rows), inputs, n_rows)
+            return self._run_padded(self._shape_for(inputs, n_rows), inputs, n_rows)
         pieces = [
             self.run({name: array[start : start + largest] for name, array in inputs.items()})
             for start in range(0, n_rows, largest)
@@ -51,11 +60,15 @@ class OpenVinoEngine:
     def close(self) -> None:
         self._requests.clear()
 
-    def _size_for(self, n_rows: int) -> int:
-        return next(size for size in self._sizes if size >= n_rows)
+    def _shape_for(self, inputs: Mapping[str, Array], n_rows: int) -> Shape:
+        size = next(size for size in self._sizes if size >= n_rows)
+        axis = self._length_axis
+        return size, inputs[axis.tensor].shape[axis.axis] if axis is not None else 0
 
-    def _run_padded(self, size: int, inputs: Mapping[str, Array], n_rows: int) -> dict[str, Array]:
-        request = self._requests[size]
+    def _run_padded(
+        self, shape: Shape, inputs: Mapping[str, Array], n_rows: int
+    ) -> dict[str, Array]:
+        request, size = self._requests[shape], shape[0]
         feeds = {name: _padded(array, size, n_rows) for name, array in inputs.items()}
         results = request.infer(feeds, share_inputs=True)
         return {
@@ -64,19 +77,21 @@ class OpenVinoEngine:
         }
 
 
-def load(directory: Path, spec: EngineSpec) -> OpenVinoEngine:
-    """Compile the model for every batch size. Raises ArtifactInvalid for a broken model or an
-    unknown option."""
-    return OpenVinoEngine(*_compiled(directory / spec.file, spec, counters=False))
+def load(directory: Path, spec: EngineSpec, padding: Padding | None = None) -> OpenVinoEngine:
+    """Compile the model for every batch size and bucket. Raises ArtifactInvalid for a broken model
+    or an unknown option."""
+    path = directory / spec.file
+    return OpenVinoEngine(*_compiled(path, spec, padding, counters=False), padding)
 
 
 def profile(
     directory: Path, spec: EngineSpec, inputs: Mapping[str, Array], n_runs: int
 ) -> tuple[KernelTime, ...]:
     """The executed kernels from OpenVINO's performance counters; see `EngineModule.profile`."""
-    engine = OpenVinoEngine(*_compiled(directory / spec.file, spec, counters=True))
-    n_rows = len(next(iter(inputs.values()))) if engine.signature.batched else 0
-    request = engine._requests[engine._size_for(n_rows) if n_rows else 0]
+    engine = OpenVinoEngine(*_compiled(directory / spec.file, spec, None, counters=True), None)
+    is_dynamic = (0, 0) in engine._requests
+    n_rows = 0 if is_dynamic else len(next(iter(inputs.values())))
+    request = engine._requests[(0, 0) if is_dynamic else engine._shape_for(inputs, n_rows)]
     durations: dict[tuple[str, str, str], float] = {}
     for _ in range(n_runs):
         engine.run(inputs)
@@ -88,17 +103,20 @@ def profile(
     return tuple(_kernel_times(durations, n_runs))
 
 
-def _compiled(path: Path, spec: EngineSpec, counters: bool) -> tuple[Signature, dict[int, Any]]:
+def _compiled(
+    path: Path, spec: EngineSpec, padding: Padding | None, counters: bool
+) -> tuple[Signature, dict[Shape, Any]]:
     config = _config(path, spec, counters)
     core = openvino.Core()
     try:
         model = core.read_model(path)
         signature = _signature(model)
-        if not signature.batched:
-            return signature, {0: core.compile_model(model, "CPU", config)}
-        sizes = spec.batch_sizes or (1,)
+        if not signature.batched or not spec.batch_sizes:
+            return signature, {(0, 0): core.compile_model(model, "CPU", config)}
+        shapes = itertools.product(spec.batch_sizes, padding.buckets if padding else (0,))
         return signature, {
-            size: core.compile_model(_with_batch(model, size), "CPU", config) for size in sizes
+            shape: core.compile_model(_with_shape(model, shape, padding), "CPU", config)
+            for shape in shapes
         }
     except RuntimeError as error:
         raise ArtifactInvalid(str(path), f"OpenVINO can't load it: {error}") from error
@@ -127,14 +145,19 @@ def _config(path: Path, spec: EngineSpec, counters: bool) -> dict[str, Any]:
     }
 
 
-def _with_batch(model: Any, size: int) -> Any:
+def _with_shape(model: Any, shape: Shape, padding: Padding | None) -> Any:
+    """The model with its batch dimension and, where it pads, its lengths fixed."""
+    size, bucket = shape
     fixed = model.clone()
-    fixed.reshape(
-        {
-            port.get_any_name(): openvino.PartialShape([size, *list(port.partial_shape)[1:]])
-            for port in fixed.inputs
-        }
-    )
+    axes = {one.tensor: one.axis for one in padding.inputs} if padding else {}
+    shapes = {}
+    for port in fixed.inputs:
+        name = port.get_any_name()
+        dimensions = [size, *list(port.partial_shape)[1:]]
+        if name in axes:
+            dimensions[axes[name]] = bucket
+        shapes[name] = openvino.PartialShape(dimensions)
+    fixed.reshape(shapes)
     return fixed
 
 

@@ -1,9 +1,11 @@
 """gRPC: `inference.GRPCInferenceService` on grpc.aio, with standard health and reflection."""
 
+import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn, TypeVar
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import grpc
 from grpc_health.v1 import health, health_pb2
@@ -13,7 +15,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from serve import oip_pb2 as pb
 from serve.errors import Cancelled, ServeError
 from serve.service import InferenceService
-from serve.tensor import TensorSpec
+from serve.transport.extensions import ExtensionCalls
 from serve.transport.proto_codec import decode_request, encode_response
 from serve.transport.status import grpc_status
 
@@ -22,16 +24,42 @@ _log = logging.getLogger(__name__)
 TRANSPORT = "grpc"
 SERVICE = "inference.GRPCInferenceService"
 MAX_DETAILS = 1024  # HTTP/2 headers carry the details: longer ones can kill the call
-# A client may ping every 10 s, between calls too.
+# Requests of one stream that are under way at a time; more are read when these are answered.
+MAX_STREAM_REQUESTS = 64
+# A client may ping every 10 s, between calls too; one that pings faster is sent away.
 SERVER_OPTIONS: dict[str, int] = {
     "grpc.so_reuseport": 0,
     "grpc.http2.min_recv_ping_interval_without_data_ms": 10_000,
+    "grpc.http2.max_ping_strikes": 2,
     "grpc.keepalive_permit_without_calls": 1,
     "grpc.max_concurrent_streams": 1024,
 }
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class GrpcOptions:
+    """Connections that are idle for `keepalive_time_s` are asked whether they live, and closed
+    after `keepalive_timeout_s` without an answer; `max_connection_age_s` (0: for ever) makes
+    clients connect anew, so that balancers can spread them. `tenant_header` as in REST."""
+
+    max_message_bytes: int = 64 * 1024 * 1024
+    keepalive_time_s: float = 60.0
+    keepalive_timeout_s: float = 20.0
+    max_connection_age_s: float = 0.0
+    tenant_header: str = ""
+
+    def channel_arguments(self) -> list[tuple[str, int]]:
+        arguments = SERVER_OPTIONS | {
+            "grpc.max_receive_message_length": self.max_message_bytes,
+            "grpc.max_send_message_length": self.max_message_bytes,
+            "grpc.keepalive_time_ms": round(self.keepalive_time_s * 1e3),
+            "grpc.keepalive_timeout_ms": round(self.keepalive_timeout_s * 1e3),
+        }
+        if self.max_connection_age_s:
+            arguments["grpc.max_connection_age_ms"] = round(self.max_connection_age_s * 1e3)
+        return list(arguments.items())
 
 
 class GrpcServer:
@@ -40,23 +68,15 @@ class GrpcServer:
     def __init__(
         self,
         service: InferenceService,
-        max_message_bytes: int,
+        options: GrpcOptions,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        options = SERVER_OPTIONS | {
-            "grpc.max_receive_message_length": max_message_bytes,
-            "grpc.max_send_message_length": max_message_bytes,
-        }
-        self._server = grpc.aio.server(options=list(options.items()))
+        self._server = grpc.aio.server(options=options.channel_arguments())
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        calls = _Calls(service, clock)
+        calls = _Calls(service, options.tenant_header, clock)
         handlers = {
-            name: grpc.unary_unary_rpc_method_handler(
-                getattr(calls, name),
-                request_deserializer=getattr(pb, f"{name}Request").FromString,
-                response_serializer=getattr(pb, f"{name}Response").SerializeToString,
-            )
-            for name in (method.name for method in _service_descriptor().methods)
+            method.name: _handler(method, getattr(calls, method.name))
+            for method in _service_descriptor().methods
         }
         generic = grpc.method_handlers_generic_handler(SERVICE, handlers)
         self._server.add_generic_rpc_handlers((generic,))
@@ -85,87 +105,131 @@ class GrpcServer:
         await self._server.stop(grace_s)
 
 
-class _Calls:
+class _Calls(ExtensionCalls):
     """One coroutine for each method of the service, named like it."""
 
-    def __init__(self, service: InferenceService, clock: Callable[[], float]) -> None:
-        self._service = service
+    def __init__(
+        self, service: InferenceService, tenant_header: str, clock: Callable[[], float]
+    ) -> None:
+        super().__init__(service)
+        self._tenant_header = tenant_header.lower()
         self._clock = clock
-
-    async def ServerLive(self, _: pb.ServerLiveRequest, __: Context) -> pb.ServerLiveResponse:  # noqa: N802
-        return pb.ServerLiveResponse(live=True)
-
-    async def ServerReady(self, _: pb.ServerReadyRequest, __: Context) -> pb.ServerReadyResponse:  # noqa: N802
-        return pb.ServerReadyResponse(ready=self._service.is_ready)
-
-    async def ModelReady(  # noqa: N802
-        self, request: pb.ModelReadyRequest, context: Context
-    ) -> pb.ModelReadyResponse:
-        async def answer() -> pb.ModelReadyResponse:
-            ready = self._service.is_model_ready(request.name, request.version)
-            return pb.ModelReadyResponse(ready=ready)
-
-        return await _translated(answer(), context)
-
-    async def ServerMetadata(  # noqa: N802
-        self, _: pb.ServerMetadataRequest, __: Context
-    ) -> pb.ServerMetadataResponse:
-        name, version, extensions = self._service.server_metadata()
-        return pb.ServerMetadataResponse(name=name, version=version, extensions=extensions)
-
-    async def ModelMetadata(  # noqa: N802
-        self, request: pb.ModelMetadataRequest, context: Context
-    ) -> pb.ModelMetadataResponse:
-        async def answer() -> pb.ModelMetadataResponse:
-            metadata = self._service.model_metadata(request.name, request.version)
-            return pb.ModelMetadataResponse(
-                name=metadata.name,
-                versions=metadata.versions,
-                platform=metadata.platform,
-                inputs=[_tensor_metadata(spec) for spec in metadata.signature.inputs],
-                outputs=[_tensor_metadata(spec) for spec in metadata.signature.outputs],
-            )
-
-        return await _translated(answer(), context)
 
     async def ModelInfer(  # noqa: N802
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
+        return await self._infer(request, context.time_remaining(), self._tenant(context))
+
+    async def ModelStreamInfer(  # noqa: N802
+        self, requests: AsyncIterator[pb.ModelInferRequest], context: Context
+    ) -> AsyncIterator[pb.ModelStreamInferResponse]:
+        """Answers in the order of the requests, which run side by side; a request's error is its
+        answer and doesn't end the stream."""
+        tasks: asyncio.Queue[asyncio.Task[pb.ModelStreamInferResponse] | None] = asyncio.Queue(
+            MAX_STREAM_REQUESTS
+        )
+        tenant = self._tenant(context)
+
+        async def read() -> None:
+            async for request in requests:
+                answer = self._stream_answer(request, context.time_remaining(), tenant)
+                await tasks.put(asyncio.create_task(answer))
+            await tasks.put(None)
+
+        reader = asyncio.create_task(read())
+        try:
+            while (task := await tasks.get()) is not None:
+                try:
+                    yield await task
+                except BaseException:
+                    task.cancel()
+                    raise
+        finally:
+            reader.cancel()
+            while not tasks.empty():
+                left = tasks.get_nowait()
+                if left is not None:
+                    left.cancel()
+
+    async def _stream_answer(
+        self, request: pb.ModelInferRequest, timeout_s: float | None, tenant: str
+    ) -> pb.ModelStreamInferResponse:
+        try:
+            answer = await self._infer(request, timeout_s, tenant)
+        except ServeError as error:
+            failed = pb.ModelInferResponse(
+                model_name=request.model_name, model_version=request.model_version, id=request.id
+            )
+            return pb.ModelStreamInferResponse(error_message=str(error), infer_response=failed)
+        wanted = "triton_enable_empty_final_response"
+        if wanted in request.parameters and request.parameters[wanted].bool_param:
+            answer.parameters["triton_final_response"].bool_param = True
+        return pb.ModelStreamInferResponse(infer_response=answer)
+
+    async def _infer(
+        self, message: pb.ModelInferRequest, timeout_s: float | None, tenant: str
+    ) -> pb.ModelInferResponse:
+        """Answer one request; raises a ServeError, whatever went wrong."""
         arrival_s = self._clock()
         code = Cancelled.code  # unless it ends otherwise
+        n_bytes = sum(map(len, message.raw_input_contents)) or message.ByteSize()
+        service = self._service
+        reserved = False
         try:
-            wanted = decode_request(request, arrival_s, context.time_remaining())
-            answer = encode_response(await self._service.infer(wanted, arrival_s))
+            service.reserve(n_bytes)
+            reserved = True
+            memory = service.shared_memory
+            request, places = decode_request(message, arrival_s, timeout_s, memory, tenant)
+            decoded_s = self._clock()
+            response = await service.infer(request, arrival_s)
+            started_s = self._clock()
+            answer = encode_response(response, places, memory)
             code = "ok"
+            name = (response.model, response.version)
+            service.metrics.phase_ended(*name, "decode", decoded_s - arrival_s)
+            service.metrics.phase_ended(*name, "encode", self._clock() - started_s)
             return answer
         except ServeError as error:
             code = error.code
-            await _abort(error, context)
-        except Exception:  # noqa: BLE001 - the request boundary: the client gets no internals
+            raise
+        except Exception as error:
             _log.exception("request failed", extra={"transport": TRANSPORT})
             code = ServeError.code
-            await _abort(ServeError("internal error, see the log"), context)
+            raise ServeError("internal error, see the log") from error
         finally:
-            labels = self._service.labels(request.model_name, request.model_version)
+            if reserved:
+                service.release(n_bytes)
+            labels = service.labels(message.model_name, message.model_version)
             seconds = self._clock() - arrival_s
-            self._service.metrics.request_answered(*labels, TRANSPORT, code, seconds)
+            service.metrics.request_answered(*labels, TRANSPORT, code, seconds)
+
+    def _tenant(self, context: Context) -> str:
+        if not self._tenant_header:
+            return ""
+        metadata: Any = context.invocation_metadata() or ()
+        return next((str(value) for name, value in metadata if name == self._tenant_header), "")
 
 
-async def _translated(answer: Awaitable[Answer], context: Context) -> Answer:
-    try:
-        return await answer
-    except ServeError as error:
-        await _abort(error, context)
+def _handler(method: Any, call: Callable[..., Any]) -> Any:
+    """The handler of a method; a ServeError of a unary one becomes its status."""
+    codecs = {
+        "request_deserializer": getattr(pb, method.input_type.name).FromString,
+        "response_serializer": getattr(pb, method.output_type.name).SerializeToString,
+    }
+    if method.client_streaming:
+        return grpc.stream_stream_rpc_method_handler(call, **codecs)
+
+    async def translated(request: Any, context: Context) -> Any:
+        try:
+            return await call(request, context)
+        except ServeError as error:
+            await _abort(error, context)
+
+    return grpc.unary_unary_rpc_method_handler(translated, **codecs)
 
 
 async def _abort(error: ServeError, context: Context) -> NoReturn:
     await context.abort(grpc_status(error), str(error)[:MAX_DETAILS])
-
-
-def _tensor_metadata(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:
-    return pb.ModelMetadataResponse.TensorMetadata(
-        name=spec.name, datatype=spec.datatype, shape=spec.shape
-    )
 
 
 def _service_descriptor() -> Any:

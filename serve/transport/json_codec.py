@@ -7,14 +7,16 @@ long the JSON is (Triton's binary tensor data extension). It knows bytes, not AS
 import functools
 import math
 import re
+import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import numpy as np
 import orjson
 
+from serve.engines import Signature
 from serve.errors import InvalidRequest
 from serve.messages import (
     InferRequest,
@@ -23,12 +25,23 @@ from serve.messages import (
     earliest_deadline,
     refuse_unsupported,
 )
-from serve.tensor import Array, Tensor, decode_raw, element_count, encode_raw, numpy_dtype
+from serve.shared_memory import SharedMemory
+from serve.tensor import (
+    NUMPY_DTYPES,
+    Array,
+    Tensor,
+    TensorSpec,
+    decode_raw,
+    element_count,
+    encode_raw,
+    numpy_dtype,
+)
+from serve.transport.parameters import Place, classes_of, place_of, read_tensor, write_tensor
 
 MAX_TENSORS = 1024
 MAX_NESTING = 32
 # Datatypes without a JSON form: they travel as binary tensor data only.
-BINARY_ONLY = frozenset({"FP16"})
+BINARY_ONLY = frozenset({"FP16", "BF16"})
 # OIP datatype -> type of an element in JSON.
 JSON_ELEMENTS: dict[str, type] = {
     "BOOL": bool,
@@ -47,35 +60,39 @@ JSON_ELEMENTS: dict[str, type] = {
 _MISFIT = re.compile(r"Expected (?P<want>.*?), got (?P<got>.*?)(?: - at `\$?\.?(?P<field>.*)`)?$")
 
 
-class _InputDocument(msgspec.Struct):
+class InputDocument(msgspec.Struct):
     name: str
     shape: list[int]
     datatype: str
     parameters: dict[str, Parameter] = {}
-    data: msgspec.Raw = msgspec.Raw()
+    data: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
 
 
-class _OutputDocument(msgspec.Struct):
+class OutputDocument(msgspec.Struct):
     name: str
     parameters: dict[str, Parameter] = {}
 
 
-class _RequestDocument(msgspec.Struct):
-    inputs: list[_InputDocument]
+class RequestDocument(msgspec.Struct):
+    """The JSON of a request; tensors' data stay raw until their datatype says how to read them."""
+
+    inputs: list[InputDocument]
     id: str | int = ""
     parameters: dict[str, Parameter] = {}
-    outputs: list[_OutputDocument] | None = None
+    outputs: list[OutputDocument] | None = None
 
 
-_request_decoder = msgspec.json.Decoder(_RequestDocument)
+_request_decoder = msgspec.json.Decoder(RequestDocument)
 
 
 @dataclass(frozen=True, slots=True)
 class ResponseForm:
-    """Which outputs the client wants as binary tensors: those named, and by default the rest."""
+    """Which outputs the client wants as binary tensors: those named, and by default the rest; and
+    which it wants in shared memory."""
 
     binary: Mapping[str, bool]
     binary_by_default: bool
+    places: Mapping[str, Place] = field(default_factory=dict)
 
     def is_binary(self, name: str) -> bool:
         return self.binary.get(name, self.binary_by_default)
@@ -88,6 +105,8 @@ def decode_request(
     json_bytes: int | None,
     arrival_s: float,
     timeout_s: float | None = None,
+    shared_memory: SharedMemory | None = None,
+    tenant: str = "",
 ) -> tuple[InferRequest, ResponseForm]:
     """Read a request body whose first `json_bytes` are JSON (None: all of it).
 
@@ -95,17 +114,18 @@ def decode_request(
     `timeout_s` and the request's `timeout` parameter after `arrival_s`. Raises InvalidRequest, or
     NotSupported for parameters of extensions that aren't there.
     """
+    shared_memory = shared_memory or SharedMemory(None)
     view = memoryview(body)
     if json_bytes is not None and not 0 <= json_bytes <= len(view):
         raise InvalidRequest(
             "Inference-Header-Content-Length", json_bytes, f"0 to the body's {len(view)} bytes"
         )
     document = _decode_document(view if json_bytes is None else view[:json_bytes])
-    refuse_unsupported(document.parameters, (one.parameters for one in document.outputs or ()))
+    refuse_unsupported(document.parameters)
     binary = view[len(view) if json_bytes is None else json_bytes :]
     tensors = []
     for given in document.inputs:
-        tensor, binary = _decode_input(given, binary)
+        tensor, binary = _decode_input(given, binary, shared_memory)
         tensors.append(tensor)
     if binary:
         raise InvalidRequest("body", f"{len(binary)} bytes left over", "the inputs' bytes only")
@@ -117,12 +137,55 @@ def decode_request(
         id=str(document.id),
         parameters=document.parameters,
         deadline_s=earliest_deadline(document.parameters, arrival_s, timeout_s),
+        classification={
+            one.name: k
+            for one in document.outputs or ()
+            if (k := classes_of(one.name, one.parameters)) is not None
+        },
+        tenant=tenant,
     )
-    return request, _response_form(document)
+    return request, _response_form(document, shared_memory)
 
 
-def encode_response(response: InferResponse, form: ResponseForm) -> tuple[list[bytes], int | None]:
-    """The parts of the body, and the length of their JSON where binary tensors follow it."""
+def decode_raw_request(
+    model: str,
+    version: str,
+    body: bytes,
+    signature: Signature,
+    batched: bool,
+    arrival_s: float,
+    timeout_s: float | None = None,
+    tenant: str = "",
+) -> tuple[InferRequest, ResponseForm]:
+    """Read a body that is nothing but the one input's tensor, as a batch of 1.
+
+    At most one more axis may vary; the number of bytes says how long it is. A BYTES tensor is one
+    element, the body without a length before it. All outputs come back as binary.
+    """
+    if len(signature.inputs) != 1:
+        raise InvalidRequest(
+            "Inference-Header-Content-Length", 0, "a JSON header for a model of several inputs"
+        )
+    spec = signature.inputs[0]
+    shape = _raw_shape(spec, len(body), batched)
+    raw = memoryview(body)
+    if spec.datatype == "BYTES":
+        raw = memoryview(struct.pack("<I", len(body)) + body)
+    request = InferRequest(
+        model=model,
+        version=version,
+        inputs=(decode_raw(spec.name, spec.datatype, shape, raw),),
+        deadline_s=earliest_deadline({}, arrival_s, timeout_s),
+        tenant=tenant,
+    )
+    return request, ResponseForm({}, binary_by_default=True)
+
+
+def encode_response(
+    response: InferResponse, form: ResponseForm, shared_memory: SharedMemory | None = None
+) -> tuple[list[bytes], int | None]:
+    """The parts of the body, and the length of their JSON where binary tensors follow it. Outputs
+    that are wanted in shared memory are written there."""
     documents: list[dict[str, Any]] = []
     tails: list[bytes] = []
     for tensor in response.outputs:
@@ -131,7 +194,15 @@ def encode_response(response: InferResponse, form: ResponseForm) -> tuple[list[b
             "datatype": tensor.datatype,
             "shape": tensor.shape,
         }
-        if form.is_binary(tensor.name):
+        place = form.places.get(tensor.name)
+        if place is not None:
+            assert shared_memory is not None
+            document["parameters"] = {
+                "shared_memory_region": place.region,
+                "shared_memory_offset": place.offset,
+                "shared_memory_byte_size": write_tensor(shared_memory, tensor, place),
+            }
+        elif form.is_binary(tensor.name):
             raw = encode_raw(tensor)
             document["parameters"] = {"binary_data_size": len(raw)}
             tails.append(raw)
@@ -151,7 +222,7 @@ def encode_response(response: InferResponse, form: ResponseForm) -> tuple[list[b
     return [json, *tails], (len(json) if tails else None)
 
 
-def _decode_document(json: memoryview) -> _RequestDocument:
+def _decode_document(json: memoryview) -> RequestDocument:
     try:
         document = _request_decoder.decode(json)
     except msgspec.ValidationError as error:
@@ -183,12 +254,38 @@ def _misfit(message: str, field: str) -> InvalidRequest:
     return InvalidRequest(inner or field, match["got"].strip("`"), match["want"])
 
 
-def _decode_input(given: _InputDocument, binary: memoryview) -> tuple[Tensor, memoryview]:
+def _raw_shape(spec: TensorSpec, n_bytes: int, batched: bool) -> list[int]:
+    shape = [1, *spec.shape[1:]] if batched else list(spec.shape)
+    variable = [index for index, size in enumerate(shape) if size == -1]
+    if spec.datatype == "BYTES":
+        shape = [1 if size == -1 else size for size in shape]
+        if math.prod(shape) != 1:
+            raise InvalidRequest("body", "a raw body", f"a JSON header for shape {spec.shape}")
+        return shape
+    if len(variable) > 1:
+        raise InvalidRequest("body", "a raw body", f"a JSON header for shape {list(spec.shape)}")
+    if variable:
+        known = (
+            math.prod(size for size in shape if size != -1) * NUMPY_DTYPES[spec.datatype].itemsize
+        )
+        shape[variable[0]] = n_bytes // known if known else 0
+    return shape
+
+
+def _decode_input(
+    given: InputDocument, binary: memoryview, shared_memory: SharedMemory
+) -> tuple[Tensor, memoryview]:
     """One input, and what is left of the binary part behind it."""
     size = given.parameters.get("binary_data_size")
+    field = f"inputs.{given.name}"
+    place = place_of(field, given.parameters, shared_memory)
+    if place is not None:
+        if size is not None or bytes(given.data):
+            raise InvalidRequest(field, "shared memory and data", "one of them")
+        shape, datatype = given.shape, given.datatype
+        return read_tensor(shared_memory, given.name, datatype, shape, place), binary
     if size is None:
         return _decode_json_input(given), binary
-    field = f"inputs.{given.name}"
     if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(binary):
         raise InvalidRequest(
             f"{field}.parameters.binary_data_size",
@@ -200,7 +297,7 @@ def _decode_input(given: _InputDocument, binary: memoryview) -> tuple[Tensor, me
     return decode_raw(given.name, given.datatype, given.shape, binary[:size]), binary[size:]
 
 
-def _decode_json_input(given: _InputDocument) -> Tensor:
+def _decode_json_input(given: InputDocument) -> Tensor:
     field = f"inputs.{given.name}"
     dtype = numpy_dtype(f"{field}.datatype", given.datatype)
     count = element_count(f"{field}.shape", given.shape)
@@ -261,9 +358,10 @@ def _encoded_text(array: Array) -> Array:
     return flat
 
 
-def _response_form(document: _RequestDocument) -> ResponseForm:
+def _response_form(document: RequestDocument, shared_memory: SharedMemory) -> ResponseForm:
     default = document.parameters.get("binary_data_output", False)
     binary: dict[str, bool] = {}
+    places: dict[str, Place] = {}
     for output in document.outputs or ():
         wanted = output.parameters.get("binary_data", default)
         if not isinstance(wanted, bool):
@@ -271,9 +369,12 @@ def _response_form(document: _RequestDocument) -> ResponseForm:
                 f"outputs.{output.name}.parameters.binary_data", wanted, "true or false"
             )
         binary[output.name] = wanted
+        place = place_of(f"outputs.{output.name}", output.parameters, shared_memory)
+        if place is not None:
+            places[output.name] = place
     if not isinstance(default, bool):
         raise InvalidRequest("parameters.binary_data_output", default, "true or false")
-    return ResponseForm(binary, default)
+    return ResponseForm(binary, default, places)
 
 
 def _json_data(tensor: Tensor) -> Array | Sequence[str]:

@@ -17,7 +17,9 @@ from serve.messages import (
     earliest_deadline,
     refuse_unsupported,
 )
+from serve.shared_memory import SharedMemory
 from serve.tensor import Array, Tensor, decode_raw, element_count, encode_raw, numpy_dtype
+from serve.transport.parameters import Place, classes_of, place_of, read_tensor, write_tensor
 
 MAX_TENSORS = 1024
 # OIP datatype -> field of InferTensorContents that carries it; the others exist only raw.
@@ -40,56 +42,110 @@ WIDE_DTYPES = {"i": np.dtype(np.int64), "u": np.dtype(np.uint64)}
 
 
 def decode_request(
-    message: pb.ModelInferRequest, arrival_s: float, timeout_s: float | None
-) -> InferRequest:
-    """Read a ModelInferRequest. Raw tensors are views of the message's bytes."""
+    message: pb.ModelInferRequest,
+    arrival_s: float,
+    timeout_s: float | None,
+    shared_memory: SharedMemory | None = None,
+    tenant: str = "",
+) -> tuple[InferRequest, dict[str, Place]]:
+    """Read a ModelInferRequest: the request, and the outputs that are wanted in shared memory.
+
+    Raw tensors are views of the message's bytes.
+    """
     if len(message.inputs) + len(message.outputs) > MAX_TENSORS:
         raise InvalidRequest("inputs", f"{len(message.inputs)} tensors", f"at most {MAX_TENSORS}")
-    refuse_unsupported(message.parameters, (output.parameters for output in message.outputs))
+    refuse_unsupported(message.parameters)
+    memory = shared_memory or SharedMemory(None)
     parameters = _parameters(message.parameters)
-    inputs = _raw_inputs(message) if message.raw_input_contents else _typed_inputs(message)
-    return InferRequest(
+    wanted = {output.name: _parameters(output.parameters) for output in message.outputs}
+    request = InferRequest(
         model=message.model_name,
         version=message.model_version,
-        inputs=inputs,
+        inputs=_inputs(message, memory),
         outputs=tuple(output.name for output in message.outputs) or None,
         id=message.id,
         parameters=parameters,
         deadline_s=earliest_deadline(parameters, arrival_s, timeout_s),
+        classification={
+            name: k for name, given in wanted.items() if (k := classes_of(name, given)) is not None
+        },
+        tenant=tenant,
     )
+    places = {
+        name: place
+        for name, given in wanted.items()
+        if given and (place := place_of(f"outputs.{name}", given, memory)) is not None
+    }
+    return request, places
 
 
-def encode_response(response: InferResponse) -> pb.ModelInferResponse:
-    """The message for a response: one raw entry for each output, in their order."""
+def encode_response(
+    response: InferResponse,
+    places: Mapping[str, Place] | None = None,
+    shared_memory: SharedMemory | None = None,
+) -> pb.ModelInferResponse:
+    """The message for a response: one raw entry for each output, in their order, but for those
+    that are wanted in shared memory, which are written there."""
     message = pb.ModelInferResponse(
         model_name=response.model, model_version=response.version, id=response.id
     )
     for tensor in response.outputs:
-        message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
-        message.raw_output_contents.append(encode_raw(tensor))
+        output = message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        place = (places or {}).get(tensor.name)
+        if place is None:
+            message.raw_output_contents.append(encode_raw(tensor))
+            continue
+        assert shared_memory is not None
+        size = write_tensor(shared_memory, tensor, place)
+        output.parameters["shared_memory_region"].string_param = place.region
+        output.parameters["shared_memory_offset"].int64_param = place.offset
+        output.parameters["shared_memory_byte_size"].int64_param = size
     return message
 
 
-def _raw_inputs(message: pb.ModelInferRequest) -> tuple[Tensor, ...]:
-    if len(message.raw_input_contents) != len(message.inputs):
+def _inputs(message: pb.ModelInferRequest, shared_memory: SharedMemory) -> tuple[Tensor, ...]:
+    """All inputs in their order: those in shared memory, and the others raw or typed."""
+    places = {
+        index: place
+        for index, given in enumerate(message.inputs)
+        if given.parameters
+        and (
+            place := place_of(f"inputs.{given.name}", _parameters(given.parameters), shared_memory)
+        )
+    }
+    raws = iter(_checked_raws(message, places)) if message.raw_input_contents else None
+    tensors = []
+    for index, given in enumerate(message.inputs):
+        if index in places:
+            if given.HasField("contents"):
+                raise InvalidRequest(
+                    f"inputs.{given.name}", "shared memory and data", "one of them"
+                )
+            shape, datatype = list(given.shape), given.datatype
+            tensors.append(read_tensor(shared_memory, given.name, datatype, shape, places[index]))
+        elif raws is not None:
+            raw = memoryview(next(raws))
+            tensors.append(decode_raw(given.name, given.datatype, given.shape, raw))
+        else:
+            tensors.append(_typed_input(given))
+    return tuple(tensors)
+
+
+def _checked_raws(message: pb.ModelInferRequest, places: Mapping[int, Place]) -> Sequence[bytes]:
+    n_wanted = len(message.inputs) - len(places)
+    if len(message.raw_input_contents) != n_wanted:
         raise InvalidRequest(
             "raw_input_contents",
             f"{len(message.raw_input_contents)} entries",
-            f"one for each of the {len(message.inputs)} inputs",
+            f"one for each of the {n_wanted} inputs"
+            + (" that aren't in shared memory" if places else ""),
         )
     for given in message.inputs:
         if given.HasField("contents"):
             raise InvalidRequest(
                 f"inputs.{given.name}.contents", "contents", "none beside raw_input_contents"
             )
-    return tuple(
-        decode_raw(given.name, given.datatype, given.shape, memoryview(raw))
-        for given, raw in zip(message.inputs, message.raw_input_contents, strict=True)
-    )
-
-
-def _typed_inputs(message: pb.ModelInferRequest) -> tuple[Tensor, ...]:
-    return tuple(_typed_input(given) for given in message.inputs)
+    return message.raw_input_contents
 
 
 def _typed_input(given: pb.ModelInferRequest.InferInputTensor) -> Tensor:

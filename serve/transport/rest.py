@@ -1,4 +1,4 @@
-"""REST: inference as a raw ASGI callable, everything else as a FastAPI application behind it.
+"""REST: inference as a raw ASGI callable; everything else goes to the application behind it.
 
 The framework costs three quarters of the requests a core can take (docs/serving.md), so the one
 hot path goes around it. Every answer but 200 has the body `{"error": "..."}`.
@@ -9,14 +9,11 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
-import fastapi
 import orjson
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
 
-from serve import VERSION
 from serve.errors import (
     Cancelled,
     InvalidRequest,
@@ -25,8 +22,20 @@ from serve.errors import (
     ServeError,
     UnsupportedEncoding,
 )
+from serve.messages import InferRequest
 from serve.service import InferenceService
-from serve.transport.json_codec import decode_request, encode_response
+from serve.transport.compression import (
+    MIN_COMPRESSED_BYTES,
+    choose_encoding,
+    compress,
+    decompress,
+)
+from serve.transport.json_codec import (
+    ResponseForm,
+    decode_raw_request,
+    decode_request,
+    encode_response,
+)
 from serve.transport.status import http_status
 
 _log = logging.getLogger(__name__)
@@ -41,9 +50,18 @@ TRANSPORT = "rest"
 JSON_LENGTH_HEADER = b"inference-header-content-length"
 TIMEOUT_HEADER = b"trimserve-timeout-ms"
 HANG_UP_WATCH_S = 0.05
+OFF_LOOP_BYTES = 64 * 1024  # more is compressed and decompressed in a thread
 DISCARD_FACTOR = 4  # of the largest body allowed, so much of a larger one is read and thrown away
 _JSON = (b"content-type", b"application/json")
 _BINARY = (b"content-type", b"application/octet-stream")
+
+
+@dataclass(frozen=True)
+class RestOptions:
+    """`tenant_header` names the header, set by a trusted gateway, that tells tenants apart."""
+
+    max_request_bytes: int = 64 * 1024 * 1024
+    tenant_header: str = ""
 
 
 class RestApp:
@@ -53,16 +71,17 @@ class RestApp:
         self,
         service: InferenceService,
         fallback: App,
-        max_request_bytes: int,
+        options: RestOptions,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._service = service
         self._fallback = fallback
-        self._max_request_bytes = max_request_bytes
+        self._max_request_bytes = options.max_request_bytes
+        self._tenant_header = options.tenant_header.lower().encode()
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        send = self._closing_while_draining(send)
+        send = closing_while_draining(self._service, send)
         target = _infer_target(scope) if scope["type"] == "http" else None
         if target is None:
             await self._fallback(scope, receive, send)
@@ -71,78 +90,136 @@ class RestApp:
         else:
             await self._infer(*target, scope, receive, send)
 
-    def _closing_while_draining(self, send: Send) -> Send:
-        """Ask clients to leave their connections while draining, so that no request is under way
-        on one when the server closes it."""
-
-        async def send_closing(message: Message) -> None:
-            if self._service.is_draining and message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"connection", b"close")]
-            await send(message)
-
-        return send_closing
-
     async def _infer(
         self, model: str, version: str, scope: Scope, receive: Receive, send: Send
     ) -> None:
         arrival_s = self._clock()
         code = "ok"
+        headers = dict(scope["headers"])
+        body = _Body(self._service, self._max_request_bytes)
         try:
-            status, headers, parts = await self._answer(model, version, scope, receive, arrival_s)
+            status, answer_headers, parts = await self._answer(
+                model, version, headers, body, receive, arrival_s
+            )
         except ServeError as error:
             code = error.code
-            status, headers, parts = _error_answer(error)
+            status, answer_headers, parts = error_answer(error)
         except Exception:  # noqa: BLE001 - the request boundary: the client gets no internals
             _log.exception("request failed", extra={"transport": TRANSPORT})
             code = ServeError.code
-            status, headers, parts = _error_answer(ServeError("internal error, see the log"))
+            status, answer_headers, parts = error_answer(ServeError("internal error, see the log"))
+        finally:
+            body.release()
         labels = self._service.labels(model, version)
         seconds = self._clock() - arrival_s
         self._service.metrics.request_answered(*labels, TRANSPORT, code, seconds)
-        await _send(send, status, headers, parts[0] if len(parts) == 1 else b"".join(parts))
+        await _send(send, status, answer_headers, parts[0] if len(parts) == 1 else b"".join(parts))
 
     async def _answer(
-        self, model: str, version: str, scope: Scope, receive: Receive, arrival_s: float
+        self,
+        model: str,
+        version: str,
+        headers: dict[bytes, bytes],
+        incoming: "_Body",
+        receive: Receive,
+        arrival_s: float,
     ) -> tuple[int, list[tuple[bytes, bytes]], list[bytes]]:
-        headers = dict(scope["headers"])
-        encoding = headers.get(b"content-encoding", b"identity")
-        if encoding != b"identity":
-            raise UnsupportedEncoding(encoding.decode("latin-1"), ["identity"])
-        body = await self._body(headers, receive)
+        body = await incoming.read(headers, receive)
+        received_s = self._clock()
+        request, form = self._decoded(model, version, headers, body, arrival_s)
+        decoded_s = self._clock()
+        with _HangUpWatch(receive):
+            response = await self._service.infer(request, arrival_s)
+        started_s = self._clock()
+        parts, json_length = encode_response(response, form, self._service.shared_memory)
+        answer_headers = [_JSON]
+        if json_length is not None:
+            answer_headers = [_BINARY, (JSON_LENGTH_HEADER, str(json_length).encode())]
+        if b"accept-encoding" in headers:
+            parts = await _compressed(headers[b"accept-encoding"], answer_headers, parts)
+        phase_ended = self._service.metrics.phase_ended
+        phase_ended(response.model, response.version, "decode", decoded_s - received_s)
+        phase_ended(response.model, response.version, "encode", self._clock() - started_s)
+        return 200, answer_headers, parts
+
+    def _decoded(
+        self, model: str, version: str, headers: dict[bytes, bytes], body: bytes, arrival_s: float
+    ) -> tuple[InferRequest, ResponseForm]:
         json_bytes = _header_number(headers, JSON_LENGTH_HEADER)
         timeout_ms = _header_number(headers, TIMEOUT_HEADER)
         timeout_s = timeout_ms / 1e3 if timeout_ms is not None else None
-        request, form = decode_request(model, version, body, json_bytes, arrival_s, timeout_s)
-        with _HangUpWatch(receive):
-            response = await self._service.infer(request, arrival_s)
-        parts, json_length = encode_response(response, form)
-        if json_length is None:
-            return 200, [_JSON], parts
-        return 200, [_BINARY, (JSON_LENGTH_HEADER, str(json_length).encode())], parts
+        tenant = headers.get(self._tenant_header, b"").decode("latin-1")
+        if json_bytes == 0:
+            signature, max_batch_size = self._service.signature(model, version)
+            batched = max_batch_size > 0
+            return decode_raw_request(
+                model, version, body, signature, batched, arrival_s, timeout_s, tenant
+            )
+        memory = self._service.shared_memory
+        return decode_request(
+            model, version, body, json_bytes, arrival_s, timeout_s, memory, tenant
+        )
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        """The whole body, refused as soon as it is known to be too large."""
+
+class _Body:
+    """The body of one request, read whole, within its limit and that of all bytes in flight."""
+
+    def __init__(self, service: InferenceService, max_bytes: int) -> None:
+        self._service = service
+        self._max_bytes = max_bytes
+        self._n_reserved = 0
+
+    async def read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        """The body, decompressed; refused as soon as it is known to be too large."""
+        encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
         size = _header_number(headers, b"content-length") or 0
-        if size > self._max_request_bytes:
+        if size > self._max_bytes:
             await self._discard(size, receive)
-            raise PayloadTooLarge(size, self._max_request_bytes)
+            raise PayloadTooLarge(size, self._max_bytes)
+        try:
+            self._reserve(size)
+        except QueueFull:
+            await self._discard(size, receive)
+            raise
+        body = await self._received(receive)
+        if encoding == "identity":
+            return body
+        if len(body) > OFF_LOOP_BYTES:
+            body = await asyncio.to_thread(decompress, body, encoding, self._max_bytes)
+        else:
+            body = decompress(body, encoding, self._max_bytes)
+        self._reserve(len(body))
+        return body
+
+    def release(self) -> None:
+        """The answer is made: nothing of the body is needed any more."""
+        self._service.release(self._n_reserved)
+        self._n_reserved = 0
+
+    async def _received(self, receive: Receive) -> bytes:
         chunks: list[bytes] = []
         size = 0
         while True:
             chunk, more = await _chunk(receive)
             size += len(chunk)
-            if size > self._max_request_bytes:
+            if size > self._max_bytes:
                 if more:
                     await self._discard(size, receive)
-                raise PayloadTooLarge(size, self._max_request_bytes)
+                raise PayloadTooLarge(size, self._max_bytes)
+            if size > self._n_reserved:
+                self._reserve(size - self._n_reserved)
             chunks.append(chunk)
             if not more:
                 return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
+    def _reserve(self, n_bytes: int) -> None:
+        self._service.reserve(n_bytes)
+        self._n_reserved += n_bytes
+
     async def _discard(self, size_bytes: int, receive: Receive) -> None:
         """Read on without keeping it, within bounds: many clients look for the answer only when
         they have sent all, and a connection closed under their hands hides it from them."""
-        limit = DISCARD_FACTOR * self._max_request_bytes
+        limit = DISCARD_FACTOR * self._max_bytes
         more = size_bytes <= limit
         discarded = 0
         while more and discarded <= limit:
@@ -186,61 +263,28 @@ class _HangUpWatch:
         self._hung_up = self._request.cancel()
 
 
-def admin_app(service: InferenceService) -> fastapi.FastAPI:
-    """Health and metadata, with interactive documentation at `/docs`.
+def closing_while_draining(service: InferenceService, send: Send) -> Send:
+    """Ask clients to leave their connections while draining, so that no request is under way on
+    one when the server closes it."""
 
-    All coroutines: the service belongs to the event loop, and none of them waits.
-    """
-    app = fastapi.FastAPI(
-        title="trimserve", version=VERSION, redirect_slashes=False, redoc_url=None
-    )
+    async def send_closing(message: Message) -> None:
+        if service.is_draining and message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], (b"connection", b"close")]
+        await send(message)
 
-    @app.get("/v2/health/live", tags=["health"])
-    async def live() -> dict[str, bool]:
-        """The process is up."""
-        return {"live": True}
+    return send_closing
 
-    @app.get("/v2/health/ready", tags=["health"])
-    async def ready() -> JSONResponse:
-        """200 where every model answers and new requests are welcome, else 503."""
-        return _ready_answer(service.is_ready, {"ready": service.is_ready}, "not ready")
 
-    @app.get("/v2", tags=["metadata"])
-    @app.get("/v2/", include_in_schema=False)
-    async def server_metadata() -> dict[str, Any]:
-        """Name, version and protocol extensions of the server."""
-        name, version, extensions = service.server_metadata()
-        return {"name": name, "version": version, "extensions": list(extensions)}
-
-    @app.get("/v2/models/{model}", tags=["metadata"])
-    @app.get("/v2/models/{model}/versions/{version}", tags=["metadata"])
-    async def model_metadata(model: str, version: str = "") -> dict[str, Any]:
-        """Versions, platform and tensors of a model."""
-        return _metadata_document(service, model, version)
-
-    @app.get("/v2/models/{model}/ready", tags=["health"])
-    @app.get("/v2/models/{model}/versions/{version}/ready", tags=["health"])
-    async def model_ready(model: str, version: str = "") -> JSONResponse:
-        """200 where the model answers, else 503."""
-        is_ready = service.is_model_ready(model, version)
-        return _ready_answer(is_ready, {"name": model, "ready": is_ready}, f"{model} is not ready")
-
-    @app.exception_handler(ServeError)
-    async def serve_error(_: fastapi.Request, error: ServeError) -> fastapi.Response:
-        status, headers, parts = _error_answer(error)
-        texts = {name.decode(): value.decode() for name, value in headers}
-        return fastapi.Response(parts[0], status, texts)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(_: fastapi.Request, error: HTTPException) -> JSONResponse:
-        headers = dict(error.headers or {})
-        return JSONResponse({"error": str(error.detail)}, error.status_code, headers)
-
-    @app.exception_handler(Exception)
-    async def internal_error(_: fastapi.Request, __: Exception) -> JSONResponse:
-        return JSONResponse({"error": "internal error, see the log"}, 500)
-
-    return app
+def error_answer(error: ServeError) -> tuple[int, list[tuple[bytes, bytes]], list[bytes]]:
+    """Status, headers and body of an error."""
+    headers = [_JSON]
+    if isinstance(error, QueueFull):
+        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
+    if isinstance(error, PayloadTooLarge):
+        headers.append((b"connection", b"close"))  # the rest of the body isn't worth reading
+    if isinstance(error, UnsupportedEncoding):
+        headers.append((b"accept-encoding", ", ".join(error.allowed).encode()))
+    return http_status(error), headers, [orjson.dumps({"error": str(error)})]
 
 
 def _infer_target(scope: Scope) -> tuple[str, str] | None:
@@ -276,31 +320,18 @@ def _header_number(headers: dict[bytes, bytes], name: bytes) -> int | None:
     return int(value)
 
 
-def _error_answer(error: ServeError) -> tuple[int, list[tuple[bytes, bytes]], list[bytes]]:
-    headers = [_JSON]
-    if isinstance(error, QueueFull):
-        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
-    if isinstance(error, PayloadTooLarge):
-        headers.append((b"connection", b"close"))  # the rest of the body isn't worth reading
-    return http_status(error), headers, [orjson.dumps({"error": str(error)})]
-
-
-def _ready_answer(is_ready: bool, body: dict[str, Any], error: str) -> JSONResponse:
-    return JSONResponse(body) if is_ready else JSONResponse({"error": error}, 503)
-
-
-def _metadata_document(service: InferenceService, model: str, version: str) -> dict[str, Any]:
-    metadata = service.model_metadata(model, version)
-    sides = {"inputs": metadata.signature.inputs, "outputs": metadata.signature.outputs}
-    return {
-        "name": metadata.name,
-        "versions": list(metadata.versions),
-        "platform": metadata.platform,
-        **{
-            side: [
-                {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
-                for spec in specs
-            ]
-            for side, specs in sides.items()
-        },
-    }
+async def _compressed(
+    accept_encoding: bytes, headers: list[tuple[bytes, bytes]], parts: list[bytes]
+) -> list[bytes]:
+    """The body as the client accepts it, where that is worth it; adds the headers that say so."""
+    size = sum(map(len, parts))
+    if size < MIN_COMPRESSED_BYTES:
+        return parts
+    encoding = choose_encoding(accept_encoding.decode("latin-1"))
+    headers.append((b"vary", b"accept-encoding"))
+    if encoding is None:
+        return parts
+    headers.append((b"content-encoding", encoding.encode()))
+    if size > OFF_LOOP_BYTES:
+        return [await asyncio.to_thread(compress, parts, encoding)]
+    return [compress(parts, encoding)]

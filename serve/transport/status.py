@@ -6,7 +6,9 @@ from serve.errors import (
     Cancelled,
     DeadlineExceeded,
     EngineFailed,
+    Forbidden,
     InvalidRequest,
+    LoadFailed,
     ModelNotFound,
     ModelNotReady,
     NotSupported,
@@ -20,6 +22,8 @@ from serve.errors import (
 # error -> (HTTP status, gRPC status)
 STATUS: dict[type[ServeError], tuple[int, grpc.StatusCode]] = {
     InvalidRequest: (400, grpc.StatusCode.INVALID_ARGUMENT),
+    LoadFailed: (400, grpc.StatusCode.FAILED_PRECONDITION),
+    Forbidden: (403, grpc.StatusCode.PERMISSION_DENIED),
     ModelNotFound: (404, grpc.StatusCode.NOT_FOUND),
     PayloadTooLarge: (413, grpc.StatusCode.RESOURCE_EXHAUSTED),
     UnsupportedEncoding: (415, grpc.StatusCode.INVALID_ARGUMENT),

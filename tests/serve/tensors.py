@@ -27,6 +27,8 @@ def tensors(
         for index in np.ndindex(shape):
             array[index] = draw(elements)
         return Tensor("x", datatype, array)
+    if datatype == "BF16":  # any bits, which numpy alone has no strategy for
+        return Tensor("x", datatype, draw(hnp.arrays(np.uint16, shape)).view(dtype))
     options = {"allow_nan": False, "allow_infinity": False} if finite and dtype.kind == "f" else {}
     values = hnp.from_dtype(dtype, **options)
     return Tensor("x", datatype, draw(hnp.arrays(dtype, shape, elements=values)))

@@ -230,7 +230,7 @@ def test_parse_manifest_accepts_when_nothing_is_changed() -> None:
         pytest.param(lambda d: d.pop("engine"), "engine", id="a key is missing"),
         pytest.param(lambda d: d["batching"].update(max_batch_size="many"), "max_batch_size",
                      id="a number is text"),
-        pytest.param(lambda d: d["signature"]["inputs"][0].update(datatype="BF16"), "BF16",
+        pytest.param(lambda d: d["signature"]["inputs"][0].update(datatype="FP8"), "FP8",
                      id="a datatype is not served"),
         pytest.param(lambda d: d["files"].update({"../x": d["files"]["model.onnx"]}), "leads out",
                      id="a file leads out of the folder"),

@@ -442,3 +442,128 @@ def test_largest_within_is_the_last_that_fits_when_compared_with_a_scan(
 def test_service_times_are_refused_when(sizes: list[int], seconds: list[float]) -> None:
     with pytest.raises(ValueError, match="want"):
         ServiceTimes(sizes, seconds)
+
+
+# --- lanes: requests that can't share a run, and buckets that can
+
+
+def in_lane(item: int, lane: object, arrival_s: float = 0.0, **changes: float) -> Entry[int]:
+    made = entry(item, arrival_s, **changes)  # type: ignore[arg-type]
+    made.lane = lane  # type: ignore[assignment]
+    return made
+
+
+# Short texts cost a fifth of long ones; a further row costs a tenth of the first.
+SHORT = ServiceTimes([1, MAX_ROWS], [0.002, 0.0034])
+LONG = ServiceTimes([1, MAX_ROWS], [0.010, 0.017])
+
+
+def bucketed(entries: Sequence[Entry[int]], **limits: float) -> BatchQueue[int]:
+    queue: BatchQueue[int] = BatchQueue(
+        Limits(MAX_ROWS, **limits),  # type: ignore[arg-type]
+        LONG,
+        {32: SHORT, 128: LONG},
+    )
+    for one in entries:
+        assert queue.offer(one, one.arrival_s) == (True, ())
+    return queue
+
+
+def test_policy_looks_past_other_shapes_when_it_fills_a_batch() -> None:
+    """Interleaved shapes, the traffic that closes every batch at one request elsewhere."""
+    queue = filled([in_lane(n, ("a", "b")[n % 2], n * 1e-6) for n in range(12)])
+    first, second = queue.decide(0.001), queue.decide(0.002)
+    assert (items(first.batch), first.lane) == ([0, 2, 4, 6, 8, 10], "a")
+    assert (items(second.batch), second.lane) == ([1, 3, 5, 7, 9, 11], "b")
+    assert queue.n_requests == 0
+
+
+def test_policy_serves_the_most_urgent_shape_first_when_there_are_several() -> None:
+    queue = filled([in_lane(1, "a", target_s=0.5), in_lane(2, "b", target_s=0.1), in_lane(3, "a")])
+    assert items(queue.decide(0.0).batch) == [2]
+    assert items(queue.decide(0.0).batch) == [1, 3]
+
+
+def test_policy_never_mixes_shapes_when_they_are_no_buckets() -> None:
+    queue = filled([in_lane(1, (3,)), in_lane(2, (4,))])
+    assert items(queue.decide(0.0).batch) == [1]
+
+
+def test_policy_takes_a_short_request_along_when_padding_it_is_cheaper_than_its_own_run() -> None:
+    queue = bucketed([in_lane(1, 128), in_lane(2, 32)])
+    decision = queue.decide(0.0)
+    assert (items(decision.batch), decision.lane) == ([1, 2], 128)
+    assert queue.n_requests == queue.n_rows == 0
+
+
+def test_policy_leaves_short_requests_to_themselves_when_their_own_run_is_cheaper() -> None:
+    """Six short rows cost 3 ms alone, and would make the long batch 6 ms longer."""
+    queue = bucketed([in_lane(1, 128), *[in_lane(n, 32) for n in range(2, 8)]])
+    assert items(queue.decide(0.0).batch) == [1]
+    decision = queue.decide(0.0)
+    assert (items(decision.batch), decision.lane) == (list(range(2, 8)), 32)
+
+
+def test_policy_takes_nobody_along_when_they_would_be_late_by_it() -> None:
+    queue = bucketed([in_lane(1, 128), in_lane(2, 32, target_s=0.0109)])
+    assert items(queue.decide(0.0).batch) == [2]
+    assert items(queue.decide(0.0).batch) == [1]
+    queue = bucketed([in_lane(1, 128, target_s=0.0105), in_lane(2, 32, target_s=0.5)])
+    assert items(queue.decide(0.0).batch) == [1]
+
+
+def test_policy_runs_a_full_shape_when_a_more_urgent_one_waits_for_company() -> None:
+    limits = Limits(2, max_queue_delay_s=0.1)
+    queue = filled([in_lane(1, "a"), in_lane(2, "b", 0.001), in_lane(3, "b", 0.002)], limits)
+    assert items(queue.decide(0.003).batch) == [2, 3]
+    waiting = queue.decide(0.003)
+    assert waiting.batch == ()
+    assert waiting.wake_at_s == pytest.approx(0.1)
+
+
+def test_policy_forgets_a_shape_when_its_last_request_has_left() -> None:
+    """Clients choose shapes: what was must not stay."""
+    queue = filled([])
+    for n in range(1000):
+        one = in_lane(n, (n,))
+        queue.offer(one, 0.0)
+        if n % 2:
+            assert queue.cancel(one)
+            assert not queue.cancel(one)
+        else:
+            assert items(queue.decide(0.0).batch) == [n]
+    assert queue.n_requests == queue.n_rows == 0
+    assert queue.retry_after_s() == 0
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([32, 128]),
+            st.integers(1, MAX_ROWS),
+            st.sampled_from([0.005, 0.02, 0.1, math.inf]),
+        ),
+        max_size=40,
+    )
+)
+@settings(max_examples=200)
+def test_policy_loses_and_doubles_no_request_when_buckets_mix(
+    given_entries: list[tuple[int, int, float]],
+) -> None:
+    entries = [
+        in_lane(n, lane, n_rows=rows, target_s=target)
+        for n, (lane, rows, target) in enumerate(given_entries)
+    ]
+    queue = bucketed(entries)
+    seen: list[int] = []
+    now = 0.0
+    while queue.n_requests:
+        decision = queue.decide(now)
+        assert decision.batch
+        assert sum(one.n_rows for one in decision.batch) <= MAX_ROWS
+        assert all(isinstance(one.lane, int) for one in decision.batch)
+        assert max(one.lane for one in decision.batch) == decision.lane  # type: ignore[type-var]
+        seen += items(decision.batch)
+        now += 0.004
+    assert sorted(seen) == list(range(len(entries)))
+    assert queue.n_rows == 0

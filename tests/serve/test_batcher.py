@@ -18,6 +18,7 @@ from serve.errors import (
     ServeError,
     ShuttingDown,
 )
+from serve.padding import CutOutput, PaddedInput, Padding
 from tests.serve.fake_engine import PATIENCE_S, POISON, REFUSED, FakeEngine
 
 
@@ -34,8 +35,11 @@ class Clock:
 class Bench:
     """A batcher with its engines; `deliver` collects batches."""
 
-    def __init__(self, limits: Limits, engines: list[FakeEngine], batched: bool = True) -> None:
+    def __init__(
+        self, limits: Limits, engines: list[FakeEngine], padding: Padding | None = None
+    ) -> None:
         self.clock = Clock()
+        self.padding = padding
         self.engines = engines
         self._batches: queue.Queue[Batch] = queue.Queue()
         times = ServiceTimes([1, limits.max_batch_size + 1], [0.010, 0.011])
@@ -44,7 +48,7 @@ class Bench:
             engines,
             BatchQueue(limits, times),
             self._batches.put,
-            batched=batched,
+            padding=padding,
             clock=self.clock,
         )
         self.batcher.start()
@@ -52,8 +56,15 @@ class Bench:
     def entry(self, values: list[list[float]], deadline_s: float = math.inf) -> Entry[Work]:
         x = np.array(values, np.float32)
         return Entry(
-            Work({"x": x}, len(x), context=None), len(x), self.clock.now, deadline_s=deadline_s
+            Work({"x": x}, len(x), context=None, length=x.shape[1]),
+            len(x),
+            self.clock.now,
+            deadline_s=deadline_s,
+            lane=self.lane_of(x.shape[1]),
         )
+
+    def lane_of(self, length: int) -> object:
+        return self.padding.bucket_of(length) if self.padding else (length,)
 
     def submit(self, values: list[list[float]], deadline_s: float = math.inf) -> Entry[Work]:
         entry = self.entry(values, deadline_s)
@@ -131,8 +142,45 @@ def test_batcher_groups_rows_by_shape_when_lengths_are_mixed(bench: Bench) -> No
         np.testing.assert_array_equal(done[id(entry.item)].outputs["y"], [np.array(row) * 2])
 
 
+def test_batcher_pads_requests_into_one_run_when_their_lengths_differ() -> None:
+    padding = Padding((PaddedInput("x", value=7),), (2, 4), (CutOutput("y"),))
+    bench = Bench(Limits(max_batch_size=8), [FakeEngine(gated=True)], padding)
+    bench.occupy()
+    rows = [[1.0, 2.0, 3.0], [1.0], [4.0, 5.0, 6.0, 7.0], [2.0, 3.0]]
+    entries = [bench.submit([row]) for row in rows]
+    bench.engines[0].open(5)
+    done = bench.completions(5)
+    bench.batcher.close()
+    assert bench.engines[0].shapes == [(1, 2), (4, 4)]  # both buckets take equally long here
+    for row, entry in zip(rows, entries, strict=True):
+        np.testing.assert_array_equal(done[id(entry.item)].outputs["y"], [np.array(row) * 2])
+
+
+def test_batcher_halves_a_failing_batch_when_it_looks_for_the_culprit() -> None:
+    """One bad request of eight costs its neighbours a few runs, not one each."""
+    bench = Bench(Limits(max_batch_size=8, max_queue_size=20), [FakeEngine(gated=True)])
+    bench.occupy()
+    entries = [bench.submit([[POISON if n == 2 else float(n)]]) for n in range(8)]
+    bench.engines[0].open(100)
+    done = bench.completions(9)
+    bench.batcher.close()
+    assert [shape[0] for shape in bench.engines[0].shapes] == [1, 8, 4, 2, 2, 1, 1, 4]
+    failed = [n for n, entry in enumerate(entries) if done[id(entry.item)].error is not None]
+    assert failed == [2]
+
+
+def test_batcher_says_where_the_time_went_when_a_batch_is_done(bench: Bench) -> None:
+    entry = bench.submit([[1.0]])
+    bench.engines[0].wait_until_running()
+    bench.clock.now += 0.25
+    bench.engines[0].open()
+    timing = bench.completions(1)[id(entry.item)].timing
+    assert (timing.phases.assemble_s, timing.phases.execute_s) == (0, 0.25)
+    assert timing.phases.total_s == 0.25
+
+
 def test_batcher_runs_each_request_alone_when_the_model_has_no_batch_axis() -> None:
-    bench = Bench(Limits(max_batch_size=1), [FakeEngine(gated=True)], batched=False)
+    bench = Bench(Limits(max_batch_size=1), [FakeEngine(gated=True)])
     bench.occupy()
     for _ in range(3):
         bench.submit([[1.0], [2.0]])

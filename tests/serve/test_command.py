@@ -69,12 +69,12 @@ def broken_repository(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(lambda folder: [], "--repository DIR or --model FILE.onnx",
+        pytest.param(lambda folder: [], "--repository DIR|URL or --model FILE.onnx",
                      id="no source is given"),
         pytest.param(lambda folder: [*good_model(folder), "--repository", str(folder)],
-                     "--repository DIR or --model FILE.onnx", id="two sources are given"),
+                     "--repository DIR|URL or --model FILE.onnx", id="two sources are given"),
         pytest.param(lambda folder: ["--repository", str(folder / "absent")],
-                     "absent: not a folder, want a model repository", id="the folder is missing"),
+                     "absent: No such file or directory; want", id="the folder is missing"),
         pytest.param(lambda folder: ["--repository", empty_folder(folder)],
                      "no model version, want <model>/<version>/manifest.json",
                      id="the folder is empty"),
@@ -142,7 +142,8 @@ def test_serve_serves_the_others_when_one_version_is_broken(tmp_path: Path) -> N
     root = tmp_path / "models"
     publish(root, onnx_models.linear, tmp_path)
     broken = publish(root, onnx_models.pair, tmp_path, slo={"latency": "fast"})
-    (broken / "model.onnx").write_bytes(b"tampered")
+    file = broken / "model.onnx"
+    file.write_bytes(bytes(reversed(file.read_bytes())))
     with running(tmp_path / "log", "--repository", str(root)) as server:
         rest = connect(server.http_port)
         assert ask(rest, "POST", INFER, LINEAR).status == 200

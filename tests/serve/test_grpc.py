@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from serve import VERSION
 from serve import oip_pb2 as pb
+from serve.service import EXTENSIONS
 from tests.serve.conftest import MAX_REQUEST_BYTES
 from tests.serve.onnx_models import INVALID_INDEX, linear_by_hand
 from tests.serve.running_server import PATIENCE_S, RunningServer, channel_to, method, until
@@ -74,7 +75,7 @@ def test_grpc_is_live_and_ready_when_asked(channel: grpc.Channel) -> None:
 def test_grpc_describes_server_and_model_when_asked(channel: grpc.Channel) -> None:
     server = call(channel, "ServerMetadata", pb.ServerMetadataRequest())
     assert (server.name, server.version) == ("trimserve", VERSION)
-    assert list(server.extensions) == ["binary_tensor_data"]
+    assert list(server.extensions) == list(EXTENSIONS)
     pair = call(channel, "ModelMetadata", pb.ModelMetadataRequest(name="pair"))
     assert (pair.name, list(pair.versions), pair.platform) == ("pair", ["1"], "onnxruntime_onnx")
     sides = [
@@ -230,7 +231,7 @@ def test_grpc_answers_an_error_and_goes_on_when(
 
 
 def test_grpc_says_unimplemented_when_a_call_is_not_served(channel: grpc.Channel) -> None:
-    unknown = channel.unary_unary("/inference.GRPCInferenceService/RepositoryIndex")
+    unknown = channel.unary_unary("/inference.GRPCInferenceService/ModelTrain")
     with pytest.raises(grpc.RpcError) as caught:
         unknown(b"", timeout=PATIENCE_S)
     assert caught.value.code() == Status.UNIMPLEMENTED

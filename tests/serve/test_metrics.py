@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve.metrics import Metrics
+from serve.metrics import DEFAULT_THRESHOLD_S, Metrics
 from tests.serve.conftest import THRESHOLD_MS
 from tests.serve.running_server import RunningServer, fetch
 from tests.serve.versions import rows
@@ -21,15 +21,25 @@ def scraped(server: RunningServer) -> Iterator[Metric]:
     )
 
 
-@pytest.mark.parametrize("phase", ["request", "queue", "execute"])
-def test_histogram_has_an_edge_on_the_threshold_when_an_slo_is_given(
-    server: RunningServer, phase: str
+@pytest.mark.parametrize("kind", ["request", "phase"])
+def test_histogram_has_an_edge_on_each_models_own_threshold_when_slos_differ(
+    server: RunningServer, kind: str
 ) -> None:
-    fetch(server.http_port, "POST", "/v2/models/linear/infer", LINEAR)
-    (family,) = (m for m in scraped(server) if m.name == f"trimserve_{phase}_duration_seconds")
-    edges = {s.labels["le"] for s in family.samples if s.name.endswith("_bucket")}
-    assert f"{THRESHOLD_MS / 1e3}" in edges
-    assert len(edges) < 64
+    pair = {"a": ("FP32", [[1.0, 2.0]]), "b": ("INT64", [[1, 2]])}
+    inputs = [{"name": n, "datatype": t, "shape": [1, 2], "data": d} for n, (t, d) in pair.items()]
+    assert fetch(server.http_port, "POST", "/v2/models/linear/infer", LINEAR).status == 200
+    assert (
+        fetch(server.http_port, "POST", "/v2/models/pair/infer", {"inputs": inputs}).status == 200
+    )
+    (family,) = (m for m in scraped(server) if m.name == f"trimserve_{kind}_duration_seconds")
+    edges: dict[str, set[float]] = {}
+    for sample in family.samples:
+        if sample.name.endswith("_bucket"):
+            edges.setdefault(sample.labels["model"], set()).add(float(sample.labels["le"]))
+    assert THRESHOLD_MS / 1e3 in edges["linear"]
+    assert THRESHOLD_MS / 1e3 not in edges["pair"]
+    assert DEFAULT_THRESHOLD_S in edges["pair"]
+    assert len(edges["linear"]) < 64
 
 
 def test_metrics_count_each_request_once_when_it_is_answered(server: RunningServer) -> None:
@@ -38,7 +48,7 @@ def test_metrics_count_each_request_once_when_it_is_answered(server: RunningServ
         return (
             server.metric(COUNT, **labels, transport="rest", code="ok"),
             server.metric("trimserve_batch_rows_sum", **labels),
-            server.metric("trimserve_queue_duration_seconds_count", **labels),
+            server.metric("trimserve_phase_duration_seconds_count", **labels, phase="queue"),
         )
 
     before = counts()
@@ -90,3 +100,59 @@ def test_metrics_stand_alone_when_two_are_made_in_one_process() -> None:
     labels = {"model": "m", "version": "1", "transport": "rest", "code": "ok"}
     assert first.registry.get_sample_value(COUNT, labels) == 1
     assert second.registry.get_sample_value(COUNT, labels) is None
+
+
+# --- Triton's names
+
+TRITON = {"model": "linear", "version": "1"}
+
+
+def test_triton_metrics_have_their_exact_names_and_types_when_scraped(
+    server: RunningServer,
+) -> None:
+    fetch(server.http_port, "POST", "/v2/models/linear/infer", LINEAR)
+    text = fetch(server.metrics_port, "GET", "/metrics").body.decode()
+    for name in (
+        "nv_inference_request_success",
+        "nv_inference_request_failure",
+        "nv_inference_count",
+        "nv_inference_exec_count",
+        "nv_inference_request_duration_us",
+        "nv_inference_queue_duration_us",
+        "nv_inference_compute_input_duration_us",
+        "nv_inference_compute_infer_duration_us",
+        "nv_inference_compute_output_duration_us",
+        "nv_cache_num_hits_per_model",
+    ):
+        assert f"# TYPE {name} counter\n" in text
+        assert f'\n{name}{{model="linear",' in text
+    assert "# TYPE nv_inference_pending_request_count gauge\n" in text
+    assert "nv_inference_count_total" not in text
+
+
+def test_triton_metrics_count_rows_batches_and_failures_when_requests_are_answered(
+    server: RunningServer,
+) -> None:
+    def counts() -> list[float]:
+        return [
+            # The client library's parser gives counters their suffix.
+            server.metric("nv_inference_request_success_total", **TRITON),
+            server.metric("nv_inference_count_total", **TRITON),
+            server.metric("nv_inference_exec_count_total", **TRITON),
+            server.metric("nv_inference_request_failure_total", **TRITON, reason="OTHER"),
+        ]
+
+    before = counts()
+    for _ in range(2):
+        assert fetch(server.http_port, "POST", "/v2/models/linear/infer", LINEAR).status == 200
+    bad = {"inputs": [{**LINEAR["inputs"][0], "shape": [4, 2]}]}
+    assert fetch(server.http_port, "POST", "/v2/models/linear/infer", bad).status == 400
+    assert [now - then for now, then in zip(counts(), before, strict=True)] == [2, 4, 2, 1]
+    assert server.metric("nv_inference_pending_request_count", **TRITON) == 0
+
+
+def test_metrics_port_answers_only_scrapes_when_asked_for_something_else(
+    server: RunningServer,
+) -> None:
+    assert fetch(server.metrics_port, "GET", "/secrets").status == 404
+    assert fetch(server.metrics_port, "GET", "/metrics?x=1").status == 200

@@ -12,7 +12,8 @@ import pytest
 
 from loadtest.slo import Slo
 from serve.artifact import Batching, Profile, ServiceTime, read_manifest
-from serve.batcher import Batch
+from serve.batch_policy import Entry
+from serve.batcher import Batch, Work
 from serve.engines import EngineSpec
 from serve.errors import ArtifactInvalid, InvalidRequest
 from serve.machine import Machine
@@ -53,6 +54,12 @@ def request(
     return InferRequest("m", "", inputs, outputs, deadline_s=deadline_s)
 
 
+def entries(model: Model, given: InferRequest, arrival_s: float = 0.0) -> list[Entry[Work]]:
+    """What the service makes of a request."""
+    inputs = model.checked_inputs(given)
+    return model.entries(inputs, model.n_rows(inputs), arrival_s, math.inf)
+
+
 def real(name: str, array: Array) -> Tensor:
     return Tensor(name, "FP32", np.asarray(array, np.float32))
 
@@ -69,16 +76,18 @@ def test_model_answers_like_the_engine_when_a_request_is_good(
 ) -> None:
     model = load(onnx_models.pair)
     good = request(real("a", rows(2, 2)), whole("b", [[1, 2], [3, 4]]), outputs=("doubled",))
-    model.batcher.submit(model.entry(good, 0.0, None))
+    (entry,) = entries(model, good)
+    model.batcher.submit(entry)
     (completion,) = delivered.get(timeout=PATIENCE_S).completions
-    (output,) = model.outputs(good, completion.outputs)
+    (output,) = model.tensors(good, completion.outputs)
     assert (output.name, output.datatype) == ("doubled", "INT64")
     assert output.array.tolist() == [[2, 4], [6, 8]]
 
 
 def test_model_orders_inputs_like_its_signature_when_they_come_otherwise(load: Load) -> None:
     model = load(onnx_models.pair)
-    entry = model.entry(request(whole("b", [[1, 2]]), real("a", rows(1, 2))), 5.0, None)
+    given = request(whole("b", [[1, 2]]), real("a", rows(1, 2)))
+    (entry,) = entries(model, given, arrival_s=5.0)
     assert list(entry.item.inputs) == ["a", "b"]
     assert (entry.n_rows, entry.arrival_s, entry.deadline_s) == (1, 5.0, math.inf)
 
@@ -133,20 +142,21 @@ A, B = real("a", rows(2, 2)), whole("b", [[1, 2], [3, 4]])
 )  # fmt: skip
 def test_model_refuses_a_request_when(load: Load, bad: InferRequest, field: str) -> None:
     with pytest.raises(InvalidRequest, match=f"^{field}"):
-        load(onnx_models.pair).entry(bad, 0.0, None)
+        entries(load(onnx_models.pair), bad)
 
 
 def test_model_takes_shapes_as_they_are_when_it_has_no_batch_axis(load: Load) -> None:
     model = load(onnx_models.fixed)
-    assert model.entry(request(real("x", rows(1, 3)[0])), 0.0, None).n_rows == 1
+    assert entries(model, request(real("x", rows(1, 3)[0])))[0].n_rows == 1
     with pytest.raises(InvalidRequest, match=r"inputs\.x\.shape: got \[1, 3\], want \[3\]"):
-        model.entry(request(real("x", rows(1, 3))), 0.0, None)
+        entries(model, request(real("x", rows(1, 3))))
 
 
 def test_model_takes_empty_and_long_rows_when_an_axis_is_variable(load: Load) -> None:
     model = load(onnx_models.ragged)
     for length in (0, 1, 1000):
-        assert model.entry(request(real("x", rows(2, length))), 0.0, None).n_rows == 2
+        (entry,) = entries(model, request(real("x", rows(2, length))))
+        assert (entry.n_rows, entry.lane) == (2, ((length,),))
 
 
 @pytest.mark.parametrize(
@@ -163,9 +173,8 @@ def test_target_follows_the_slo_when_it_is(
 ) -> None:
     override = Slo.model_validate(slo_document(given)) if given else None
     model = load(onnx_models.pair, override, slo=slo_document(embedded) if embedded else None)
-    entry = model.entry(request(A, B, deadline_s=11.0), 10.0, None)
+    (entry,) = entries(model, request(A, B), arrival_s=10.0)
     assert entry.target_s == pytest.approx(target_s)
-    assert entry.deadline_s == 11.0
 
 
 # --- loading
@@ -259,7 +268,9 @@ def test_model_answers_all_when(
     model = load(onnx_models.linear, engine=spec)
     for n in range(20):
         one = request(real("x", rows(1 + n % 5, seed=n)))
-        model.batcher.submit(model.entry(one, 0.0, one))
+        (entry,) = entries(model, one)
+        entry.item.context = one
+        model.batcher.submit(entry)
     done = 0
     while done < 20:
         for completion in delivered.get(timeout=PATIENCE_S).completions:

@@ -15,7 +15,7 @@ from tests.serve.tensors import assert_same, tensors
 
 def decode(message: pb.ModelInferRequest) -> InferRequest:
     parsed = pb.ModelInferRequest.FromString(message.SerializeToString())
-    return decode_request(parsed, arrival_s=100.0, timeout_s=None)
+    return decode_request(parsed, arrival_s=100.0, timeout_s=None)[0]
 
 
 def raw_request(*given_tensors: Tensor) -> pb.ModelInferRequest:
@@ -158,12 +158,15 @@ def test_raw_request_is_read_or_refused_when_it_is_any_bytes(raw: bytes, shape: 
     assert tensor.shape == tuple(shape)
 
 
-def test_request_is_refused_as_not_supported_when_it_asks_for_classes() -> None:
+def test_request_says_how_many_classes_are_wanted_when_an_output_asks_for_them() -> None:
     message = typed_request("FP32", [2], [1.0, 2.0])
     message.outputs.add(name="y").parameters["classification"].int64_param = 3
-    with pytest.raises(NotSupported, match="classification"):
-        decode(message)
-    message.outputs.clear()
+    message.outputs.add(name="z")
+    assert decode(message).classification == {"y": 3}
+
+
+def test_request_is_refused_as_not_supported_when_it_is_part_of_a_sequence() -> None:
+    message = typed_request("FP32", [2], [1.0, 2.0])
     message.parameters["sequence_id"].int64_param = 7
     with pytest.raises(NotSupported, match="sequence_id"):
         decode(message)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from serve import VERSION
+from serve.service import EXTENSIONS
 from tests.serve.conftest import MAX_REQUEST_BYTES
 from tests.serve.onnx_models import INVALID_INDEX, linear_by_hand
 from tests.serve.running_server import HOST, PATIENCE_S, RunningServer, ask, connect, until
@@ -53,7 +54,7 @@ LINEAR_METADATA = {
     "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}],
     "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 3]}],
 }
-SERVER_METADATA = {"name": "trimserve", "version": VERSION, "extensions": ["binary_tensor_data"]}
+SERVER_METADATA = {"name": "trimserve", "version": VERSION, "extensions": list(EXTENSIONS)}
 
 
 @pytest.mark.parametrize(
@@ -289,12 +290,14 @@ def test_rest_answers_an_error_and_goes_on_when(
                      "inference-header-content-length", id="the JSON's length is negative"),
         pytest.param({"Inference-Header-Content-Length": "1e3"}, 400,
                      "inference-header-content-length", id="the JSON's length is no number"),
-        pytest.param({"Inference-Header-Content-Length": "0"}, 400, "body",
-                     id="the JSON's length is 0"),
+        pytest.param({"Inference-Header-Content-Length": "0"}, 400, "inputs.x: got",
+                     id="the whole body is a tensor, of another size"),
         pytest.param({"Trimserve-Timeout-Ms": "soon"}, 400, "trimserve-timeout-ms",
                      id="the timeout is no number"),
-        pytest.param({"Content-Encoding": "gzip"}, 415, "Content-Encoding: got 'gzip'",
-                     id="the body is compressed"),
+        pytest.param({"Content-Encoding": "gzip"}, 400, "bytes that aren't gzip",
+                     id="the body is compressed, and isn't"),
+        pytest.param({"Content-Encoding": "br"}, 415, "Content-Encoding: got 'br'",
+                     id="the body is compressed in an unknown way"),
     ],
 )  # fmt: skip
 def test_rest_answers_an_error_and_goes_on_when_headers_say(

@@ -12,6 +12,7 @@ from tritonclient.utils import InferenceServerException
 
 from serve.artifact import read_manifest
 from serve.engines import load_engine
+from serve.service import EXTENSIONS
 from serve.tensor import DATATYPES, Array
 from tests.serve.running_server import HOST, RunningServer
 from tests.serve.versions import rows
@@ -102,7 +103,7 @@ def test_tritonclient_sees_health_and_metadata_when_it_asks(client: Any, transpo
     assert client.is_model_ready("linear")
     assert client.is_model_ready("linear", "1")
     as_json = {"as_json": True} if transport == "grpc" else {}
-    assert client.get_server_metadata(**as_json)["extensions"] == ["binary_tensor_data"]
+    assert client.get_server_metadata(**as_json)["extensions"] == list(EXTENSIONS)
     metadata = client.get_model_metadata("pair", **as_json)
     assert [tensor["name"] for tensor in metadata["inputs"]] == ["a", "b"]
 
