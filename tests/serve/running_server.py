@@ -40,6 +40,7 @@ class RunningServer:
         self.http_port: int = ready["http_port"]
         self.grpc_port: int = ready["grpc_port"]
         self.metrics_port: int = ready["metrics_port"]
+        self.control_port: int | None = ready["control_port"]
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
