@@ -6,11 +6,19 @@ Nothing here knows HTTP or gRPC; `serve.transport.status` translates by one tabl
 from collections.abc import Sequence
 from typing import ClassVar
 
+MAX_MESSAGE_LENGTH = 4096
+
 
 class ServeError(Exception):
-    """Base of all errors that a client may see; `code` is its name in metrics and logs."""
+    """Base of all errors that a client may see; `code` is its name in metrics and logs.
+
+    Messages quote what clients sent, so they are bounded and show control characters escaped.
+    """
 
     code: ClassVar[str] = "internal"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_printable(message[:MAX_MESSAGE_LENGTH]))
 
 
 class InvalidRequest(ServeError):
@@ -140,6 +148,12 @@ class ArtifactInvalid(Exception):
 def _shown(value: object) -> str:
     """`repr`, bounded and with control characters escaped: it goes to clients and logs."""
     return _bounded(repr(value))
+
+
+def _printable(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
 
 
 def _bounded(text: str) -> str:

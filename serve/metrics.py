@@ -4,7 +4,9 @@ Two families: our own, and Triton's `nv_inference_*`, for dashboards and autosca
 Labels are closed sets: models are those of the repository, codes those of `serve.errors`.
 """
 
+import bisect
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 
@@ -105,12 +107,7 @@ class Metrics:
             (*version, "reason"),
             registry=self.registry,
         )
-        self._in_flight = Gauge(
-            "trimserve_requests_in_flight",
-            "Requests admitted and not yet answered.",
-            version,
-            registry=self.registry,
-        )
+        self._in_flight: dict[tuple[str, str], int] = {}
         self._merged = Counter(
             "trimserve_merged_requests",
             "Requests answered by an equal one that was under way.",
@@ -123,6 +120,7 @@ class Metrics:
             (*version, "variant", "engine", "precision"),
             registry=self.registry,
         )
+        self.registry.register(_InFlightCollector(self._in_flight))
         self.registry.register(_TritonCollector(self._models))
         # `labels()` costs more than the observation: keep the children (closed label sets).
         self._child = functools.cache(lambda metric, *labels: metric.labels(*labels))
@@ -161,19 +159,20 @@ class Metrics:
         self, model: str, version: str, transport: str, code: str, seconds: float
     ) -> None:
         edge = self._thresholds.get((model, version), self._threshold_s)
-        self._child(self._request_s, edge, model, version, transport, code).observe(seconds)
+        self._request_s.labels(edge, model, version, transport, code).observe(seconds)
 
     def phase_ended(
         self, model: str, version: str, phase: str, seconds: float, outcome: str = "ok"
     ) -> None:
         edge = self._thresholds.get((model, version), self._threshold_s)
-        self._child(self._phase_s, edge, model, version, phase, outcome).observe(seconds)
+        self._phase_s.labels(edge, model, version, phase, outcome).observe(seconds)
 
     def request_admitted(self, model: str, version: str) -> None:
-        self._child(self._in_flight, model, version).inc()
+        key = (model, version)
+        self._in_flight[key] = self._in_flight.get(key, 0) + 1
 
     def request_left(self, model: str, version: str) -> None:
-        self._child(self._in_flight, model, version).dec()
+        self._in_flight[model, version] -= 1
 
     def request_merged(self, model: str, version: str) -> None:
         self._child(self._merged, model, version).inc()
@@ -206,33 +205,84 @@ class Metrics:
             self._model_info.remove(*labels)
 
 
+class _Series:
+    """One series of a histogram. A single owner counts, without locks; scrapes read."""
+
+    __slots__ = ("_edges", "counts", "total_s")
+
+    def __init__(self, edges: tuple[float, ...]) -> None:
+        self._edges = edges
+        self.counts = [0] * len(edges)
+        self.total_s = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self.counts[bisect.bisect_left(self._edges, seconds)] += 1
+        self.total_s += seconds
+
+    def samples(self, name: str, labels: dict[str, str]) -> Iterator[Sample]:
+        so_far = 0
+        for edge, count in zip(self._edges, list(self.counts), strict=True):
+            so_far += count
+            yield Sample(f"{name}_bucket", {**labels, "le": _edge_text(edge)}, so_far)
+        yield Sample(f"{name}_count", labels, so_far)
+        yield Sample(f"{name}_sum", labels, self.total_s)
+
+
+def _edge_text(edge: float) -> str:
+    return "+Inf" if math.isinf(edge) else repr(float(edge))
+
+
 class _EdgedHistogram(Collector):
-    """One histogram by name whose series have their edges on their own SLO's threshold: a model
-    may be loaded at any time, and bring another threshold."""
+    """A histogram each of whose series has its edges on its own model's SLO threshold: models may
+    be loaded at any time, and bring another one.
+
+    It is filled several times a request, which is why it counts by itself: the client library's
+    takes five times as long (docs/experiments.md).
+    """
 
     def __init__(self, name: str, documentation: str, labelnames: tuple[str, ...]) -> None:
-        self._arguments = (name, documentation, labelnames)
-        self._by_edge: dict[float, Histogram] = {}
+        self._name = name
+        self._documentation = documentation
+        self._labelnames = labelnames
+        self._series: dict[tuple[str, ...], _Series] = {}
 
-    def labels(self, threshold_s: float, *labels: str) -> Histogram:
-        histogram = self._by_edge.get(threshold_s)
-        if histogram is None:
-            edges = histogram_edges(threshold_s)
-            histogram = Histogram(*self._arguments, buckets=edges, registry=None)
-            self._by_edge = {**self._by_edge, threshold_s: histogram}
-        return histogram.labels(*labels)
+    def labels(self, threshold_s: float, *labels: str) -> _Series:
+        """The series of these labels; the threshold counts when it is made."""
+        series = self._series.get(labels)
+        if series is None:
+            edges = tuple(sorted({*histogram_edges(threshold_s), math.inf}))
+            series = self._series[labels] = _Series(edges)
+        return series
 
     def collect(self) -> Iterable[Metric]:
-        name, documentation, _ = self._arguments
-        merged = Metric(name, documentation, "histogram")
-        for histogram in self._by_edge.values():
-            for metric in histogram.collect():
-                merged.samples.extend(metric.samples)
-        yield merged
+        metric = Metric(self._name, self._documentation, "histogram")
+        for labels, series in list(self._series.items()):
+            named = dict(zip(self._labelnames, labels, strict=True))
+            metric.samples.extend(series.samples(self._name, named))
+        yield metric
 
     def describe(self) -> Iterable[Metric]:
-        name, documentation, _ = self._arguments
-        yield Metric(name, documentation, "histogram")
+        yield Metric(self._name, self._documentation, "histogram")
+
+
+class _InFlightCollector(Collector):
+    """The requests in flight, counted by the service as they come and go."""
+
+    def __init__(self, in_flight: dict[tuple[str, str], int]) -> None:
+        self._in_flight = in_flight
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(
+            "trimserve_requests_in_flight",
+            "Requests admitted and not yet answered.",
+            labels=("model", "version"),
+        )
+        for key, count in list(self._in_flight.items()):
+            family.add_metric(key, count)
+        yield family
+
+    def describe(self) -> Iterable[Metric]:
+        return []
 
 
 class _TritonCollector(Collector):

@@ -7,7 +7,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,10 +109,12 @@ class Model:
         limit = self.max_batch_size
         if not limit:
             return 1
-        rows: dict[str, int] = {name: array.shape[0] for name, array in inputs.items()}
-        first, n_rows = next(iter(rows.items()))
-        if any(other != n_rows for other in rows.values()):
-            raise InvalidRequest("inputs.shape", rows, "equal batch dimensions")
+        first = next(iter(inputs))
+        n_rows: int = inputs[first].shape[0]
+        for array in inputs.values():
+            if array.shape[0] != n_rows:
+                rows = {name: other.shape[0] for name, other in inputs.items()}
+                raise InvalidRequest("inputs.shape", rows, "equal batch dimensions")
         if self.manifest.batching.oversize == "split":
             limit *= self.manifest.batching.max_queue_size
         if not 1 <= n_rows <= limit:
@@ -460,14 +462,17 @@ def _is_random(engine: Engine, inputs: Mapping[str, Array], name: str, first: Ar
 
 def _pieces(
     inputs: Mapping[str, Array], n_rows: int, limit: int
-) -> Iterator[tuple[Mapping[str, Array], int]]:
+) -> list[tuple[Mapping[str, Array], int]]:
     """The inputs in pieces of at most `limit` rows, with the rows of each."""
     if n_rows <= limit:
-        yield inputs, n_rows
-        return
-    for start in range(0, n_rows, limit):
-        stop = min(start + limit, n_rows)
-        yield {name: array[start:stop] for name, array in inputs.items()}, stop - start
+        return [(inputs, n_rows)]
+    return [
+        (
+            {name: array[start : start + limit] for name, array in inputs.items()},
+            min(limit, n_rows - start),
+        )
+        for start in range(0, n_rows, limit)
+    ]
 
 
 def _timed(engine: Engine, inputs: Mapping[str, Array]) -> float:

@@ -34,11 +34,13 @@ class Repository:
 
     def __init__(self) -> None:
         self._slots: dict[str, dict[str, Slot]] = {}
+        self._defaults: dict[str, Slot] = {}  # of every model: what no version named means
         self._open = False
 
     def put(self, slot: Slot) -> None:
         """Add or replace a version; from now on requests find this one."""
         self._slots.setdefault(slot.name, {})[slot.version] = slot
+        self._choose_default(slot.name)
 
     def remove(self, name: str, version: str) -> None:
         """Forget a version; a model without versions is unknown."""
@@ -46,6 +48,7 @@ class Repository:
         versions.pop(version, None)
         if not versions:
             self._slots.pop(name, None)
+        self._choose_default(name)
 
     def open(self) -> None:
         """What was to be loaded at the start is loaded, or has failed."""
@@ -63,15 +66,11 @@ class Repository:
 
     def slot(self, name: str, version: str = "") -> Slot:
         """The version asked for, by default the highest that is ready or else the highest."""
-        versions = self._slots.get(name)
-        if versions is None:
-            raise ModelNotFound(name)
-        if version:
-            if version not in versions:
-                raise ModelNotFound(name, version)
-            return versions[version]
-        ready = [v for v, slot in versions.items() if slot.model is not None]
-        return versions[max(ready or versions, key=int)]
+        of_model = self._slots.get(name, {})
+        slot = of_model.get(version) if version else self._defaults.get(name)
+        if slot is None:
+            raise ModelNotFound(name, version if of_model else "")
+        return slot
 
     def versions(self, name: str) -> list[str]:
         """The ready versions of a model, lowest first."""
@@ -85,6 +84,14 @@ class Repository:
         for model in sorted(self._slots) if name is None else [name]:
             versions = self._slots.get(model, {})
             yield from (versions[version] for version in sorted(versions, key=int))
+
+    def _choose_default(self, name: str) -> None:
+        versions = self._slots.get(name)
+        if not versions:
+            self._defaults.pop(name, None)
+            return
+        ready = [version for version, slot in versions.items() if slot.model is not None]
+        self._defaults[name] = versions[max(ready or versions, key=int)]
 
     @property
     def is_open(self) -> bool:

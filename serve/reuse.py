@@ -23,7 +23,7 @@ _SHARED_ENDS = (EngineFailed, InvalidRequest)
 
 
 class Reuse:
-    """In front of an execution. Without cache and merging it passes everything through."""
+    """In front of an execution, where it is on."""
 
     def __init__(
         self,
@@ -42,6 +42,10 @@ class Reuse:
         self._numbers = itertools.count()
 
     @property
+    def is_on(self) -> bool:
+        return self._cache is not None or self._merge
+
+    @property
     def is_caching(self) -> bool:
         return self._cache is not None
 
@@ -49,8 +53,6 @@ class Reuse:
         self, job: Job, tenant: str, compute: Callable[[Job], Awaitable[Answer]]
     ) -> Answer:
         """The job's answer, by `compute` where no other one may be used."""
-        if self._cache is None and not self._merge:
-            return await compute(job)
         started = self._clock()
         signature = job.model.signature
         datatypes = {spec.name: spec.datatype for spec in signature.inputs}

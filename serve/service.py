@@ -186,7 +186,10 @@ class InferenceService:
         code = Cancelled.code  # unless it ends otherwise
         try:
             job = _job(model, request, arrival_s)
-            answer = await self._reuse.answer(job, request.tenant, self._execution.run)
+            if self._reuse.is_on:
+                answer = await self._reuse.answer(job, request.tenant, self._execution.run)
+            else:
+                answer = await self._execution.run(job)
             tensors = model.tensors(request, answer.outputs)
             code = "ok"
         except ServeError as error:

@@ -7,7 +7,7 @@ reader may see one counter a request ahead of the next. It knows no transport an
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from serve.batcher import Batch, Timing
+from serve.batcher import Batch, Phases, Timing
 
 # Why a request failed, in Triton's words.
 FAILURE_REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
@@ -30,7 +30,7 @@ class Duration:
 
     def add(self, seconds: float) -> None:
         self.count += 1
-        self.ns += round(seconds * 1e9)
+        self.ns += int(seconds * 1e9)
 
 
 @dataclass(slots=True)
@@ -81,11 +81,11 @@ class Statistics:
         if not timings:
             return
         self.inference_count += n_rows
-        self.queue.add(max(timing.queue_s for timing in timings))
-        phases = [timing.phases for timing in timings]
-        self.compute_input.add(sum(one.assemble_s for one in phases))
-        self.compute_infer.add(sum(one.execute_s for one in phases))
-        self.compute_output.add(sum(one.split_s for one in phases))
+        timing = timings[0] if len(timings) == 1 else _joined(timings)
+        self.queue.add(timing.queue_s)
+        self.compute_input.add(timing.phases.assemble_s)
+        self.compute_infer.add(timing.phases.execute_s)
+        self.compute_output.add(timing.phases.split_s)
 
     def failed(self, seconds: float, code: str) -> None:
         """A request ended with the error `code` after `seconds`."""
@@ -99,3 +99,16 @@ class Statistics:
         batches.compute_input.add(batch.phases.assemble_s)
         batches.compute_infer.add(batch.phases.execute_s)
         batches.compute_output.add(batch.phases.split_s)
+
+
+def _joined(timings: Sequence[Timing]) -> Timing:
+    """That of a request in several batches: their phases in all, and the longest wait."""
+    return Timing(
+        max(timing.queue_s for timing in timings),
+        Phases(
+            sum(timing.phases.assemble_s for timing in timings),
+            sum(timing.phases.execute_s for timing in timings),
+            sum(timing.phases.split_s for timing in timings),
+        ),
+        sum(timing.batch_rows for timing in timings),
+    )

@@ -57,9 +57,9 @@ def manifest_of_layout(
         sizes = sorted({size for size in powers if size < max_batch_size} | {max_batch_size})
         engine = replace(engine, batch_sizes=tuple(sizes))
     files = {
-        name: path
+        file: path
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and is_visible(name := path.relative_to(directory).as_posix())
+        if path.is_file() and is_visible(file := path.relative_to(directory).as_posix())
     }
     if len(files) > MAX_FILES:
         raise ArtifactInvalid(f"{name}/{version}", f"{len(files)} files, want at most {MAX_FILES}")

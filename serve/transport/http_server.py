@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+import httptools
 import orjson
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -120,6 +121,7 @@ class _Protocol(HttpToolsProtocol):
         self._limits = config.limits
         self._in_message = False
         self._in_head = False
+        self._is_upgrade = False
         self._n_head_bytes = 0  # since the parser last had something to say
         self._arrival: asyncio.TimerHandle | None = None
         self._reading: asyncio.TimerHandle | None = None
@@ -145,14 +147,40 @@ class _Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._n_head_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
         if self.transport.is_closing():
             return
         if self._n_head_bytes > self._limits.max_head_bytes:
             limit = self._limits.max_head_bytes
-            self._refuse(431, f"a head or trailers of {limit} bytes or more")
+            self._refuse(431, f"head or trailers: got more than {limit} bytes, want fewer")
             return
         self._expect()
+
+    def _parse(self, data: bytes) -> None:
+        """Feed the parser. It leaves out the body of a request that would change protocols: such a
+        one is fed again without that wish, which a server may ignore (RFC 9110, section 7.8)."""
+        rest = memoryview(data)
+        while rest:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = rest[upgrade.args[0] :]
+                self._is_upgrade = False
+                self.parser.feed_data(self._head_without_upgrade())
+
+    def _head_without_upgrade(self) -> bytes:
+        lines = [b"%s %s HTTP/1.1" % (self.parser.get_method(), self.url)]
+        for name, value in self.headers:
+            if name == b"connection" and b"close" in value.lower():
+                lines.append(b"connection: close")
+            elif name not in (b"connection", b"upgrade"):
+                lines.append(b"%s: %s" % (name, value))
+        return b"\r\n".join([*lines, b"", b""])
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -160,6 +188,9 @@ class _Protocol(HttpToolsProtocol):
         self._n_head_bytes = 0
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            self._is_upgrade = True
+            return
         super().on_headers_complete()
         # What comes later under this name are trailers, which must not pass for headers.
         self.headers = []
@@ -172,6 +203,8 @@ class _Protocol(HttpToolsProtocol):
         self._n_head_bytes = 0
 
     def on_message_complete(self) -> None:
+        if self._is_upgrade:
+            return
         super().on_message_complete()
         self._in_message = False
         self._n_head_bytes = 0
@@ -187,9 +220,8 @@ class _Protocol(HttpToolsProtocol):
 
     def _expect(self) -> None:
         """Give the client its time for what it has to send now, if it has to."""
-        answering = self.cycle is not None and not self.cycle.response_complete
-        if self.pipeline or (answering and (self._in_head or not self._in_message)):
-            self._stop_arrival()  # a request that has arrived is being answered
+        if self._is_answering():
+            self._stop_arrival()
         elif self._in_message and not self._in_head:
             self._start_arrival(self._limits.body_timeout_s)
         elif self._in_message or self.cycle is None:
@@ -200,6 +232,12 @@ class _Protocol(HttpToolsProtocol):
                 self.timeout_keep_alive_task = self.loop.call_later(
                     self.timeout_keep_alive, self.timeout_keep_alive_handler
                 )
+
+    def _is_answering(self) -> bool:
+        """A request that has arrived is being answered; what follows it can wait."""
+        if self.cycle is None or self.cycle.response_complete:
+            return False
+        return bool(self.pipeline) or self._in_head or not self._in_message
 
     def _start_arrival(self, timeout_s: float) -> None:
         if self._arrival is None:
@@ -212,10 +250,12 @@ class _Protocol(HttpToolsProtocol):
 
     def _arrived_too_late(self) -> None:
         self._arrival = None
-        if not self._in_message or (self.cycle is not None and self.cycle.response_started):
-            self._close()
+        if self._in_head:
+            self._refuse(408, "the head took too long to arrive")
+        elif self._in_message and not self.cycle.response_started:
+            self._refuse(408, "the body took too long to arrive")
         else:
-            self._refuse(408, f"the {'head' if self._in_head else 'body'} took too long to arrive")
+            self._close()
 
     # --- what the client is sent
 
@@ -236,8 +276,13 @@ class _Protocol(HttpToolsProtocol):
         self._refuse(400, msg)
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer for the application, and close."""
+        """Answer for the application, and close; but a request that came before it is answered
+        first, and then this one not at all, since what is sent now would pass for its answer."""
         if self.transport.is_closing():
+            return
+        if self._is_answering():
+            self.cycle.keep_alive = False
+            self.flow.pause_reading()
             return
         body = orjson.dumps({"error": message})
         head = (

@@ -28,9 +28,8 @@ def place_of(field: str, parameters: Parameters, shared_memory: SharedMemory) ->
     shared memory is off, before anything is computed."""
     region = parameters.get("shared_memory_region")
     if region is None:
-        for name in ("shared_memory_byte_size", "shared_memory_offset"):
-            if name in parameters:
-                raise InvalidRequest(f"{field}.parameters.{name}", name, "shared_memory_region too")
+        if "shared_memory_byte_size" in parameters or "shared_memory_offset" in parameters:
+            raise InvalidRequest(f"{field}.parameters", "no region", "shared_memory_region too")
         return None
     shared_memory.status()
     if not isinstance(region, str):

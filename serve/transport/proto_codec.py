@@ -84,8 +84,8 @@ def encode_response(
     places: Mapping[str, Place] | None = None,
     shared_memory: SharedMemory | None = None,
 ) -> pb.ModelInferResponse:
-    """The message for a response: one raw entry for each output, in their order, but for those
-    that are wanted in shared memory, which are written there."""
+    """The message for a response: one raw entry for each output, in their order, empty for those
+    that are wanted in shared memory, which are written there: clients count them all."""
     message = pb.ModelInferResponse(
         model_name=response.model, model_version=response.version, id=response.id
     )
@@ -95,6 +95,7 @@ def encode_response(
         if place is None:
             message.raw_output_contents.append(encode_raw(tensor))
             continue
+        message.raw_output_contents.append(b"")
         assert shared_memory is not None
         size = write_tensor(shared_memory, tensor, place)
         output.parameters["shared_memory_region"].string_param = place.region

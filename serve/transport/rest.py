@@ -52,6 +52,7 @@ TIMEOUT_HEADER = b"trimserve-timeout-ms"
 HANG_UP_WATCH_S = 0.05
 OFF_LOOP_BYTES = 64 * 1024  # more is compressed and decompressed in a thread
 DISCARD_FACTOR = 4  # of the largest body allowed, so much of a larger one is read and thrown away
+_CLOSE = (b"connection", b"close")
 _JSON = (b"content-type", b"application/json")
 _BINARY = (b"content-type", b"application/octet-stream")
 
@@ -81,10 +82,9 @@ class RestApp:
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        send = closing_while_draining(self._service, send)
         target = _infer_target(scope) if scope["type"] == "http" else None
         if target is None:
-            await self._fallback(scope, receive, send)
+            await self._fallback(scope, receive, closing_while_draining(self._service, send))
         elif scope["method"] != "POST":
             await _send(send, 405, [_JSON, (b"allow", b"POST")], b'{"error":"want POST"}')
         else:
@@ -95,7 +95,7 @@ class RestApp:
     ) -> None:
         arrival_s = self._clock()
         code = "ok"
-        headers = dict(scope["headers"])
+        headers = _by_name(scope["headers"])
         body = _Body(self._service, self._max_request_bytes)
         try:
             status, answer_headers, parts = await self._answer(
@@ -113,6 +113,8 @@ class RestApp:
         labels = self._service.labels(model, version)
         seconds = self._clock() - arrival_s
         self._service.metrics.request_answered(*labels, TRANSPORT, code, seconds)
+        if self._service.is_draining:
+            answer_headers.append(_CLOSE)
         await _send(send, status, answer_headers, parts[0] if len(parts) == 1 else b"".join(parts))
 
     async def _answer(
@@ -174,7 +176,9 @@ class _Body:
         encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
         size = _header_number(headers, b"content-length") or 0
         if size > self._max_bytes:
-            await self._discard(size, receive)
+            # A client that asks before it sends the body is told now, not invited to send it.
+            if headers.get(b"expect", b"").lower() != b"100-continue":
+                await self._discard(size, receive)
             raise PayloadTooLarge(size, self._max_bytes)
         try:
             self._reserve(size)
@@ -269,7 +273,7 @@ def closing_while_draining(service: InferenceService, send: Send) -> Send:
 
     async def send_closing(message: Message) -> None:
         if service.is_draining and message["type"] == "http.response.start":
-            message["headers"] = [*message["headers"], (b"connection", b"close")]
+            message["headers"] = [*message["headers"], _CLOSE]
         await send(message)
 
     return send_closing
@@ -281,7 +285,7 @@ def error_answer(error: ServeError) -> tuple[int, list[tuple[bytes, bytes]], lis
     if isinstance(error, QueueFull):
         headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
     if isinstance(error, PayloadTooLarge):
-        headers.append((b"connection", b"close"))  # the rest of the body isn't worth reading
+        headers.append(_CLOSE)  # the rest of the body isn't worth reading
     if isinstance(error, UnsupportedEncoding):
         headers.append((b"accept-encoding", ", ".join(error.allowed).encode()))
     return http_status(error), headers, [orjson.dumps({"error": str(error)})]
@@ -309,6 +313,16 @@ async def _send(send: Send, status: int, headers: list[tuple[bytes, bytes]], bod
     headers.append((b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _by_name(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """The values by name; those of one that comes again are joined (RFC 9110, section 5.3), so
+    that none is overlooked."""
+    by_name = dict(headers)
+    if len(by_name) < len(headers):
+        for name in by_name:
+            by_name[name] = b", ".join(value for other, value in headers if other == name)
+    return by_name
 
 
 def _header_number(headers: dict[bytes, bytes], name: bytes) -> int | None:
