@@ -9,7 +9,8 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet
 
 # Image -> its extras; each gets a lock file with hashes.
-IMAGES := serve=cpu+openvino serve-gpu=gpu optimizer=cpu+openvino+optimizer+loadtest loadtest=loadtest
+IMAGES := serve=cpu+openvino+image+text+s3 serve-gpu=gpu+image+text+s3 \
+  optimizer=cpu+openvino+optimizer+image+text+s3+loadtest loadtest=loadtest
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes pyproject.toml
 
 SHELL := /bin/bash
@@ -50,7 +51,7 @@ format: $(STAMP) ## Format and sort imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-proto: $(STAMP) ## Generate the modules of proto/oip.proto
+proto: $(STAMP) ## Generate the modules of proto/*.proto
 	$(BIN)/python proto/generate.py
 
 locks: $(STAMP) ## Lock the dependencies of the images (locks/*.txt)

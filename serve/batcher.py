@@ -88,7 +88,8 @@ class Batcher:
     """Queue and instances of one model version.
 
     The first axis of the tensors is the batch where the queue's limits let more than one request
-    share a run. `padding` says how lengths are made equal; the queue's lanes are its buckets then.
+    share a run. `padding` says how lengths are made equal; the queue's lanes are its buckets then,
+    and engines with `fixed_shapes` get no other lengths. Others get a batch's longest.
     `deliver` is called from the instances' threads and must not block.
     """
 
@@ -99,12 +100,14 @@ class Batcher:
         queue: BatchQueue[Work],
         deliver: Callable[[Batch], None],
         padding: Padding | None = None,
+        fixed_shapes: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = name
         self._queue = queue
         self._deliver = deliver
         self._padding = padding
+        self._fixed_shapes = fixed_shapes
         self._clock = clock
         self._condition = threading.Condition()
         self._n_idle = 0
@@ -249,7 +252,8 @@ class Batcher:
 
     def _assembled(self, works: Sequence[Work], bucket: int) -> Mapping[str, Array]:
         if self._padding is not None:
-            return self._padding.assemble([work.inputs for work in works], bucket)
+            length = bucket if self._fixed_shapes else max(work.length for work in works)
+            return self._padding.assemble([work.inputs for work in works], length)
         if len(works) == 1:
             return {name: _aligned(array) for name, array in works[0].inputs.items()}
         return {

@@ -6,7 +6,7 @@ Nothing here knows HTTP or gRPC; `serve.transport.status` translates by one tabl
 from collections.abc import Sequence
 from typing import ClassVar
 
-MAX_MESSAGE_LENGTH = 4096
+MAX_MESSAGE_LENGTH = 1024
 
 
 class ServeError(Exception):
@@ -18,7 +18,7 @@ class ServeError(Exception):
     code: ClassVar[str] = "internal"
 
     def __init__(self, message: str) -> None:
-        super().__init__(_printable(message[:MAX_MESSAGE_LENGTH]))
+        super().__init__(_printable(message[:MAX_MESSAGE_LENGTH])[:MAX_MESSAGE_LENGTH])
 
 
 class InvalidRequest(ServeError):

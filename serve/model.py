@@ -217,9 +217,10 @@ def load_model(
     batcher = Batcher(
         (manifest.model, manifest.version),
         engines,
-        _queue(manifest, engines),
+        measured_queue(manifest, engines),
         deliver,
         padding=manifest.padding,
+        fixed_shapes=bool(manifest.engine.batch_sizes),
     )
     batcher.start()
     return Model(manifest, directory, engines, batcher, objective, transform, names)
@@ -365,7 +366,7 @@ def _relative_difference(got: Array, want: Array) -> float:
     return float(np.abs(got.astype(np.float64) - exact).max(initial=0.0)) / scale
 
 
-def _queue(manifest: Manifest, engines: list[Engine]) -> BatchQueue[Work]:
+def measured_queue(manifest: Manifest, engines: list[Engine]) -> BatchQueue[Work]:
     """The queue with the service times that warming up measured, by bucket where lengths are
     padded."""
     limits = Limits(

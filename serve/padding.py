@@ -68,11 +68,11 @@ class Padding:
         """The smallest bucket that holds `length`, which is at most the largest one."""
         return self.buckets[bisect.bisect_left(self.buckets, length)]
 
-    def assemble(self, parts: Sequence[Mapping[str, Array]], bucket: int) -> dict[str, Array]:
-        """The parts behind each other on axis 0, their padded axes filled up to `bucket`."""
+    def assemble(self, parts: Sequence[Mapping[str, Array]], length: int) -> dict[str, Array]:
+        """The parts behind each other on axis 0, their padded axes filled up to `length`."""
         padded = {one.tensor: one for one in self.inputs}
         return {
-            name: _filled([part[name] for part in parts], padded[name], bucket)
+            name: _filled([part[name] for part in parts], padded[name], length)
             if name in padded
             else np.concatenate([part[name] for part in parts])
             for name in parts[0]
@@ -119,10 +119,10 @@ def _misfit(
     return None
 
 
-def _filled(arrays: Sequence[Array], axis: PaddedInput, bucket: int) -> Array:
+def _filled(arrays: Sequence[Array], axis: PaddedInput, length: int) -> Array:
     rows = sum(len(array) for array in arrays)
     shape = list(arrays[0].shape)
-    shape[0], shape[axis.axis] = rows, bucket
+    shape[0], shape[axis.axis] = rows, length
     dtype = arrays[0].dtype
     filled = np.full(shape, b"" if dtype.kind == "O" else axis.value, dtype)
     start = 0

@@ -198,10 +198,11 @@ def _first_axis_is_shared(nodes: Sequence[Any]) -> bool:
 
 
 def _to_value(array: Array) -> onnxruntime.OrtValue:
+    array = np.asarray(array, order="C")  # ascontiguousarray would give a scalar an axis
     if array.dtype == BFLOAT16:
-        bits = np.ascontiguousarray(array).view(np.uint16)
+        bits = array.view(np.uint16)
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _ONNX_BFLOAT16)
-    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
 def _from_value(value: onnxruntime.OrtValue) -> Array:

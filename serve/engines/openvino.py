@@ -181,7 +181,7 @@ def _tensor_spec(port: Any) -> TensorSpec:
 
 def _padded(array: Array, size: int, n_rows: int) -> Array:
     if n_rows == size:
-        return np.ascontiguousarray(array)
+        return np.asarray(array, order="C")  # which leaves scalars without an axis
     padded = np.zeros((size, *array.shape[1:]), array.dtype)
     padded[:n_rows] = array
     return padded

@@ -33,6 +33,9 @@ SERVER_OPTIONS: dict[str, int] = {
     "grpc.http2.max_ping_strikes": 2,
     "grpc.keepalive_permit_without_calls": 1,
     "grpc.max_concurrent_streams": 1024,
+    # Further connections are closed at once, and those that say nothing after a while.
+    "grpc.max_allowed_incoming_connections": 8192,
+    "grpc.server_handshake_timeout_ms": 20_000,
 }
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -125,16 +128,19 @@ class _Calls(ExtensionCalls):
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
         """Answers in the order of the requests, which run side by side; a request's error is its
         answer and doesn't end the stream."""
-        tasks: asyncio.Queue[asyncio.Task[pb.ModelStreamInferResponse] | None] = asyncio.Queue(
-            MAX_STREAM_REQUESTS
-        )
+        tasks: asyncio.Queue[asyncio.Task[pb.ModelStreamInferResponse] | None] = asyncio.Queue()
+        places = asyncio.Semaphore(MAX_STREAM_REQUESTS)
         tenant = self._tenant(context)
 
         async def read() -> None:
-            async for request in requests:
-                answer = self._stream_answer(request, context.time_remaining(), tenant)
-                await tasks.put(asyncio.create_task(answer))
-            await tasks.put(None)
+            try:
+                await places.acquire()
+                async for request in requests:
+                    answer = self._stream_answer(request, context.time_remaining(), tenant)
+                    tasks.put_nowait(asyncio.create_task(answer))
+                    await places.acquire()
+            finally:
+                tasks.put_nowait(None)
 
         reader = asyncio.create_task(read())
         try:
@@ -144,6 +150,8 @@ class _Calls(ExtensionCalls):
                 except BaseException:
                     task.cancel()
                     raise
+                places.release()
+            await reader  # where a message couldn't be read, its error ends the stream
         finally:
             reader.cancel()
             while not tasks.empty():

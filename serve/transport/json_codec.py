@@ -219,7 +219,7 @@ def encode_response(
     if response.parameters:
         head["parameters"] = dict(response.parameters)
     json = orjson.dumps(head, option=orjson.OPT_SERIALIZE_NUMPY)
-    return [json, *tails], (len(json) if tails else None)
+    return [json, *tails], (len(json) if any(tails) else None)
 
 
 def _decode_document(json: memoryview) -> RequestDocument:

@@ -52,8 +52,9 @@ def decode_request(
 
     Raw tensors are views of the message's bytes.
     """
-    if len(message.inputs) + len(message.outputs) > MAX_TENSORS:
-        raise InvalidRequest("inputs", f"{len(message.inputs)} tensors", f"at most {MAX_TENSORS}")
+    n_tensors = len(message.inputs) + len(message.outputs)
+    if n_tensors > MAX_TENSORS:
+        raise InvalidRequest("inputs and outputs", f"{n_tensors} tensors", f"at most {MAX_TENSORS}")
     refuse_unsupported(message.parameters)
     memory = shared_memory or SharedMemory(None)
     parameters = _parameters(message.parameters)

@@ -113,7 +113,7 @@ class RestApp:
         labels = self._service.labels(model, version)
         seconds = self._clock() - arrival_s
         self._service.metrics.request_answered(*labels, TRANSPORT, code, seconds)
-        if self._service.is_draining:
+        if self._service.is_draining or body.is_unread:
             answer_headers.append(_CLOSE)
         await _send(send, status, answer_headers, parts[0] if len(parts) == 1 else b"".join(parts))
 
@@ -164,26 +164,28 @@ class RestApp:
 
 
 class _Body:
-    """The body of one request, read whole, within its limit and that of all bytes in flight."""
+    """The body of one request, read whole, within its limit and that of all bytes in flight.
+
+    `is_unread` where it was refused and may or may not still come: the connection is of no use.
+    """
 
     def __init__(self, service: InferenceService, max_bytes: int) -> None:
         self._service = service
         self._max_bytes = max_bytes
         self._n_reserved = 0
+        self.is_unread = False
 
     async def read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         """The body, decompressed; refused as soon as it is known to be too large."""
         encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
         size = _header_number(headers, b"content-length") or 0
         if size > self._max_bytes:
-            # A client that asks before it sends the body is told now, not invited to send it.
-            if headers.get(b"expect", b"").lower() != b"100-continue":
-                await self._discard(size, receive)
+            await self._refuse(size, headers, receive)
             raise PayloadTooLarge(size, self._max_bytes)
         try:
             self._reserve(size)
         except QueueFull:
-            await self._discard(size, receive)
+            await self._refuse(size, headers, receive)
             raise
         body = await self._received(receive)
         if encoding == "identity":
@@ -219,6 +221,12 @@ class _Body:
     def _reserve(self, n_bytes: int) -> None:
         self._service.reserve(n_bytes)
         self._n_reserved += n_bytes
+
+    async def _refuse(self, size_bytes: int, headers: dict[bytes, bytes], receive: Receive) -> None:
+        """A client that asks before it sends the body is told at once, not invited to send it."""
+        self.is_unread = headers.get(b"expect", b"").lower() == b"100-continue"
+        if not self.is_unread:
+            await self._discard(size_bytes, receive)
 
     async def _discard(self, size_bytes: int, receive: Receive) -> None:
         """Read on without keeping it, within bounds: many clients look for the answer only when

@@ -36,7 +36,11 @@ class Bench:
     """A batcher with its engines; `deliver` collects batches."""
 
     def __init__(
-        self, limits: Limits, engines: list[FakeEngine], padding: Padding | None = None
+        self,
+        limits: Limits,
+        engines: list[FakeEngine],
+        padding: Padding | None = None,
+        fixed_shapes: bool = False,
     ) -> None:
         self.clock = Clock()
         self.padding = padding
@@ -49,6 +53,7 @@ class Bench:
             BatchQueue(limits, times),
             self._batches.put,
             padding=padding,
+            fixed_shapes=fixed_shapes,
             clock=self.clock,
         )
         self.batcher.start()
@@ -151,9 +156,28 @@ def test_batcher_pads_requests_into_one_run_when_their_lengths_differ() -> None:
     bench.engines[0].open(5)
     done = bench.completions(5)
     bench.batcher.close()
-    assert bench.engines[0].shapes == [(1, 2), (4, 4)]  # both buckets take equally long here
+    assert bench.engines[0].shapes == [(1, 1), (4, 4)]  # both buckets take equally long here
     for row, entry in zip(rows, entries, strict=True):
         np.testing.assert_array_equal(done[id(entry.item)].outputs["y"], [np.array(row) * 2])
+
+
+@pytest.mark.parametrize(
+    ("fixed_shapes", "length"),
+    [
+        pytest.param(True, 4, id="the bucket where the engine has fixed shapes"),
+        pytest.param(False, 3, id="the longest of the batch where it takes any"),
+    ],
+)
+def test_batcher_pads_to(fixed_shapes: bool, length: int) -> None:
+    padding = Padding((PaddedInput("x"),), (4,), (CutOutput("y"),))
+    bench = Bench(Limits(max_batch_size=8), [FakeEngine(gated=True)], padding, fixed_shapes)
+    bench.occupy()
+    for row in ([1.0, 2.0, 3.0], [1.0]):
+        bench.submit([row])
+    bench.engines[0].open(5)
+    bench.completions(3)
+    bench.batcher.close()
+    assert bench.engines[0].shapes[-1] == (2, length)
 
 
 def test_batcher_halves_a_failing_batch_when_it_looks_for_the_culprit() -> None:

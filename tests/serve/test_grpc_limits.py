@@ -1,0 +1,439 @@
+"""gRPC at its limits: sizes both ways, deadlines, clients that cancel, pings, streams. Where a
+client library is too polite to misbehave, the test writes the frames of HTTP/2 itself."""
+
+import contextlib
+import queue
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import grpc
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from serve import oip_pb2 as pb
+from serve.artifact import Batching
+from serve.transport.grpc import MAX_STREAM_REQUESTS, SERVER_OPTIONS
+from tests.serve import onnx_models
+from tests.serve.conftest import MAX_REQUEST_BYTES
+from tests.serve.onnx_models import linear_by_hand
+from tests.serve.process_state import assert_nothing_is_left, memory_mib, n_descriptors
+from tests.serve.running_server import (
+    HOST,
+    PATIENCE_S,
+    RunningServer,
+    channel_to,
+    method,
+    running,
+    until,
+)
+from tests.serve.versions import publish, rows
+
+MUCH_WORK = 40_000  # turns of the model `work`: some tenths of a second
+Status = grpc.StatusCode
+
+
+def grow(path: Path) -> Path:
+    """n INT64[1] -> zeros FP32[-1], n of them: answers as large as their caller asks for."""
+    graph = helper.make_graph(
+        [helper.make_node("ConstantOfShape", ["n"], ["zeros"])],
+        "grow",
+        [helper.make_tensor_value_info("n", TensorProto.INT64, [1])],
+        [helper.make_tensor_value_info("zeros", TensorProto.FLOAT, ["n"])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server of small messages, with a queue of `work` that holds a stream's requests."""
+    scratch = tmp_path_factory.mktemp("limited")
+    repository = scratch / "repository"
+    queue_size = 4 * MAX_STREAM_REQUESTS
+    publish(repository, onnx_models.work, scratch, batching=Batching(0, max_queue_size=queue_size))
+    publish(repository, onnx_models.linear, scratch)
+    publish(repository, grow, scratch)
+    limit = f"--max-request-bytes={MAX_REQUEST_BYTES}"
+    with running(
+        scratch / "log", "--repository", str(repository), limit, "--drain-delay-s=0"
+    ) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def channel(limited: RunningServer) -> Iterator[grpc.Channel]:
+    with channel_to(limited.grpc_port) as made:
+        yield made
+
+
+def asking(model: str, name: str, datatype: str, array: Any, **fields: Any) -> pb.ModelInferRequest:
+    request = pb.ModelInferRequest(model_name=model, **fields)
+    request.inputs.add(name=name, datatype=datatype, shape=array.shape)
+    request.raw_input_contents.append(array.tobytes())
+    return request
+
+
+def linear(**fields: Any) -> pb.ModelInferRequest:
+    return asking("linear", "x", "FP32", rows(2), **fields)
+
+
+def work(turns: int, **fields: Any) -> pb.ModelInferRequest:
+    return asking("work", "n", "INT64", np.array(turns), **fields)
+
+
+def infer(channel: grpc.Channel, request: pb.ModelInferRequest, **options: Any) -> Any:
+    return method(channel, "ModelInfer")(request, **{"timeout": PATIENCE_S} | options)
+
+
+def refusal(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    error: Any = caught.value
+    return error.code(), error.details()
+
+
+def assert_works(channel: grpc.Channel) -> None:
+    """The next request on the same channel gets its numbers."""
+    answer = infer(channel, linear())
+    y = np.frombuffer(answer.raw_output_contents[0], np.float32).reshape(2, 3)
+    np.testing.assert_allclose(y, linear_by_hand(rows(2)), atol=1e-5)
+
+
+def n_ended(server: RunningServer, code: str) -> float:
+    name = "trimserve_request_duration_seconds_count"
+    return server.metric(name, transport="grpc", code=code)
+
+
+def n_in_flight(server: RunningServer) -> float:
+    return server.metric("trimserve_requests_in_flight", model="work")
+
+
+# --- sizes
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+def test_grpc_answers_compressed_messages_when_they_are_small(
+    channel: grpc.Channel, compression: grpc.Compression
+) -> None:
+    answer = infer(channel, linear(), compression=compression)
+    assert len(answer.raw_output_contents[0]) == 24
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+def test_grpc_unfolds_no_further_than_its_limit_when_a_message_is_a_bomb(
+    limited: RunningServer, channel: grpc.Channel, compression: grpc.Compression
+) -> None:
+    """200 MB of zeros are 200 kB on the wire, within the limit as they come."""
+    bomb = asking("linear", "x", "FP32", np.zeros((1, 50_000_000), np.float32))
+    before = memory_mib(limited, "VmHWM")
+    code, details = refusal(lambda: infer(channel, bomb, compression=compression))
+    assert (code, "larger than max" in details) == (Status.RESOURCE_EXHAUSTED, True)
+    assert memory_mib(limited, "VmHWM") < before + 16
+    assert_works(channel)
+
+
+def test_grpc_keeps_nothing_of_a_message_when_it_is_a_hundred_times_too_large(
+    limited: RunningServer, channel: grpc.Channel
+) -> None:
+    large = asking("linear", "x", "FP32", np.zeros((1, 25_000_000), np.float32))
+    before = memory_mib(limited, "VmHWM")
+    code, details = refusal(lambda: infer(channel, large))
+    assert (code, "larger than max" in details) == (Status.RESOURCE_EXHAUSTED, True)
+    assert memory_mib(limited, "VmHWM") < before + 16
+    assert_works(channel)
+
+
+def test_grpc_says_resource_exhausted_when_the_answer_is_too_large(
+    channel: grpc.Channel,
+) -> None:
+    fits = asking("grow", "n", "INT64", np.array([MAX_REQUEST_BYTES // 5]))
+    assert len(infer(channel, fits).raw_output_contents[0]) == MAX_REQUEST_BYTES // 5 * 4
+    grown = asking("grow", "n", "INT64", np.array([MAX_REQUEST_BYTES // 4]))
+    code, details = refusal(lambda: infer(channel, grown))
+    assert (code, "larger than max" in details) == (Status.RESOURCE_EXHAUSTED, True)
+    assert_works(channel)
+
+
+# --- deadlines and clients that cancel
+
+
+def test_grpc_counts_a_deadline_when_it_passes_in_the_queue(
+    limited: RunningServer, channel: grpc.Channel
+) -> None:
+    before = n_ended(limited, "deadline_exceeded")
+    running_one = method(channel, "ModelInfer").future(work(5 * MUCH_WORK), timeout=PATIENCE_S)
+    until(lambda: n_in_flight(limited) == 1)
+    code, _ = refusal(lambda: infer(channel, work(1), timeout=0.05))
+    assert code == Status.DEADLINE_EXCEEDED
+    until(lambda: n_ended(limited, "deadline_exceeded") == before + 1)
+    assert running_one.code() == Status.OK
+    assert_nothing_is_left(limited)
+
+
+def test_grpc_forgets_calls_when_all_are_cancelled(
+    limited: RunningServer, channel: grpc.Channel
+) -> None:
+    before = n_ended(limited, "cancelled")
+    first = method(channel, "ModelInfer").future(work(5 * MUCH_WORK), timeout=PATIENCE_S)
+    until(lambda: n_in_flight(limited) == 1)
+    calls = [method(channel, "ModelInfer").future(work(1), timeout=PATIENCE_S) for _ in range(20)]
+    until(lambda: n_in_flight(limited) == 21)
+    for call in calls:
+        call.cancel()
+    until(lambda: n_ended(limited, "cancelled") == before + 20)
+    assert first.code() == Status.OK
+    assert_nothing_is_left(limited)
+
+
+def test_grpc_forgets_calls_when_their_connection_is_lost(limited: RunningServer) -> None:
+    cancelled, descriptors = n_ended(limited, "cancelled"), n_descriptors(limited)
+    with channel_to(limited.grpc_port) as channel:
+        for _ in range(10):
+            method(channel, "ModelInfer").future(work(MUCH_WORK), timeout=PATIENCE_S)
+        until(lambda: n_in_flight(limited) == 10)
+    until(lambda: n_ended(limited, "cancelled") == cancelled + 10)
+    until(lambda: n_descriptors(limited) <= descriptors)
+    assert_nothing_is_left(limited)
+
+
+# --- streams
+
+
+class Stream:
+    """A ModelStreamInfer whose requests are sent one by one."""
+
+    def __init__(self, channel: grpc.Channel, raw: bool = False) -> None:
+        call = channel.stream_stream(
+            "/inference.GRPCInferenceService/ModelStreamInfer",
+            request_serializer=None if raw else pb.ModelInferRequest.SerializeToString,
+            response_deserializer=pb.ModelStreamInferResponse.FromString,
+        )
+        self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.call: Any = call(iter(self._requests.get, None), timeout=PATIENCE_S)
+
+    def send(self, *requests: Any) -> None:
+        for request in requests:
+            self._requests.put(request)
+
+    def end(self) -> None:
+        self._requests.put(None)
+
+    def cancel(self) -> None:
+        self.call.cancel()
+        self.end()
+
+
+def test_stream_goes_on_when_a_request_in_its_middle_is_bad(channel: grpc.Channel) -> None:
+    stream = Stream(channel)
+    wrong = linear(id="2")
+    wrong.inputs[0].shape[:] = [-1, 4]
+    stream.send(
+        linear(id="1"), wrong, linear(id="3", model_version="9"), pb.ModelInferRequest(id="4"),
+        linear(id="5"),
+    )  # fmt: skip
+    stream.end()
+    answers = list(stream.call)
+    assert [answer.infer_response.id for answer in answers] == ["1", "2", "3", "4", "5"]
+    errors = [answer.error_message for answer in answers]
+    assert [bool(error) for error in errors] == [False, True, True, True, False]
+    assert "inputs.x.shape" in errors[1]
+    assert "'9'" in errors[2]
+    assert stream.call.code() == Status.OK
+
+
+def test_stream_ends_well_when_nothing_is_asked(channel: grpc.Channel) -> None:
+    stream = Stream(channel)
+    stream.end()
+    assert list(stream.call) == []
+    assert stream.call.code() == Status.OK
+
+
+def test_stream_answers_in_order_when_more_is_asked_than_runs_at_a_time(
+    limited: RunningServer, channel: grpc.Channel
+) -> None:
+    """The first takes long; those behind it are done sooner, and wait for their turn."""
+    n = 3 * MAX_STREAM_REQUESTS
+    stream = Stream(channel)
+    stream.send(work(MUCH_WORK, id="0"), *(linear(id=str(index)) for index in range(1, n)))
+    stream.end()
+    assert [answer.infer_response.id for answer in stream.call] == [str(i) for i in range(n)]
+    assert_nothing_is_left(limited)
+
+
+def test_stream_has_so_many_under_way_at_a_time_when_more_are_asked(
+    limited: RunningServer, channel: grpc.Channel
+) -> None:
+    stream = Stream(channel)
+    stream.send(work(3 * MUCH_WORK), *[work(1)] * (2 * MAX_STREAM_REQUESTS))
+    until(lambda: n_in_flight(limited) >= MAX_STREAM_REQUESTS)
+    assert n_in_flight(limited) == MAX_STREAM_REQUESTS
+    stream.end()
+    assert len(list(stream.call)) == 2 * MAX_STREAM_REQUESTS + 1
+    assert_nothing_is_left(limited)
+
+
+def test_stream_leaves_nothing_behind_when_its_client_cancels(
+    limited: RunningServer, channel: grpc.Channel
+) -> None:
+    cancelled = n_ended(limited, "cancelled")
+    stream = Stream(channel)
+    stream.send(*[work(3 * MUCH_WORK)] * (2 * MAX_STREAM_REQUESTS))
+    until(lambda: n_in_flight(limited) == MAX_STREAM_REQUESTS)
+    stream.cancel()
+    until(lambda: n_ended(limited, "cancelled") == cancelled + MAX_STREAM_REQUESTS)
+    assert_nothing_is_left(limited)
+    assert_works(channel)
+
+
+def test_stream_holds_no_more_when_its_client_reads_no_answer(
+    limited: RunningServer, channel: grpc.Channel
+) -> None:
+    """Answers of 800 kB: those that are done wait in the server, and no more are made."""
+    stream = Stream(channel)
+    before = memory_mib(limited)
+    done = n_ended(limited, "ok")
+    grown = asking("grow", "n", "INT64", np.array([MAX_REQUEST_BYTES // 5]))
+    stream.send(*[grown] * 1000)
+    until(lambda: n_ended(limited, "ok") >= done + MAX_STREAM_REQUESTS)
+    assert_works(channel)
+    assert memory_mib(limited) < before + 2 * MAX_STREAM_REQUESTS
+    stream.cancel()
+    assert_nothing_is_left(limited)
+
+
+@pytest.mark.parametrize(
+    ("message", "codes"),
+    [
+        pytest.param(b"\xff" * 20, {Status.INTERNAL, Status.UNKNOWN}, id="malformed"),
+        pytest.param(bytes(2 * MAX_REQUEST_BYTES), {Status.RESOURCE_EXHAUSTED}, id="too large"),
+    ],
+)
+def test_stream_ends_with_an_error_when_a_message_is(
+    limited: RunningServer, channel: grpc.Channel, message: bytes, codes: set[grpc.StatusCode]
+) -> None:
+    stream = Stream(channel, raw=True)
+    stream.send(linear(id="1").SerializeToString())
+    assert next(stream.call).infer_response.id == "1"
+    stream.send(message)
+    with pytest.raises(grpc.RpcError):
+        list(stream.call)
+    stream.end()
+    assert stream.call.code() in codes
+    assert_nothing_is_left(limited)
+    assert_works(channel)
+
+
+# --- HTTP/2 by hand
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+SETTINGS, PING, GOAWAY, HEADERS = 4, 6, 7, 1
+ACK = 1
+MAX_CONCURRENT_STREAMS = 3  # of the settings
+ENHANCE_YOUR_CALM = 11
+
+
+def frame(kind: int, payload: bytes = b"", flags: int = 0, stream: int = 0) -> bytes:
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+
+
+class Http2:
+    """A connection on which nothing is sent that the test doesn't ask for."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection((HOST, port), PATIENCE_S)
+        self._stream: IO[bytes] = self._socket.makefile("rb")
+
+    def send(self, data: bytes) -> None:
+        self._socket.sendall(data)
+
+    def next(self) -> tuple[int, int, bytes] | None:
+        """Kind, flags and payload of the next frame; None where the server has closed."""
+        try:
+            head = self._stream.read(9)
+        except ConnectionResetError:
+            return None
+        if len(head) < 9:
+            return None
+        return head[3], head[4], self._stream.read(int.from_bytes(head[:3]))
+
+    def until(self, kind: int, flags: int = 0) -> bytes:
+        """The payload of the next frame of that kind; those before it are skipped."""
+        while (got := self.next()) is not None:
+            if got[:2] == (kind, flags):
+                return got[2]
+        raise AssertionError(f"closed before a frame of kind {kind}")
+
+    def close(self) -> None:
+        self._stream.close()
+        self._socket.close()
+
+
+@contextlib.contextmanager
+def http2(port: int) -> Iterator[Http2]:
+    connection = Http2(port)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def test_grpc_tells_how_many_streams_it_takes_when_a_client_connects(
+    limited: RunningServer,
+) -> None:
+    with http2(limited.grpc_port) as client:
+        client.send(PREFACE + frame(SETTINGS))
+        settings = dict(struct.iter_unpack(">HI", client.until(SETTINGS)))
+    assert settings[MAX_CONCURRENT_STREAMS] == SERVER_OPTIONS["grpc.max_concurrent_streams"]
+
+
+def test_grpc_answers_a_ping_when_there_are_few(limited: RunningServer) -> None:
+    with http2(limited.grpc_port) as client:
+        client.send(PREFACE + frame(SETTINGS))
+        for index in range(2):
+            payload = bytes([index] * 8)
+            client.send(frame(PING, payload))
+            assert client.until(PING, ACK) == payload
+
+
+def test_grpc_sends_a_client_away_when_it_pings_too_fast(
+    limited: RunningServer, channel: grpc.Channel
+) -> None:
+    with http2(limited.grpc_port) as client:
+        client.send(PREFACE + frame(SETTINGS) + frame(PING, bytes(8)) * 10)
+        goaway = client.until(GOAWAY)
+        assert int.from_bytes(goaway[4:8]) == ENHANCE_YOUR_CALM
+        assert goaway[8:] == b"too_many_pings"
+        while client.next() is not None:  # and it closes
+            pass
+    assert_works(channel)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", id="HTTP/1.1"),
+        pytest.param(bytes(1000), id="zeros"),
+        pytest.param(PREFACE + b"\xff" * 1000, id="a frame that is far too large"),
+        pytest.param(PREFACE + frame(PING, bytes(7)), id="a ping that is cut short"),
+        pytest.param(PREFACE + frame(SETTINGS) + frame(HEADERS, b"\xff" * 100, 4, 1),
+                     id="headers that are no HPACK"),
+        pytest.param(PREFACE + frame(SETTINGS) + frame(HEADERS, b"", 4, 2),
+                     id="a stream of the server's"),
+    ],
+)  # fmt: skip
+def test_grpc_closes_the_connection_when_it_gets(
+    limited: RunningServer, channel: grpc.Channel, data: bytes
+) -> None:
+    before = n_descriptors(limited)
+    with http2(limited.grpc_port) as client:
+        client.send(data)
+        while client.next() is not None:
+            pass
+    until(lambda: n_descriptors(limited) <= before)
+    assert_works(channel)
