@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -109,6 +109,7 @@ class ModelControl:
         self._retired = retired
         self._keys: dict[tuple[str, str], str] = {}
         self._changing = asyncio.Lock()
+        self._changes: set[asyncio.Task[None]] = set()
         self._problem = ""
         self._scanned: dict[str, ModelListing] | None = None
         self._accepted: dict[str, ModelListing] = {}
@@ -179,17 +180,13 @@ class ModelControl:
         LoadFailed with the reasons; what was there before then goes on answering.
         """
         self._check_explicit()
-        await self._load(wanted)
+        await self._to_the_end(self._load(wanted))
 
     async def unload(self, name: str) -> None:
         """Unload all versions of a model, after the requests that they are at work on. Raises
         Forbidden in another mode than "explicit", and ModelNotFound."""
         self._check_explicit()
-        async with self._changing:
-            slots = list(self._repository.slots(name))
-            if not slots:
-                raise ModelNotFound(name)
-            await self._retire_all(slots, forget=False)
+        await self._to_the_end(self._unload(name))
 
     async def index(self, ready_only: bool = False) -> list[Slot]:
         """All versions of the table, and those in the storage that are not loaded."""
@@ -223,6 +220,25 @@ class ModelControl:
         """Finish what the models have admitted, or only what runs, and unload them."""
         models = [slot.model for slot in self._repository.slots() if slot.model is not None]
         await asyncio.gather(*(asyncio.to_thread(model.close, finish) for model in models))
+
+    async def _to_the_end(self, change: Coroutine[None, None, None]) -> None:
+        """Wait for a change, which goes on to its end even where its client doesn't: half of one
+        would leave a version that loads for ever."""
+        task = asyncio.create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(_log_failure)
+            raise
+
+    async def _unload(self, name: str) -> None:
+        async with self._changing:
+            slots = list(self._repository.slots(name))
+            if not slots:
+                raise ModelNotFound(name)
+            await self._retire_all(slots, forget=False)
 
     def _check_explicit(self) -> None:
         if self.mode != "explicit":
@@ -419,6 +435,12 @@ class ModelControl:
                 f"the manifest is of model {manifest.model!r} version {manifest.version!r}",
             )
         return manifest, {}
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    """The end of a change that nobody waits for."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.error("%s", error)
 
 
 def _check_override(config: ModelConfig, is_manifest: bool) -> None:

@@ -31,7 +31,7 @@ from serve.artifact import (
 from serve.engines import EngineSpec, Signature
 from serve.errors import ArtifactInvalid
 from serve.machine import this_machine
-from serve.tensor import TensorSpec
+from serve.tensor import NUMPY_DTYPES, Array, TensorSpec
 from tests.serve.versions import slo_document
 
 MANIFEST_OF_A = Manifest(
@@ -303,3 +303,35 @@ def test_read_golden_refuses_when_the_file_is(tmp_path: Path, content: bytes) ->
     (tmp_path / "g.npz").write_bytes(content)
     with pytest.raises(ArtifactInvalid, match="no readable golden input"):
         read_golden(tmp_path / "g.npz")
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        pytest.param(np.array([[b"a", b""], [b"\xff\0", "é".encode()]], object), id="bytes"),
+        pytest.param(np.array(b"one", object), id="a scalar of bytes"),
+        pytest.param(np.array([1.5, -0.0], NUMPY_DTYPES["BF16"]), id="bfloat16"),
+        pytest.param(np.zeros((0, 3), NUMPY_DTYPES["BF16"]), id="nothing of bfloat16"),
+        pytest.param(np.array([True, False]), id="booleans"),
+        pytest.param(np.array(2.5, np.float16), id="a scalar"),
+    ],
+)
+def test_golden_tensors_are_the_same_when_they_are_read_again(tmp_path: Path, array: Array) -> None:
+    path = tmp_path / "golden.npz"
+    write_golden(path, {"x/y": array}, {"x/y": array, "z": np.ones(2, np.float32)})
+    inputs, outputs = read_golden(path)
+    assert (list(inputs), list(outputs)) == (["x/y"], ["x/y", "z"])
+    for got in (inputs["x/y"], outputs["x/y"]):
+        assert (got.dtype, got.shape) == (array.dtype, array.shape)
+        assert got.tolist() == array.tolist()
+
+
+def test_golden_is_refused_when_its_raw_bytes_are_cut(tmp_path: Path) -> None:
+    path = tmp_path / "golden.npz"
+    with path.open("wb") as file:
+        np.savez(
+            file,
+            **{"inputs.BYTES/x": np.zeros(3, np.uint8), "inputs.shape/x": np.array([1], np.int64)},
+        )
+    with pytest.raises(ArtifactInvalid, match="no readable golden input"):
+        read_golden(path)

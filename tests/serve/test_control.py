@@ -4,7 +4,6 @@ import asyncio
 import json
 import shutil
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +400,23 @@ def test_control_lets_requests_finish_when_it_unloads(root: Path, tmp_path: Path
     play(root, scenario, "explicit", models=(Wanted("linear"),))
 
 
+def test_control_finishes_a_load_when_its_client_goes_away(root: Path, tmp_path: Path) -> None:
+    publish(root, onnx_models.linear, tmp_path)
+
+    async def scenario(bench: Bench) -> None:
+        loading = asyncio.create_task(bench.control.load(Wanted("linear")))
+        while bench.states().get("linear:1") != "LOADING":
+            await asyncio.sleep(0)
+        loading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await loading
+        while bench.states()["linear:1"] == "LOADING":
+            await asyncio.sleep(0)
+        assert bench.states() == {"linear:1": "READY"}
+
+    play(root, scenario, "explicit")
+
+
 def test_control_starts_with_the_rest_when_a_named_model_is_missing(
     root: Path, tmp_path: Path
 ) -> None:
@@ -413,5 +429,4 @@ def test_control_starts_with_the_rest_when_a_named_model_is_missing(
 
 
 def test_control_uses_the_latest_policy_when_none_is_given() -> None:
-    assert ControlOptions().policy == VersionPolicy()
-    assert replace(ControlOptions(), mode="poll").models == ()
+    assert ControlOptions().policy == VersionPolicy(latest=1)

@@ -18,6 +18,7 @@ from serve.engines import (
     load_engine,
 )
 from serve.errors import ArtifactInvalid, InvalidRequest
+from serve.padding import PaddedInput, Padding
 from serve.tensor import TensorSpec
 from tests.serve import onnx_models
 from tests.serve.onnx_models import linear_by_hand
@@ -212,10 +213,23 @@ def test_openvino_refuses_when(changes: Mapping[str, Any], field: str, tmp_path:
         load_engine(tmp_path, spec_of("openvino", path, **changes))
 
 
-def test_openvino_compiles_for_single_rows_when_no_batch_size_is_given(tmp_path: Path) -> None:
+def test_openvino_takes_any_number_of_rows_when_no_batch_size_is_given(tmp_path: Path) -> None:
     path = onnx_models.linear(tmp_path / "model.onnx")
     loaded = load_engine(tmp_path, spec_of("openvino", path, batch_sizes=()))
     np.testing.assert_allclose(loaded.run({"x": rows(3)})["y"], linear_by_hand(rows(3)), atol=1e-5)
+    loaded.close()
+
+
+def test_openvino_compiles_every_bucket_when_lengths_are_padded(tmp_path: Path) -> None:
+    path = onnx_models.ragged(tmp_path / "model.onnx")
+    padding = Padding((PaddedInput("x"),), (2, 5))
+    loaded = load_engine(tmp_path, spec_of("openvino", path), padding)
+    for n_rows, length in ((1, 2), (3, 5), (4, 2), (9, 5)):
+        x = rows(n_rows, length, seed=n_rows)
+        want = x.astype(np.float64).sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(loaded.run({"x": x})["total"], want, atol=1e-5)
+    with pytest.raises(KeyError):  # the batcher fills up to a bucket before
+        loaded.run({"x": rows(1, 3)})
     loaded.close()
 
 
