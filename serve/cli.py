@@ -15,8 +15,11 @@ import typer
 
 from loadtest.slo import read_slo
 from serve import logs
+from serve.artifact import check_model_name
+from serve.errors import ArtifactInvalid, InvalidRequest
 from serve.settings import Ports, Settings
 from serve.shared_memory import PREFIX
+from serve.storage.digest import parse_digest
 from serve.version_policy import VersionPolicy, parse_policy
 
 EXIT_DONE, EXIT_INCOMPLETE = 0, 1
@@ -275,7 +278,7 @@ def serve_command(
         control_port=control_port,
         model_control=model_control.value,
         poll_interval_s=poll_interval_s,
-        load_models=tuple(load_model or ()),
+        load_models=tuple(map(_checked_model, load_model or ())),
         version_policy=_policy(version_policy),
         control_on_data_port=control_on_data_port,
         oversize=oversize.value if oversize else None,
@@ -293,6 +296,18 @@ def serve_command(
     logs.configure("text" if is_text else "json", log_level.value)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     raise typer.Exit(EXIT_DONE if _run(settings) else EXIT_INCOMPLETE)
+
+
+def _checked_model(text: str) -> str:
+    """NAME or NAME@sha256:DIGEST, as it was given."""
+    name, _, digest = text.partition("@")
+    try:
+        check_model_name(name)
+        if "@" in text:
+            parse_digest(digest)
+    except (ArtifactInvalid, InvalidRequest) as error:
+        raise typer.BadParameter(f"--load-model: {error}") from error
+    return text
 
 
 def _memory_prefix(text: str | None) -> str | None:
