@@ -14,6 +14,7 @@ import pydantic
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from serve import VERSION
 from serve.control import ModelControl, Wanted
@@ -30,7 +31,13 @@ from serve.logs import settings as log_settings
 from serve.model_config import config_document
 from serve.service import InferenceService
 from serve.transport import documents
-from serve.transport.openapi import described, responses
+from serve.transport.openapi import (
+    CONFIG_ANSWER,
+    DESCRIPTIONS,
+    Answers,
+    described,
+    responses,
+)
 from serve.transport.rest import error_answer
 
 MAX_BODY_BYTES = 4_000_000  # of requests that aren't inference
@@ -51,7 +58,9 @@ def data_app(service: InferenceService) -> fastapi.FastAPI:
     _add_metadata(app, service)
     _add_index(app, service)
     _add_control(app, service, allowed=service.options.control_on_data_port)
+    _add_tracing(app, service)
     _add_shared_memory(app, service)
+    _add_cuda_shared_memory(app)
     return app
 
 
@@ -61,6 +70,7 @@ def control_app(service: InferenceService) -> fastapi.FastAPI:
     _add_health(app, service)
     _add_index(app, service)
     _add_control(app, service, allowed=True)
+    _add_tracing(app, service)
     return app
 
 
@@ -79,8 +89,10 @@ def _application(title: str, service: InferenceService, with_inference: bool) ->
         return JSONResponse({"error": _first_problem(list(error.errors()))}, 400)
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: fastapi.Request, error: HTTPException) -> JSONResponse:
+    async def http_error(request: fastapi.Request, error: HTTPException) -> JSONResponse:
         headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(_methods(app, request))
         return JSONResponse({"error": str(error.detail)}, error.status_code, headers)
 
     @app.exception_handler(Exception)
@@ -93,7 +105,7 @@ def _application(title: str, service: InferenceService, with_inference: bool) ->
 def _add_health(app: fastapi.FastAPI, service: InferenceService) -> None:
     tags: Tags = ["health"]
 
-    @app.get("/v2/health/live", tags=tags)
+    @app.get("/v2/health/live", tags=tags, responses=responses())
     async def live() -> documents.LiveDocument:
         """The process is up."""
         return documents.LiveDocument(live=True)
@@ -105,7 +117,7 @@ def _add_health(app: fastapi.FastAPI, service: InferenceService) -> None:
             raise ModelNotReady("", "", "the server is loading or draining, or no model answers")
         return documents.ReadyDocument(ready=True)
 
-    async def model_ready(model: str, version: str = "") -> documents.ModelReadyDocument:
+    async def model_ready(model: str, version: str) -> documents.ModelReadyDocument:
         """200 where the model answers, else 503 with the reason."""
         service.check_model_ready(model, version)
         return documents.ModelReadyDocument(name=model, ready=True)
@@ -116,31 +128,31 @@ def _add_health(app: fastapi.FastAPI, service: InferenceService) -> None:
 def _add_metadata(app: fastapi.FastAPI, service: InferenceService) -> None:
     tags: Tags = ["metadata"]
 
-    @app.get("/v2", tags=tags)
+    @app.get("/v2", tags=tags, responses=responses())
     @app.get("/v2/", include_in_schema=False)
     async def server_metadata() -> documents.ServerDocument:
         """Name, version and protocol extensions of the server."""
         return documents.ServerDocument.of(service)
 
-    @app.get("/v2/models/stats", tags=tags)
+    @app.get("/v2/models/stats", tags=tags, responses=responses())
     async def all_statistics() -> documents.StatisticsDocument:
         """Counts and times of all loaded versions."""
         return _statistics(service, "", "")
 
-    async def model_metadata(model: str, version: str = "") -> documents.ModelDocument:
+    async def model_metadata(model: str, version: str) -> documents.ModelDocument:
         """Versions, platform and tensors of a model."""
         return documents.ModelDocument.of(service.model_metadata(model, version))
 
-    async def model_config(model: str, version: str = "") -> dict[str, Any]:
+    async def model_config(model: str, version: str) -> JSONResponse:
         """The model's configuration, as Triton describes its own."""
-        return config_document(service.model_config(model, version))
+        return JSONResponse(config_document(service.model_config(model, version)))
 
-    async def model_statistics(model: str, version: str = "") -> documents.StatisticsDocument:
+    async def model_statistics(model: str, version: str) -> documents.StatisticsDocument:
         """Counts and times of a model's loaded versions, or of one."""
         return _statistics(service, model, version)
 
     _on_models(app, "", model_metadata, tags, (404, 503))
-    _on_models(app, "/config", model_config, tags, (404, 503))
+    _on_models(app, "/config", model_config, tags, (404, 503), CONFIG_ANSWER)
     _on_models(app, "/stats", model_statistics, tags, (404, 503))
 
 
@@ -190,7 +202,7 @@ def _add_control(app: fastapi.FastAPI, service: InferenceService, allowed: bool)
         await control().unload(model)
         return documents.NothingDocument()
 
-    @app.get("/v2/logging", tags=["settings"])
+    @app.get("/v2/logging", tags=["settings"], responses=responses())
     async def logging_settings() -> documents.LogSettingsDocument:
         """What the server logs."""
         return _log_document()
@@ -209,69 +221,110 @@ def _add_control(app: fastapi.FastAPI, service: InferenceService, allowed: bool)
         change_logs(wanted)
         return _log_document()
 
-    async def trace_settings(model: str = "") -> documents.TraceSettingsDocument:
+
+def _add_tracing(app: fastapi.FastAPI, service: InferenceService) -> None:
+    tags: Tags = ["settings"]
+
+    async def trace_settings() -> documents.TraceSettingsDocument:
         """Requests aren't traced; this says so."""
-        return _trace(service, model)
+        return documents.TraceSettingsDocument()
 
-    async def change_tracing(
-        request: fastapi.Request, model: str = ""
-    ) -> documents.TraceSettingsDocument:
+    async def change_tracing(request: fastapi.Request) -> documents.TraceSettingsDocument:
         """Requests aren't traced: only switching it off is understood."""
-        document = _trace(service, model)
         refuse_tracing(await _read_object(request))
-        return document
+        return documents.TraceSettingsDocument()
 
-    for path, errors in (
-        ("/v2/trace/setting", ()),
-        ("/v2/models/{model}/trace/setting", (404, 503)),
+    async def model_trace_settings(model: str) -> documents.TraceSettingsDocument:
+        """A model's requests aren't traced; this says so."""
+        service.model_metadata(model)
+        return documents.TraceSettingsDocument()
+
+    async def change_model_tracing(
+        model: str, request: fastapi.Request
+    ) -> documents.TraceSettingsDocument:
+        """A model's requests aren't traced: only switching it off is understood."""
+        service.model_metadata(model)
+        return await change_tracing(request)
+
+    everything, one = "/v2/trace/setting", "/v2/models/{model}/trace/setting"
+    app.get(everything, tags=tags, responses=responses())(trace_settings)
+    app.get(one, tags=tags, responses=responses(404, 503))(model_trace_settings)
+    for path, endpoint, errors in (
+        (everything, change_tracing, (400, 413, 501)),
+        (one, change_model_tracing, (400, 404, 413, 501, 503)),
     ):
-        app.get(path, tags=["settings"], responses=responses(*errors))(trace_settings)
-        app.post(
-            path,
-            tags=["settings"],
-            responses=responses(400, 413, 501, *errors),
-            openapi_extra=_any_body(),
-        )(change_tracing)
+        app.post(path, tags=tags, responses=responses(*errors), openapi_extra=documents.TRACE_BODY)(
+            endpoint
+        )
 
 
 def _add_shared_memory(app: fastapi.FastAPI, service: InferenceService) -> None:
     memory = service.shared_memory
     tags: Tags = ["shared memory"]
-    refused = responses(400, 413, 501)
+    base, one = "/v2/systemsharedmemory", "/v2/systemsharedmemory/region/{region}"
 
-    async def status(region: str = "") -> list[documents.RegionDocument]:
-        """Registered regions, or the one named."""
-        return [documents.RegionDocument.of(one) for one in memory.status(region)]
+    @app.get(f"{base}/status", tags=tags, responses=responses(501))
+    async def regions() -> list[documents.RegionDocument]:
+        """Registered regions of the system's shared memory."""
+        return [documents.RegionDocument.of(region) for region in memory.status()]
 
+    @app.get(f"{one}/status", tags=tags, responses=responses(400, 501))
+    async def region_status(region: str) -> list[documents.RegionDocument]:
+        """The registered region of that name."""
+        return [documents.RegionDocument.of(found) for found in memory.status(region)]
+
+    @app.post(
+        f"{one}/register",
+        tags=tags,
+        responses=responses(400, 413, 501, 503),
+        openapi_extra=_body_schema(documents.RegisterRequest, required=True),
+    )
     async def register(region: str, request: fastapi.Request) -> documents.NothingDocument:
         """Register a region of the system's shared memory under a name."""
         wanted = await _read(request, documents.RegisterRequest)
         memory.register(region, wanted.key, wanted.offset, wanted.byte_size)
         return documents.NothingDocument()
 
-    async def unregister(region: str = "") -> documents.NothingDocument:
-        """Forget a region, or all of them."""
-        if region:
-            memory.unregister(region)
-        else:
-            memory.unregister_all()
+    @app.post(f"{one}/unregister", tags=tags, responses=responses(501))
+    async def unregister(region: str) -> documents.NothingDocument:
+        """Forget a region."""
+        memory.unregister(region)
         return documents.NothingDocument()
 
-    async def no_cuda() -> documents.NothingDocument:
-        """CUDA shared memory isn't there: 501."""
+    @app.post(f"{base}/unregister", tags=tags, responses=responses(501))
+    async def unregister_all() -> documents.NothingDocument:
+        """Forget all regions."""
+        memory.unregister_all()
+        return documents.NothingDocument()
+
+
+def _add_cuda_shared_memory(app: fastapi.FastAPI) -> None:
+    """What clients may ask for and none gets."""
+
+    async def no_cuda() -> None:
+        """CUDA shared memory isn't there."""
         raise NotSupported("CUDA shared memory is not supported")
 
-    base, one = "/v2/systemsharedmemory", "/region/{region}"
-    for part in ("", one):
-        app.get(f"{base}{part}/status", tags=tags, responses=refused)(status)
-        app.post(f"{base}{part}/unregister", tags=tags, responses=refused)(unregister)
-    schema = _body_schema(documents.RegisterRequest, required=True)
-    app.post(f"{base}{one}/register", tags=tags, responses=refused, openapi_extra=schema)(register)
-    cuda = "/v2/cudasharedmemory"
-    for part in ("", one):
-        app.get(f"{cuda}{part}/status", include_in_schema=False)(no_cuda)
-        app.post(f"{cuda}{part}/unregister", include_in_schema=False)(no_cuda)
-    app.post(f"{cuda}{one}/register", include_in_schema=False)(no_cuda)
+    async def no_cuda_region(region: str) -> None:
+        """CUDA shared memory isn't there."""
+        del region  # whatever it is
+        await no_cuda()
+
+    base, one = "/v2/cudasharedmemory", "/v2/cudasharedmemory/region/{region}"
+    for add, path, endpoint in (
+        (app.get, f"{base}/status", no_cuda),
+        (app.get, f"{one}/status", no_cuda_region),
+        (app.post, f"{one}/register", no_cuda_region),
+        (app.post, f"{one}/unregister", no_cuda_region),
+        (app.post, f"{base}/unregister", no_cuda),
+    ):
+        add(
+            path,
+            tags=["shared memory"],
+            status_code=501,
+            response_model=documents.ErrorDocument,
+            response_description=DESCRIPTIONS[501],
+        )(endpoint)
 
 
 def change_logs(wanted: documents.LogSettingsRequest) -> None:
@@ -301,13 +354,31 @@ def refuse_tracing(wanted: dict[str, Any]) -> None:
 def _on_models(
     app: fastapi.FastAPI,
     suffix: str,
-    endpoint: Callable[..., Awaitable[Any]],
+    endpoint: Callable[[str, str], Awaitable[Any]],
     tags: Tags,
     errors: tuple[int, ...],
+    answers: Answers | None = None,
 ) -> None:
-    """The endpoint for a model's best version and for one by number."""
-    for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-        app.get(path + suffix, tags=tags, responses=responses(*errors))(endpoint)
+    """The endpoint of model and version, for a version by number and for a model's best one."""
+
+    async def of_best(model: str) -> Any:
+        return await endpoint(model, "")
+
+    # What the framework makes the description from.
+    of_best.__name__, of_best.__doc__ = endpoint.__name__, endpoint.__doc__
+    of_best.__annotations__["return"] = endpoint.__annotations__["return"]
+    for path, call in (
+        ("/v2/models/{model}", of_best),
+        ("/v2/models/{model}/versions/{version}", endpoint),
+    ):
+        app.get(path + suffix, tags=tags, responses=responses(*errors) | (answers or {}))(call)
+
+
+def _methods(app: fastapi.FastAPI, request: fastapi.Request) -> list[str]:
+    """The methods of all routes of a path: the framework names those of the first one only."""
+    routes = [route for route in app.routes if isinstance(route, Route)]
+    found = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in found for method in route.methods or ()})
 
 
 def _statistics(
@@ -333,12 +404,6 @@ def _log_document() -> documents.LogSettingsDocument:
     )
 
 
-def _trace(service: InferenceService, model: str) -> documents.TraceSettingsDocument:
-    if model:
-        service.model_metadata(model)
-    return documents.TraceSettingsDocument()
-
-
 async def _read(request: fastapi.Request, kind: type[Body]) -> Body:
     """The body as a document; an empty one has all defaults, if the document has."""
     try:
@@ -353,7 +418,7 @@ async def _read_object(request: fastapi.Request) -> dict[str, Any]:
         body += chunk
         if len(body) > MAX_BODY_BYTES:
             raise PayloadTooLarge(len(body), MAX_BODY_BYTES)
-    if not body.strip():
+    if not body.strip(b" \t\r\n"):  # JSON's white space
         return {}
     try:
         document = json.loads(bytes(body))
@@ -388,11 +453,6 @@ def _body_schema(kind: type[pydantic.BaseModel], required: bool = False) -> dict
         )
     content = {"application/json": {"schema": schema}}
     return {"requestBody": {"content": content, "required": required}}
-
-
-def _any_body() -> dict[str, Any]:
-    content = {"application/json": {"schema": {"type": "object"}}}
-    return {"requestBody": {"content": content, "required": False}}
 
 
 def _or(wanted: Value | None, now: Value) -> Value:

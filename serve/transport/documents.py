@@ -7,7 +7,7 @@ import pydantic
 
 from serve.repository import Slot
 from serve.service import InferenceService, ModelMetadata, ModelStatistics
-from serve.shared_memory import Region
+from serve.shared_memory import MAX_REGION_BYTES, Region
 from serve.tensor import TensorSpec
 
 
@@ -197,12 +197,15 @@ class LogSettingsDocument(Document):
 
 
 class LogSettingsRequest(Document):
-    log_file: str | None = None
+    """What isn't given, or null, stays. Each severity includes the greater ones; where logs go and
+    in which format is chosen when the server is started."""
+
+    log_file: str | None = pydantic.Field(None, json_schema_extra={"enum": ["", None]})
     log_info: bool | None = None
     log_warning: bool | None = None
     log_error: bool | None = None
-    log_verbose_level: int | None = None
-    log_format: str | None = None
+    log_verbose_level: int | None = pydantic.Field(None, ge=0)
+    log_format: str | None = pydantic.Field(None, json_schema_extra={"enum": ["default", None]})
 
 
 class TraceSettingsDocument(Document):
@@ -230,8 +233,12 @@ class RegionDocument(Document):
 
 
 class RegisterRequest(Document):
-    key: str
-    byte_size: int = pydantic.Field(ge=0)
+    """`byte_size` bytes from `offset` on of the memory `key`, which begins with the server's
+    prefix."""
+
+    # Shared memory itself says what is wrong with a key; this is for the description.
+    key: str = pydantic.Field(json_schema_extra={"pattern": r"^/?[A-Za-z0-9._-]{1,255}$"})
+    byte_size: int = pydantic.Field(ge=1, le=MAX_REGION_BYTES)
     offset: int = pydantic.Field(0, ge=0)
 
 
@@ -241,7 +248,20 @@ class NothingDocument(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid")
 
 
-Schema = dict[str, Any]
+# The body of a change of trace settings, for the description: any of them, as long as it is off.
+TRACE_BODY: dict[str, Any] = {
+    "requestBody": {
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "additionalProperties": {"enum": [None, [], "OFF", ["OFF"]]},
+                }
+            }
+        },
+        "required": False,
+    }
+}
 
 
 def _duration(one: Any) -> DurationDocument:

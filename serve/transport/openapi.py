@@ -12,14 +12,17 @@ from typing import Any
 import fastapi
 import msgspec
 from fastapi.openapi.utils import get_openapi
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from serve.errors import ModelNotReady
+from serve.model_config_pb2 import ModelConfig
 from serve.service import InferenceService
 from serve.tensor import NUMPY_DTYPES, TensorSpec
 from serve.transport.documents import ErrorDocument
 from serve.transport.json_codec import BINARY_ONLY, JSON_ELEMENTS, RequestDocument
 
 Schema = dict[str, Any]
+Answers = dict[int | str, dict[str, Any]]
 
 MAX_EXAMPLES = 20
 MAX_EXAMPLE_ELEMENTS = 4096
@@ -30,7 +33,7 @@ DESCRIPTIONS = {
     413: "Larger than is allowed.",
     415: "A content encoding that isn't supported.",
     429: "The queue is full; `Retry-After` says when to try again.",
-    500: "The engine failed; the cause is in the server's log.",
+    500: "The engine or the server failed; the cause is in the server's log.",
     501: "A part of the protocol that isn't there.",
     503: "Loading, failed to load, or draining.",
     504: "The deadline was exceeded.",
@@ -42,7 +45,13 @@ _INFER_PATHS = {
 }
 
 
-def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+# The answer that holds a model's configuration, for FastAPI.
+CONFIG_ANSWER: Answers = {
+    200: {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ModelConfig"}}}}
+}
+
+
+def responses(*statuses: int) -> Answers:
     """The error answers of a route, for FastAPI."""
     return {
         status: {"model": ErrorDocument, "description": DESCRIPTIONS[status]}
@@ -79,7 +88,7 @@ def _forget_framework_errors(document: Schema) -> None:
 
 def _add_inference(document: Schema, service: InferenceService) -> None:
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
-    schemas |= _inference_schemas()
+    schemas |= _inference_schemas() | _config_schemas()
     examples = _examples(service)
     for path, parameters in _INFER_PATHS.items():
         document["paths"][path] = {"post": _operation(parameters, examples)}
@@ -156,6 +165,49 @@ def _inference_schemas() -> Schema:
     return schemas
 
 
+@functools.cache
+def _config_schemas() -> Schema:
+    """The model configuration and all messages in it, by their names in the .proto file."""
+    schemas: Schema = {}
+    left: list[Any] = [ModelConfig.DESCRIPTOR]  # of the generated code, which types them its way
+    while left:
+        message = left.pop()
+        schemas[_message_name(message)] = {
+            "type": "object",
+            "properties": {field.name: _field_schema(field) for field in message.fields},
+            "additionalProperties": False,
+        }
+        types = (_value_field(field).message_type for field in message.fields)
+        left += [found for found in types if found and _message_name(found) not in schemas]
+    return schemas
+
+
+def _field_schema(field: FieldDescriptor) -> Schema:
+    """As protobuf's JSON shows it, numbers of 64 bits as numbers."""
+    value = _value_field(field)
+    if value.message_type is not None:
+        schema: Schema = {"$ref": f"#/components/schemas/{_message_name(value.message_type)}"}
+    elif value.enum_type is not None:
+        schema = {"type": "string", "enum": [one.name for one in value.enum_type.values]}
+    else:
+        schema = {"type": _JSON_TYPES[value.cpp_type]}
+    if value is not field:
+        return {"type": "object", "additionalProperties": schema}
+    return {"type": "array", "items": schema} if field.is_repeated else schema
+
+
+def _value_field(field: FieldDescriptor) -> FieldDescriptor:
+    """That of a map's values, else the field itself."""
+    message = field.message_type
+    if message is not None and message.GetOptions().map_entry:
+        return message.fields_by_name["value"]
+    return field
+
+
+def _message_name(message: Descriptor) -> str:
+    return message.full_name.removeprefix("inference.")
+
+
 def _examples(service: InferenceService) -> Schema:
     """A body of zeros for every ready model whose inputs have a JSON form."""
     examples: Schema = {}
@@ -179,13 +231,24 @@ def _example_input(spec: TensorSpec) -> Schema | None:
     return {"name": spec.name, "shape": shape, "datatype": spec.datatype, "data": [zero] * count}
 
 
+_JSON_TYPES = {
+    FieldDescriptor.CPPTYPE_BOOL: "boolean",
+    FieldDescriptor.CPPTYPE_DOUBLE: "number",
+    FieldDescriptor.CPPTYPE_FLOAT: "number",
+    FieldDescriptor.CPPTYPE_INT32: "integer",
+    FieldDescriptor.CPPTYPE_INT64: "integer",
+    FieldDescriptor.CPPTYPE_STRING: "string",
+    FieldDescriptor.CPPTYPE_UINT32: "integer",
+    FieldDescriptor.CPPTYPE_UINT64: "integer",
+}
 _PROSE = """Answer one request. Bodies are JSON; tensors may travel as binary behind it, as Triton's
 binary tensor data extension says: `parameters.binary_data_size` of an input, and the length of the
 JSON in the header `Inference-Header-Content-Length`. Whether data and shapes fit is the model's
 matter (`GET /v2/models/{model}`); what doesn't fit is answered by 400 and a message naming it."""
+_WHOLE_NUMBER: Schema = {"type": "integer", "minimum": 0, "maximum": 10**18 - 1}
 _LENGTH_OF_JSON: Schema = {
     "description": "Bytes of JSON before the binary tensors.",
-    "schema": {"type": "integer", "minimum": 0},
+    "schema": _WHOLE_NUMBER,
 }
 _HEADERS: list[Schema] = [
     {"name": "Inference-Header-Content-Length", "in": "header", "required": False}
@@ -195,7 +258,7 @@ _HEADERS: list[Schema] = [
         "in": "header",
         "required": False,
         "description": "The client's deadline, in milliseconds from the request's arrival.",
-        "schema": {"type": "integer", "minimum": 0},
+        "schema": _WHOLE_NUMBER,
     },
 ]
 _TENSOR_DATA: Schema = {
