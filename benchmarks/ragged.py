@@ -27,8 +27,8 @@ from serve.artifact import Batching, FileDigest, Manifest
 from serve.batch_policy import BatchQueue, Decision, Entry, Limits, ServiceTimes
 from serve.batcher import Batcher, Work
 from serve.engines import EngineSpec, load_engine
-from serve.model import measured_queue
 from serve.padding import CutOutput, PaddedInput, Padding
+from serve.warmup import measured_queue
 
 MAX_BATCH_SIZE = 16
 WIDTH = 128

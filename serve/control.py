@@ -17,6 +17,7 @@ from typing import Literal
 from loadtest.slo import Slo
 from serve.artifact import Manifest, file_digest, read_manifest
 from serve.batcher import Batch
+from serve.derivation import manifest_for_onnx
 from serve.engines import EngineUnavailable
 from serve.errors import (
     ArtifactInvalid,
@@ -25,8 +26,9 @@ from serve.errors import (
     LoadFailed,
     ModelNotFound,
 )
+from serve.loading import load_model
 from serve.metrics import Metrics
-from serve.model import Model, load_model, manifest_for_onnx
+from serve.model import Model
 from serve.model_config import parse_config, parse_config_json, policy_of
 from serve.model_config_pb2 import ModelConfig
 from serve.repository import Repository, Slot
@@ -279,6 +281,9 @@ class ModelControl:
                 config = parse_config_json(wanted.config, "parameters.config")
             except ArtifactInvalid as error:
                 raise InvalidRequest("parameters.config", "a configuration", str(error)) from error
+            if config.name not in ("", listing.name):
+                want = f"{listing.name!r}, or none"
+                raise InvalidRequest("parameters.config.name", config.name, want)
             _check_override(config, is_manifest)
         elif listing.config is not None and not is_manifest:
             config = parse_config(listing.config, where)

@@ -119,6 +119,18 @@ def encode_raw(tensor: Tensor) -> bytes:
     return np.ascontiguousarray(tensor.array, NUMPY_DTYPES[tensor.datatype]).tobytes()
 
 
+def relative_difference(got: Array, want: Array) -> float:
+    """The largest difference of two arrays by the largest absolute value of `want`; infinite where
+    shapes differ, or anything of a datatype that isn't floating."""
+    if got.shape != want.shape:
+        return math.inf
+    if DATATYPES.get(want.dtype) not in FLOATING:
+        return 0.0 if np.array_equal(got, want) else math.inf
+    exact = want.astype(np.float64)
+    scale = max(float(np.abs(exact).max(initial=0.0)), 1e-12)
+    return float(np.abs(got.astype(np.float64) - exact).max(initial=0.0)) / scale
+
+
 def _decode_bytes(name: str, count: int, raw: memoryview) -> Array:
     if count * _BYTES_PREFIX.size > raw.nbytes:
         raise InvalidRequest(

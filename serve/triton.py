@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from serve.artifact import Batching, Manifest, file_digest
+from serve.derivation import DEFAULT_MAX_BATCH_SIZE, derived_signature
 from serve.engines import EngineSpec, Signature
 from serve.errors import ArtifactInvalid
 from serve.machine import allowed_cores
-from serve.model import DEFAULT_MAX_BATCH_SIZE, Model, derived_signature
+from serve.model import Model
 from serve.model_config import (
     CONFIG_DATATYPES,
     OIP_DATATYPES,

@@ -16,9 +16,10 @@ from serve.batch_policy import Entry
 from serve.batcher import Batch, Work
 from serve.engines import EngineSpec
 from serve.errors import ArtifactInvalid, InvalidRequest
+from serve.loading import load_model
 from serve.machine import Machine
 from serve.messages import InferRequest
-from serve.model import Model, load_model
+from serve.model import Model
 from serve.tensor import Array, Tensor
 from tests.serve import onnx_models
 from tests.serve.fake_engine import PATIENCE_S

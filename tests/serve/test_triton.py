@@ -10,10 +10,12 @@ import pytest
 from onnx import TensorProto, helper
 
 from serve.artifact import Batching, read_manifest
+from serve.derivation import DEFAULT_MAX_BATCH_SIZE, derived_signature
 from serve.engines import EngineSpec
 from serve.errors import ArtifactInvalid
+from serve.loading import load_model
 from serve.machine import allowed_cores
-from serve.model import DEFAULT_MAX_BATCH_SIZE, Model, derived_signature, load_model
+from serve.model import Model
 from serve.model_config import config_document, parse_config
 from serve.triton import config_of, labels_of_layout, manifest_of_layout
 from tests.serve import onnx_models
