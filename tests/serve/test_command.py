@@ -160,7 +160,15 @@ def test_serve_serves_the_others_when_one_version_is_broken(tmp_path: Path) -> N
         assert ask(rest, "POST", INFER, LINEAR).status == 200
         answer = ask(rest, "POST", "/v2/models/pair/infer", {"inputs": []})
         assert (answer.status, "sha256" in answer.error) == (503, True)
-        assert ask(rest, "GET", "/v2/models/pair/ready").status == 503
+        ready = ask(rest, "GET", "/v2/models/pair/ready")
+        assert (ready.status, "sha256" in ready.error) == (503, True)
+        index = {entry["name"]: entry for entry in ask(rest, "POST", "/v2/repository/index").json}
+        assert index["pair"]["state"] == "UNAVAILABLE"
+        assert "sha256" in index["pair"]["reason"]
+        assert str(root) not in index["pair"]["reason"]  # clients see no folder of this machine
+        assert index["linear"] == {
+            "name": "linear", "version": "1", "state": "READY", "reason": "",
+        }  # fmt: skip
         assert ask(rest, "GET", "/v2/models/linear/ready").status == 200
         assert ask(rest, "GET", "/v2/health/ready").status == 200
         rest.close()
