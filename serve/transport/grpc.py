@@ -5,18 +5,19 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from serve import oip_pb2 as pb
-from serve.errors import Cancelled, ServeError
+from serve.errors import Cancelled, DeadlineExceeded, InvalidRequest, ServeError
 from serve.service import InferenceService
 from serve.transport.extensions import ExtensionCalls
-from serve.transport.proto_codec import decode_request, encode_response
+from serve.transport.proto_codec import decode_request, encode_response, read_request
 from serve.transport.status import grpc_status
 
 _log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ SERVICE = "inference.GRPCInferenceService"
 MAX_DETAILS = 1024  # HTTP/2 headers carry the details: longer ones can kill the call
 # Requests of one stream that are under way at a time; more are read when these are answered.
 MAX_STREAM_REQUESTS = 64
+CANCEL_SLACK_S = 0.05  # a call that is cancelled so near to its deadline was ended by it
 # A client may ping every 10 s, between calls too; one that pings faster is sent away.
 SERVER_OPTIONS: dict[str, int] = {
     "grpc.so_reuseport": 0,
@@ -160,8 +162,11 @@ class _Calls(ExtensionCalls):
                     left.cancel()
 
     async def _stream_answer(
-        self, request: pb.ModelInferRequest, timeout_s: float | None, tenant: str
+        self, request: pb.ModelInferRequest | InvalidRequest, timeout_s: float | None, tenant: str
     ) -> pb.ModelStreamInferResponse:
+        if isinstance(request, InvalidRequest):
+            unread = pb.ModelInferResponse()
+            return pb.ModelStreamInferResponse(error_message=str(request), infer_response=unread)
         try:
             answer = await self._infer(request, timeout_s, tenant)
         except ServeError as error:
@@ -197,6 +202,11 @@ class _Calls(ExtensionCalls):
             service.metrics.phase_ended(*name, "decode", decoded_s - arrival_s)
             service.metrics.phase_ended(*name, "encode", self._clock() - started_s)
             return answer
+        except asyncio.CancelledError:
+            # The client's own clock ends the call a little before the deadline that it gave.
+            if timeout_s is not None and arrival_s + timeout_s - self._clock() < CANCEL_SLACK_S:
+                code = DeadlineExceeded.code
+            raise
         except ServeError as error:
             code = error.code
             raise
@@ -221,7 +231,7 @@ class _Calls(ExtensionCalls):
 def _handler(method: Any, call: Callable[..., Any]) -> Any:
     """The handler of a method; a ServeError of a unary one becomes its status."""
     codecs = {
-        "request_deserializer": getattr(pb, method.input_type.name).FromString,
+        "request_deserializer": _deserializer(getattr(pb, method.input_type.name)),
         "response_serializer": getattr(pb, method.output_type.name).SerializeToString,
     }
     if method.client_streaming:
@@ -229,15 +239,34 @@ def _handler(method: Any, call: Callable[..., Any]) -> Any:
 
     async def translated(request: Any, context: Context) -> Any:
         try:
+            if isinstance(request, ServeError):
+                raise request
             return await call(request, context)
         except ServeError as error:
-            await _abort(error, context)
+            code, details = grpc_status(error), str(error)[:MAX_DETAILS]
+        # The exception that `abort` raises is kept, and keeps this frame, until the garbage
+        # collector comes by: nothing large may hang on it.
+        del request
+        return await context.abort(code, details)
 
     return grpc.unary_unary_rpc_method_handler(translated, **codecs)
 
 
-async def _abort(error: ServeError, context: Context) -> NoReturn:
-    await context.abort(grpc_status(error), str(error)[:MAX_DETAILS])
+def _deserializer(kind: Any) -> Callable[[bytes], Any]:
+    """What reads a message, or returns the ServeError for one that can't be read: what is raised
+    here would end the call, a stream of them included, with internals in its details."""
+    read = read_request if kind is pb.ModelInferRequest else kind.FromString
+
+    def read_or_error(data: bytes) -> Any:
+        try:
+            return read(data)
+        except DecodeError:
+            want = f"a serialized {kind.DESCRIPTOR.name}"
+            return InvalidRequest("message", "malformed bytes", want)
+        except InvalidRequest as error:
+            return error.with_traceback(None)
+
+    return read_or_error
 
 
 def _service_descriptor() -> Any:

@@ -147,29 +147,32 @@ class _Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._n_head_bytes += len(data)
-        self._unset_keepalive_if_required()
+        if self.timeout_keep_alive_task is not None:
+            self._unset_keepalive_if_required()
         try:
             self._parse(data)
         except httptools.HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
-        if self.transport.is_closing():
-            return
         if self._n_head_bytes > self._limits.max_head_bytes:
             limit = self._limits.max_head_bytes
             self._refuse(431, f"head or trailers: got more than {limit} bytes, want fewer")
-            return
-        self._expect()
+        elif (
+            self._in_message
+            or self._arrival is not None
+            or self.cycle is None
+            or self.cycle.response_complete
+        ):
+            self._expect()
 
-    def _parse(self, data: bytes) -> None:
+    def _parse(self, rest: bytes | memoryview) -> None:
         """Feed the parser. It leaves out the body of a request that would change protocols: such a
         one is fed again without that wish, which a server may ignore (RFC 9110, section 7.8)."""
-        rest = memoryview(data)
         while rest:
             try:
                 self.parser.feed_data(rest)
                 return
             except httptools.HttpParserUpgrade as upgrade:
-                rest = rest[upgrade.args[0] :]
+                rest = memoryview(rest)[upgrade.args[0] :]
                 self._is_upgrade = False
                 self.parser.feed_data(self._head_without_upgrade())
 
@@ -220,6 +223,8 @@ class _Protocol(HttpToolsProtocol):
 
     def _expect(self) -> None:
         """Give the client its time for what it has to send now, if it has to."""
+        if self.transport.is_closing():
+            return
         if self._is_answering():
             self._stop_arrival()
         elif self._in_message and not self._in_head:

@@ -7,6 +7,7 @@ since that is all that tritonclient's `as_numpy` reads.
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from serve import oip_pb2 as pb
 from serve.errors import InvalidRequest
@@ -22,6 +23,10 @@ from serve.tensor import Array, Tensor, decode_raw, element_count, encode_raw, n
 from serve.transport.parameters import Place, classes_of, place_of, read_tensor, write_tensor
 
 MAX_TENSORS = 1024
+# Fields of one message: a few, parameters, and two for each tensor.
+MAX_FIELDS = 4 * MAX_TENSORS
+# A message takes up to 50 times its bytes once it is read; of smaller ones that is little.
+CHECKED_BYTES = 64 * 1024
 # OIP datatype -> field of InferTensorContents that carries it; the others exist only raw.
 TYPED_FIELDS: dict[str, str] = {
     "BOOL": "bool_contents",
@@ -39,6 +44,14 @@ TYPED_FIELDS: dict[str, str] = {
 }
 # Kind of a numpy dtype -> the widest of it, which holds every value of its fields.
 WIDE_DTYPES = {"i": np.dtype(np.int64), "u": np.dtype(np.uint64)}
+
+
+def read_request(data: bytes) -> pb.ModelInferRequest:
+    """The message in `data`. Raises DecodeError where it is none, InvalidRequest where it has too
+    many fields."""
+    if len(data) > CHECKED_BYTES:
+        _check_fields(data)
+    return pb.ModelInferRequest.FromString(data)
 
 
 def decode_request(
@@ -103,6 +116,39 @@ def encode_response(
         output.parameters["shared_memory_offset"].int64_param = place.offset
         output.parameters["shared_memory_byte_size"].int64_param = size
     return message
+
+
+def _check_fields(data: bytes) -> None:
+    """Refuse thousands of empty tensors, of two bytes each, before they are made."""
+    position = 0
+    for _ in range(MAX_FIELDS):
+        if position >= len(data):
+            return
+        tag, position = _varint(data, position)
+        match tag & 7:
+            case 0:  # of the wire's types: a number
+                _, position = _varint(data, position)
+            case 1:  # 64 bits
+                position += 8
+            case 2:  # bytes, a text or a message
+                size, position = _varint(data, position)
+                position += size
+            case 5:  # 32 bits
+                position += 4
+            case _:
+                raise DecodeError("an unknown wire type")
+    if position < len(data):
+        raise InvalidRequest("message", f"more than {MAX_FIELDS} fields", f"at most {MAX_FIELDS}")
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """The number at `position`, seven bits a byte and the lowest first, and where it ends."""
+    number = 0
+    for index, byte in enumerate(data[position : position + 10]):
+        number |= (byte & 0x7F) << 7 * index
+        if byte < 0x80:
+            return number, position + index + 1
+    raise DecodeError("a number without an end")
 
 
 def _inputs(message: pb.ModelInferRequest, shared_memory: SharedMemory) -> tuple[Tensor, ...]:

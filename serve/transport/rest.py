@@ -327,10 +327,12 @@ def _by_name(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     """The values by name; those of one that comes again are joined (RFC 9110, section 5.3), so
     that none is overlooked."""
     by_name = dict(headers)
-    if len(by_name) < len(headers):
-        for name in by_name:
-            by_name[name] = b", ".join(value for other, value in headers if other == name)
-    return by_name
+    if len(by_name) == len(headers):
+        return by_name
+    values: dict[bytes, list[bytes]] = {}
+    for name, value in headers:
+        values.setdefault(name, []).append(value)
+    return {name: b", ".join(given) for name, given in values.items()}
 
 
 def _header_number(headers: dict[bytes, bytes], name: bytes) -> int | None:
