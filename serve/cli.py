@@ -211,6 +211,15 @@ def serve_command(
             rich_help_panel=_NETWORK,
         ),
     ] = 1024 * 1024 * 1024,
+    max_connections: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Of each port at a time, as far as the limit of open files allows; more are "
+            "refused.",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = 8192,
     max_connection_age_s: Annotated[
         float,
         typer.Option(
@@ -288,6 +297,7 @@ def serve_command(
         shared_memory_prefix=_memory_prefix(shared_memory_prefix),
         max_request_bytes=max_request_bytes,
         max_in_flight_bytes=max_in_flight_bytes,
+        max_connections=max_connections,
         max_connection_age_s=max_connection_age_s,
         drain_delay_s=drain_delay_s,
         drain_timeout_s=drain_timeout_s,

@@ -1,11 +1,13 @@
 """Inference requests and responses as every layer below the transports sees them."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from serve.errors import InvalidRequest, NotSupported
 from serve.tensor import Tensor
 
+# Raises InvalidRequest where an input of that name, datatype and shape can't be the model's.
+InputCheck = Callable[[str, str, Sequence[int]], None]
 Parameter = bool | int | float | str
 Parameters = Mapping[str, Parameter]
 

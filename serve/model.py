@@ -3,7 +3,7 @@ tensors of their answers. It knows neither how it was loaded nor who asks.
 """
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,17 +82,26 @@ class Model:
                 )
             if tensor.name in given:
                 raise InvalidRequest("inputs.name", tensor.name, "each input once")
-            _check_tensor(tensor, spec)
+            _check_fit(tensor.name, tensor.datatype, tensor.shape, spec)
             given[tensor.name] = tensor.array
         missing = [n for n in self._inputs if n not in given and n not in self._optional]
         if missing:
             raise InvalidRequest("inputs", list(given), f"also {', '.join(missing)}")
         return {name: given[name] for name in self._inputs if name in given}
 
+    def check_declared(self, name: str, datatype: str, shape: Sequence[int]) -> None:
+        """Raise InvalidRequest where an input of that name, datatype and shape can't be one of the
+        model's: before its data, however large, are decoded."""
+        spec = self._inputs.get(name)
+        if spec is None:
+            raise InvalidRequest("inputs.name", name, f"one of {', '.join(self._inputs)}")
+        _check_fit(name, datatype, tuple(shape), spec)
+        if self.max_batch_size:
+            self._check_rows(name, shape)
+
     def n_rows(self, inputs: Mapping[str, Array]) -> int:
         """Rows of a request: the length of its batch dimension, 1 where there is none."""
-        limit = self.max_batch_size
-        if not limit:
+        if not self.max_batch_size:
             return 1
         first = next(iter(inputs))
         n_rows: int = inputs[first].shape[0]
@@ -100,12 +109,7 @@ class Model:
             if array.shape[0] != n_rows:
                 rows = {name: other.shape[0] for name, other in inputs.items()}
                 raise InvalidRequest("inputs.shape", rows, "equal batch dimensions")
-        if self.manifest.batching.oversize == "split":
-            limit *= self.manifest.batching.max_queue_size
-        if not 1 <= n_rows <= limit:
-            raise InvalidRequest(
-                f"inputs.{first}.shape", list(inputs[first].shape), f"a batch of 1 to {limit}"
-            )
+        self._check_rows(first, inputs[first].shape)
         return n_rows
 
     def entries(
@@ -164,6 +168,13 @@ class Model:
         mask = np.ones((n_rows, length), NUMPY_DTYPES[spec.datatype])
         return {**inputs, padding.mask: mask}
 
+    def _check_rows(self, name: str, shape: Sequence[int]) -> None:
+        limit = self.max_batch_size
+        if self.manifest.batching.oversize == "split":
+            limit *= self.manifest.batching.max_queue_size
+        if not 1 <= shape[0] <= limit:
+            raise InvalidRequest(f"inputs.{name}.shape", list(shape), f"a batch of 1 to {limit}")
+
     def _check_outputs(self, request: InferRequest) -> None:
         for name in request.outputs or ():
             if name not in self._outputs:
@@ -172,16 +183,14 @@ class Model:
             raise InvalidRequest("outputs", list(request.outputs), "each output once")
 
 
-def _check_tensor(tensor: Tensor, spec: TensorSpec) -> None:
-    if tensor.datatype != spec.datatype:
-        raise InvalidRequest(f"inputs.{tensor.name}.datatype", tensor.datatype, spec.datatype)
-    fits = len(tensor.shape) == len(spec.shape) and all(
-        want in (-1, got) for got, want in zip(tensor.shape, spec.shape, strict=True)
+def _check_fit(name: str, datatype: str, shape: tuple[int, ...], spec: TensorSpec) -> None:
+    if datatype != spec.datatype:
+        raise InvalidRequest(f"inputs.{name}.datatype", datatype, spec.datatype)
+    fits = len(shape) == len(spec.shape) and all(
+        want in (-1, got) for got, want in zip(shape, spec.shape, strict=True)
     )
     if not fits:
-        raise InvalidRequest(
-            f"inputs.{tensor.name}.shape", list(tensor.shape), f"{list(spec.shape)}, -1 for any"
-        )
+        raise InvalidRequest(f"inputs.{name}.shape", list(shape), f"{list(spec.shape)}, -1 for any")
 
 
 def _pieces(

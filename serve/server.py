@@ -20,7 +20,7 @@ from serve.storage import Storage, open_storage
 from serve.storage.onnx_file import OnnxFile
 from serve.transport.admin import control_app, data_app
 from serve.transport.grpc import GrpcOptions, GrpcServer
-from serve.transport.http_server import HttpServer, listening_socket
+from serve.transport.http_server import HttpLimits, HttpServer, listening_socket
 from serve.transport.metrics_server import MetricsServer
 from serve.transport.rest import App, RestApp, RestOptions
 
@@ -49,7 +49,7 @@ async def serve(settings: Settings, announce: Callable[[Ports], None]) -> bool:
         control = service.controlled(storage, _control_options(settings))
         rest = RestApp(service, data_app(service), _rest_options(settings))
         http_port, http_server = await stack.enter_async_context(
-            _listening(rest, settings.host, settings.http_port, settings.drain_timeout_s)
+            _listening(rest, settings.host, settings.http_port, settings)
         )
         metrics_server = MetricsServer(
             settings.host, settings.metrics_port, CONTENT_TYPE, metrics.exposition
@@ -61,7 +61,7 @@ async def serve(settings: Settings, announce: Callable[[Ports], None]) -> bool:
         control_port = None
         if settings.control_port is not None:
             control_port, _ = await stack.enter_async_context(
-                _listening(control_app(service), CONTROL_HOST, settings.control_port, 1.0)
+                _listening(control_app(service), CONTROL_HOST, settings.control_port, settings)
             )
         await control.start()
         _check_loaded(settings, service)
@@ -101,11 +101,12 @@ async def _follow_readiness(service: InferenceService, grpc_server: GrpcServer) 
 
 @contextlib.asynccontextmanager
 async def _listening(
-    app: App, host: str, port: int, drain_timeout_s: float
+    app: App, host: str, port: int, settings: Settings
 ) -> AsyncIterator[tuple[int, "RunningHttp"]]:
     """An HTTP server on its port while the context is open; it ends with it, if not before."""
     with listening_socket(host, port) as listener:
-        running = RunningHttp(HttpServer(app, drain_timeout_s))
+        limits = HttpLimits(max_connections=settings.max_connections)
+        running = RunningHttp(HttpServer(app, settings.drain_timeout_s, limits))
         running.task = asyncio.create_task(running.server.serve(sockets=[listener]))
         try:
             yield listener.getsockname()[1], running
@@ -185,6 +186,7 @@ def _rest_options(settings: Settings) -> RestOptions:
 def _grpc_options(settings: Settings) -> GrpcOptions:
     return GrpcOptions(
         max_message_bytes=settings.max_request_bytes,
+        max_connections=settings.max_connections,
         max_connection_age_s=settings.max_connection_age_s,
         tenant_header=settings.tenant_header,
     )

@@ -17,7 +17,7 @@ from serve.control import ControlOptions, ModelControl
 from serve.engines import Signature
 from serve.errors import Cancelled, ModelNotFound, ModelNotReady, QueueFull, ServeError
 from serve.execution import Execution, Job
-from serve.messages import InferRequest, InferResponse
+from serve.messages import InferRequest, InferResponse, InputCheck
 from serve.metrics import Metrics
 from serve.model import Model
 from serve.model_config_pb2 import ModelConfig
@@ -163,6 +163,10 @@ class InferenceService:
         """The client's side of a model, and its max batch size (0: no batch dimension)."""
         model = self._model(name, version)
         return model.signature, model.max_batch_size
+
+    def input_check(self, name: str, version: str = "") -> InputCheck:
+        """What a model says to an input's name, datatype and shape before its data are decoded."""
+        return self._model(name, version).check_declared
 
     def labels(self, name: str, version: str = "") -> tuple[str, str]:
         """Model and version as metric labels: empty where the repository doesn't know them."""

@@ -39,6 +39,7 @@ class Settings:
     shared_memory_prefix: str | None = None
     max_request_bytes: int = 64 * 1024 * 1024
     max_in_flight_bytes: int = 1024 * 1024 * 1024
+    max_connections: int = 8192
     max_connection_age_s: float = 0.0
     drain_delay_s: float = 0.5
     drain_timeout_s: float = 30.0

@@ -35,8 +35,7 @@ SERVER_OPTIONS: dict[str, int] = {
     "grpc.http2.max_ping_strikes": 2,
     "grpc.keepalive_permit_without_calls": 1,
     "grpc.max_concurrent_streams": 1024,
-    # Further connections are closed at once, and those that say nothing after a while.
-    "grpc.max_allowed_incoming_connections": 8192,
+    # A connection that says nothing is closed after a while.
     "grpc.server_handshake_timeout_ms": 20_000,
 }
 
@@ -47,18 +46,21 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class GrpcOptions:
     """Connections that are idle for `keepalive_time_s` are asked whether they live, and closed
     after `keepalive_timeout_s` without an answer; `max_connection_age_s` (0: for ever) makes
-    clients connect anew, so that balancers can spread them. `tenant_header` as in REST."""
+    clients connect anew, so that balancers can spread them. More than `max_connections` are closed
+    at once. `tenant_header` as in REST."""
 
     max_message_bytes: int = 64 * 1024 * 1024
     keepalive_time_s: float = 60.0
     keepalive_timeout_s: float = 20.0
     max_connection_age_s: float = 0.0
+    max_connections: int = 8192
     tenant_header: str = ""
 
     def channel_arguments(self) -> list[tuple[str, int]]:
         arguments = SERVER_OPTIONS | {
             "grpc.max_receive_message_length": self.max_message_bytes,
             "grpc.max_send_message_length": self.max_message_bytes,
+            "grpc.max_allowed_incoming_connections": self.max_connections,
             "grpc.keepalive_time_ms": round(self.keepalive_time_s * 1e3),
             "grpc.keepalive_timeout_ms": round(self.keepalive_timeout_s * 1e3),
         }

@@ -21,6 +21,7 @@ from serve.errors import InvalidRequest
 from serve.messages import (
     InferRequest,
     InferResponse,
+    InputCheck,
     Parameter,
     earliest_deadline,
     refuse_unsupported,
@@ -40,6 +41,7 @@ from serve.transport.parameters import Place, classes_of, place_of, read_tensor,
 
 MAX_TENSORS = 1024
 MAX_NESTING = 32
+MAX_CHARACTERS = 128  # of a number or a list in JSON, with the white space around it
 # Datatypes without a JSON form: they travel as binary tensor data only.
 BINARY_ONLY = frozenset({"FP16", "BF16"})
 # OIP datatype -> type of an element in JSON.
@@ -107,9 +109,11 @@ def decode_request(
     timeout_s: float | None = None,
     shared_memory: SharedMemory | None = None,
     tenant: str = "",
+    check: InputCheck | None = None,
 ) -> tuple[InferRequest, ResponseForm]:
     """Read a request body whose first `json_bytes` are JSON (None: all of it).
 
+    `check` sees every input before its data are decoded, which may take long and much memory.
     Tensors are views of `body` where they came as binary. The deadline is the earlier of
     `timeout_s` and the request's `timeout` parameter after `arrival_s`. Raises InvalidRequest, or
     NotSupported for parameters of extensions that aren't there.
@@ -125,6 +129,8 @@ def decode_request(
     binary = view[len(view) if json_bytes is None else json_bytes :]
     tensors = []
     for given in document.inputs:
+        if check is not None:
+            check(given.name, given.datatype, given.shape)
         tensor, binary = _decode_input(given, binary, shared_memory)
         tensors.append(tensor)
     if binary:
@@ -303,12 +309,27 @@ def _decode_json_input(given: InputDocument) -> Tensor:
     count = element_count(f"{field}.shape", given.shape)
     if given.datatype in BINARY_ONLY:
         raise InvalidRequest(f"{field}.datatype", given.datatype, "binary tensor data for it")
-    array = _decode_data(f"{field}.data", given.datatype, dtype, bytes(given.data))
+    json = bytes(given.data)
+    if given.datatype != "BYTES" and len(json) > _most_characters(given.shape):
+        raise InvalidRequest(
+            f"{field}.data", f"{len(json)} bytes of JSON", f"values for shape {given.shape}"
+        )
+    array = _decode_data(f"{field}.data", given.datatype, dtype, json)
     if array.size != count:
         raise InvalidRequest(
             f"{field}.data", f"{array.size} elements", f"{count} for shape {given.shape}"
         )
     return Tensor(given.name, given.datatype, array.reshape(given.shape))
+
+
+def _most_characters(shape: Sequence[int]) -> int:
+    """What numbers of that shape take in JSON at the very most, written as widely as anybody does:
+    more is something else, and may take long to find out about."""
+    n_lists = n_values = 1
+    for size in shape:
+        n_values *= size
+        n_lists += n_values
+    return 1024 + MAX_CHARACTERS * (n_lists + n_values)
 
 
 def _decode_data(field: str, datatype: str, dtype: np.dtype[Any], json: bytes) -> Array:

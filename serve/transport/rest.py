@@ -50,6 +50,7 @@ TRANSPORT = "rest"
 JSON_LENGTH_HEADER = b"inference-header-content-length"
 TIMEOUT_HEADER = b"trimserve-timeout-ms"
 HANG_UP_WATCH_S = 0.05
+CHECKED_JSON_BYTES = 64 * 1024  # longer JSON meets the model's signature before it is decoded
 OFF_LOOP_BYTES = 64 * 1024  # more is compressed and decompressed in a thread
 DISCARD_FACTOR = 4  # of the largest body allowed, so much of a larger one is read and thrown away
 _CLOSE = (b"connection", b"close")
@@ -157,9 +158,11 @@ class RestApp:
             return decode_raw_request(
                 model, version, body, signature, batched, arrival_s, timeout_s, tenant
             )
+        is_long = (len(body) if json_bytes is None else json_bytes) > CHECKED_JSON_BYTES
+        check = self._service.input_check(model, version) if is_long else None
         memory = self._service.shared_memory
         return decode_request(
-            model, version, body, json_bytes, arrival_s, timeout_s, memory, tenant
+            model, version, body, json_bytes, arrival_s, timeout_s, memory, tenant, check
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -465,3 +466,42 @@ def test_request_is_refused_as_not_supported_when_it_asks_for(
     body = json.dumps({**json.loads(json_body([1, 2])), **fields}).encode()
     with pytest.raises(NotSupported, match=field):
         decode(body)
+
+
+# --- what is refused before its data are decoded
+
+
+def test_request_meets_the_check_before_its_data_when_there_is_one() -> None:
+    seen: list[tuple[str, str, list[int]]] = []
+
+    def check(name: str, datatype: str, shape: Sequence[int]) -> None:
+        seen.append((name, datatype, list(shape)))
+        raise InvalidRequest("inputs.name", name, "another")
+
+    body = b'{"inputs":[{"name":"x","datatype":"FP32","shape":[2],"data":[1,"no number"]}]}'
+    with pytest.raises(InvalidRequest, match="want another"):
+        decode_request("m", "", body, None, 0.0, check=check)
+    assert seen == [("x", "FP32", [2])]
+
+
+@pytest.mark.parametrize(
+    ("shape", "data"),
+    [
+        pytest.param([1, 4], "[" + "[]," * 2000 + "[]]", id="lists of nothing"),
+        pytest.param([2], "[1" + ",1" * 2000 + "]", id="many more numbers"),
+        pytest.param([1], "[" + " " * 3000 + "1]", id="white space"),
+    ],
+)
+def test_request_is_refused_undecoded_when_its_shape_needs_far_less_json_than(
+    shape: list[int], data: str
+) -> None:
+    body = f'{{"inputs":[{{"name":"x","datatype":"FP32","shape":{shape},"data":{data}}}]}}'
+    with pytest.raises(InvalidRequest, match=r"inputs\.x\.data: got '\d+ bytes of JSON'"):
+        decode_request("m", "", body.encode(), None, 0.0)
+
+
+def test_request_is_taken_when_its_json_is_written_wide() -> None:
+    data = json.dumps([[[1.0000000000000002e-38] * 3] * 5] * 2, indent=8)
+    body = f'{{"inputs":[{{"name":"x","datatype":"FP32","shape":[2,5,3],"data":{data}}}]}}'
+    request, _ = decode_request("m", "", body.encode(), None, 0.0)
+    assert request.inputs[0].shape == (2, 5, 3)
