@@ -10,33 +10,27 @@ import logging
 import math
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from loadtest.slo import Slo
-from serve.artifact import Manifest, file_digest, read_manifest
 from serve.batcher import Batch
-from serve.derivation import manifest_for_onnx
-from serve.engines import EngineUnavailable
 from serve.errors import (
     ArtifactInvalid,
     Forbidden,
     InvalidRequest,
     LoadFailed,
     ModelNotFound,
+    ShuttingDown,
 )
-from serve.loading import load_model
+from serve.loader import Loader
 from serve.metrics import Metrics
 from serve.model import Model
-from serve.model_config import parse_config, parse_config_json, policy_of
-from serve.model_config_pb2 import ModelConfig
-from serve.repository import Repository, Slot
+from serve.planning import Plan, Wanted, planned
+from serve.repository import UNVERSIONED, Repository, Slot, number_of
 from serve.storage import Storage
-from serve.storage.digest import files_digest, parse_digest, version_digest
 from serve.storage.listing import ModelListing, VersionListing, settled
-from serve.storage.onnx_file import OnnxFile
-from serve.triton import label_files, labels_of_layout, manifest_of_layout
 from serve.version_policy import VersionPolicy
 
 _log = logging.getLogger(__name__)
@@ -44,19 +38,6 @@ _log = logging.getLogger(__name__)
 Mode = Literal["none", "poll", "explicit"]
 _RETIRE_POLL_S = 0.005
 _LISTING_AGE_S = 1.0
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A model to load: which of its versions, and as what.
-
-    `config` stands in for the folder's config.pbtxt; `digest` picks the one version of that
-    content, whatever the policy says.
-    """
-
-    name: str
-    config: str = ""
-    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,26 +52,11 @@ class ControlOptions:
     oversize: Literal["refuse", "split"] | None = None
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What a model should be: the versions to have, and what each of them is made from."""
-
-    listing: ModelListing
-    config: ModelConfig | None
-    versions: tuple[VersionListing, ...]
-    override: str = ""
-
-    def key(self, version: VersionListing) -> str:
-        """Changes where loading the version again would give something else."""
-        shared = "" if version.has_manifest else self.listing.side_fingerprint
-        return "\n".join((version.fingerprint, shared, self.override))
-
-
 class ModelControl:
     """Changes the table: at the start, by polling, or on request, as the mode allows. `retired` is
     told of every model that has ended.
 
-    Everything but `_loaded`, which runs in a thread, belongs to the event loop.
+    Everything here belongs to the event loop; what takes long runs in threads.
     """
 
     def __init__(
@@ -106,13 +72,16 @@ class ModelControl:
         self._storage = storage
         self._repository = repository
         self._metrics = metrics
-        self._deliver = deliver
         self._options = options
         self._retired = retired
-        self._keys: dict[tuple[str, str], str] = {}
+        self._loader = Loader(storage, deliver, options.slo, options.oversize)
+        self._keys: dict[tuple[str, str], str] = {}  # of what was loaded
+        self._failures: dict[tuple[str, str], tuple[str, str]] = {}  # key and reason, to stay
+        self._closed = False
         self._changing = asyncio.Lock()
+        self._listing = asyncio.Lock()
         self._changes: set[asyncio.Task[None]] = set()
-        self._problem = ""
+        self._problems: dict[str, str] = {}  # by model; that of the whole repository by ""
         self._scanned: dict[str, ModelListing] | None = None
         self._accepted: dict[str, ModelListing] = {}
         self._clock = clock
@@ -130,8 +99,8 @@ class ModelControl:
             for wanted in self._options.models:
                 try:
                     await self._load(wanted)
-                except (LoadFailed, ModelNotFound) as error:
-                    _log.error("%s", error)
+                except (InvalidRequest, LoadFailed, ModelNotFound) as error:
+                    self._put_problem(wanted.name, str(error))
         else:
             await self.refresh()
         self._repository.open()
@@ -141,20 +110,22 @@ class ModelControl:
 
         After the first time, what may still be being written waits for the next one.
         """
-        found = await asyncio.to_thread(self._storage.scan)
         async with self._changing:
+            found = await asyncio.to_thread(self._storage.scan)
             listings = found
             if self._scanned is not None:
                 listings = settled(found, self._scanned, self._accepted)
             self._scanned, self._accepted = found, listings
-            for name in {slot.name for slot in self._repository.slots()} - set(listings):
+            there = {listing.name for listing in listings.values() if _is_there(listing)}
+            for name in {slot.name for slot in self._repository.slots()} - there:
                 await self._retire_all(list(self._repository.slots(name)), forget=True)
             plans = []
-            for listing in listings.values():
+            for name in sorted(there):
                 try:
-                    plans.append(self._planned(listing, Wanted(listing.name)))
+                    plans.append(planned(listings[name], Wanted(name), self._options.policy))
+                    self._problems.pop(name, None)
                 except ArtifactInvalid as error:
-                    self._put_problem(listing, str(error).replace(self._storage.url, "repository"))
+                    self._put_problem(name, self._loader.client_text(error))
             for plan in plans:
                 self._announce(plan)
             for plan in plans:
@@ -167,11 +138,9 @@ class ModelControl:
             await asyncio.sleep(interval_s)
             try:
                 await self.refresh()
-                self._problem = ""
+                self._problems.pop("", None)
             except ArtifactInvalid as error:
-                if str(error) != self._problem:
-                    _log.error("polling: %s", error)
-                self._problem = str(error)
+                self._log_once("", str(error))
             except Exception:  # noqa: BLE001 - the next turn may succeed, and polling must not end
                 _log.exception("polling failed")
 
@@ -202,24 +171,27 @@ class ModelControl:
             for version in listing.versions
             if (name, version.version) not in have
         ]
-        return sorted([*known, *others], key=lambda slot: (slot.name, int(slot.version)))
+        return sorted([*known, *others], key=lambda slot: (slot.name, number_of(slot.version)))
 
     async def _listings(self) -> Mapping[str, ModelListing]:
         """What the storage holds, asked at most once a second: clients may ask for the index as
         often as they like. Nothing outside of mode "explicit", which leaves nothing aside."""
         if self.mode != "explicit":
             return {}
-        now = self._clock()
-        if now - self._listed_s > _LISTING_AGE_S:
-            self._listed_s = now
-            try:
-                self._listed = await asyncio.to_thread(self._storage.scan)
-            except ArtifactInvalid as error:
-                _log.error("listing the repository: %s", error)
+        async with self._listing:
+            if self._clock() - self._listed_s > _LISTING_AGE_S:
+                try:
+                    self._listed = await asyncio.to_thread(self._storage.scan)
+                    self._problems.pop("", None)
+                except ArtifactInvalid as error:
+                    self._log_once("", str(error))
+                self._listed_s = self._clock()
         return self._listed
 
     async def close(self, finish: bool) -> None:
-        """Finish what the models have admitted, or only what runs, and unload them."""
+        """Finish what the models have admitted, or only what runs, and unload them. Nothing is
+        loaded any more."""
+        self._closed = True
         models = [slot.model for slot in self._repository.slots() if slot.model is not None]
         await asyncio.gather(*(asyncio.to_thread(model.close, finish) for model in models))
 
@@ -242,7 +214,13 @@ class ModelControl:
                 raise ModelNotFound(name)
             await self._retire_all(slots, forget=False)
 
+    def stop_changing(self) -> None:
+        """Refuse to load and unload from now on: the server is about to end."""
+        self._closed = True
+
     def _check_explicit(self) -> None:
+        if self._closed:
+            raise ShuttingDown
         if self.mode != "explicit":
             raise Forbidden(
                 f"models are loaded and unloaded by --model-control {self.mode} here; start the "
@@ -250,122 +228,94 @@ class ModelControl:
             )
 
     async def _load(self, wanted: Wanted) -> None:
-        try:
-            listing = await asyncio.to_thread(self._storage.scan_model, wanted.name)
-        except ArtifactInvalid as error:
-            raise LoadFailed(wanted.name, str(error)) from error
-        if listing is None:
-            raise ModelNotFound(wanted.name)
         async with self._changing:
             try:
-                plan = self._planned(listing, wanted)
+                listing = await asyncio.to_thread(self._storage.scan_model, wanted.name)
+                if listing is None:
+                    raise ModelNotFound(wanted.name)
+                plan = planned(listing, wanted, self._options.policy)
                 if wanted.digest:
-                    plan = await asyncio.to_thread(self._pinned, plan, wanted.digest)
+                    plan = await asyncio.to_thread(self._loader.pinned, plan, wanted.digest)
             except ArtifactInvalid as error:
-                raise LoadFailed(wanted.name, str(error)) from error
+                raise LoadFailed(wanted.name, self._loader.client_text(error)) from error
             self._announce(plan)
-            failures = await self._apply(plan)
+            failures = await self._apply(plan, again=True)
+            await asyncio.to_thread(self._storage.prune, self._in_use())
         if failures:
             raise LoadFailed(wanted.name, "; ".join(failures))
 
-    def _planned(self, listing: ModelListing, wanted: Wanted) -> _Plan:
-        """The versions of `listing` that its policy wants. Raises ArtifactInvalid where the
-        configuration is broken or there is no version to have."""
-        if listing.problem:
-            raise ArtifactInvalid(listing.name, listing.problem)
-        where = f"{listing.name}/config.pbtxt"
-        is_manifest = all(version.has_manifest for version in listing.versions)
-        config = None
-        if wanted.config:
-            try:
-                config = parse_config_json(wanted.config, "parameters.config")
-            except ArtifactInvalid as error:
-                raise InvalidRequest("parameters.config", "a configuration", str(error)) from error
-            if config.name not in ("", listing.name):
-                want = f"{listing.name!r}, or none"
-                raise InvalidRequest("parameters.config.name", config.name, want)
-            _check_override(config, is_manifest)
-        elif listing.config is not None and not is_manifest:
-            config = parse_config(listing.config, where)
-        given = policy_of(config, where) if config is not None else None
-        policy = given or self._options.policy
-        names = [version.version for version in listing.versions]
-        selected = policy.select(names)
-        for missing in policy.missing(names):
-            _log.warning("version %s isn't there", missing, extra={"model": wanted.name})
-        if not selected:
-            raise ArtifactInvalid(listing.name, f"no version to serve, there are {names}")
-        versions = tuple(one for one in listing.versions if one.version in selected)
-        return _Plan(listing, config, versions, wanted.config)
-
-    def _pinned(self, plan: _Plan, digest: str) -> _Plan:
-        """The plan for the one version whose content has `digest`. Runs in a thread."""
-        wanted = parse_digest(digest)
-        found = []
-        for version in reversed(plan.listing.versions):
-            got = version_digest(self._storage.fetch(plan.listing.name, version))
-            if got == wanted:
-                return _Plan(plan.listing, plan.config, (version,), plan.override + digest)
-            found.append(f"{version.version} has {got}")
-        raise ArtifactInvalid(plan.listing.name, f"no version has {wanted}; {', '.join(found)}")
-
-    def _announce(self, plan: _Plan) -> None:
+    def _announce(self, plan: Plan) -> None:
         """Show as loading what isn't there yet."""
+        name = plan.listing.name
+        self._repository.remove(name, UNVERSIONED)
+        known = {slot.version: slot.state for slot in self._repository.slots(name)}
         for version in plan.versions:
-            known = {slot.version: slot for slot in self._repository.slots(plan.listing.name)}
-            slot = known.get(version.version)
-            if slot is None or (slot.state != "READY" and self._is_new(plan, version)):
-                name = plan.listing.name
+            failed = self._failure(plan, version)
+            if known.get(version.version) != "READY" and not failed:
                 self._repository.put(Slot(name, version.version, "LOADING", "loading"))
 
-    async def _apply(self, plan: _Plan) -> list[str]:
+    async def _apply(self, plan: Plan, again: bool = False) -> list[str]:
         """Bring the plan's versions in and take the model's others out; the reasons of failures.
 
-        The old versions stay while nothing of the plan answers.
+        The old versions stay while nothing of the plan answers. What failed for its content is
+        tried again only where its files have changed, or with `again`.
         """
         name = plan.listing.name
         failures = []
         for version in plan.versions:
             slot = self._repository.slot(name, version.version)
-            if slot.state == "READY" and not self._is_new(plan, version):
+            key = (name, version.version)
+            if slot.state == "READY" and self._keys.get(key) == plan.key(version):
                 continue
-            if slot.state == "UNAVAILABLE" and not self._is_new(plan, version):
-                failures.append(f"version {version.version}: {slot.reason}")
-                continue
-            reason = await self._replace(plan, version, slot)
+            reason = "" if again else self._failure(plan, version)
+            reason = reason or await self._replace(plan, version, slot)
             if reason:
                 failures.append(f"version {version.version}: {reason}")
         wanted = {version.version for version in plan.versions}
         if any(s.state == "READY" for s in self._repository.slots(name) if s.version in wanted):
             others = [s for s in self._repository.slots(name) if s.version not in wanted]
-            await self._retire_all(others, forget=False)
+            there = {version.version for version in plan.listing.versions}
+            await self._retire_all([s for s in others if s.version in there], forget=False)
+            await self._retire_all([s for s in others if s.version not in there], forget=True)
         return failures
 
-    async def _replace(self, plan: _Plan, version: VersionListing, slot: Slot) -> str:
+    async def _replace(self, plan: Plan, version: VersionListing, slot: Slot) -> str:
         """Load a version; it takes over where that succeeds. The reason where it doesn't."""
-        name = plan.listing.name
-        loaded = await asyncio.to_thread(self._loaded, plan, version)
-        if loaded.model is None and slot.model is not None:
-            _log.error("the version that answers stays", extra={"model": f"{name}:{slot.version}"})
+        key = (plan.listing.name, version.version)
+        loaded = await asyncio.to_thread(self._loader.load, plan, version)
+        self._failures.pop(key, None)
+        if loaded.model is None:
+            if loaded.is_final:
+                self._failures[key] = (plan.key(version), loaded.reason)
+            if slot.model is None:
+                self._repository.put(Slot(*key, "UNAVAILABLE", loaded.reason))
+            else:
+                _log.error("what answers stays", extra={"model": ":".join(key)})
             return loaded.reason
-        self._keys[name, version.version] = plan.key(version)
-        self._repository.put(loaded)
-        if loaded.model is not None:
-            self._metrics.model_loaded(loaded.model)
+        self._keys[key] = plan.key(version)
+        self._metrics.model_loaded(loaded.model)
+        self._repository.put(Slot(*key, "READY", model=loaded.model, digest=loaded.digest))
         if slot.model is not None:
             await self._retire(slot.model)
-        return loaded.reason
+        return ""
 
-    def _is_new(self, plan: _Plan, version: VersionListing) -> bool:
-        return self._keys.get((plan.listing.name, version.version)) != plan.key(version)
+    def _failure(self, plan: Plan, version: VersionListing) -> str:
+        """Why a version as it is now could not be loaded before; empty where that is not known."""
+        key, reason = self._failures.get((plan.listing.name, version.version), ("", ""))
+        return reason if key == plan.key(version) else ""
 
-    def _put_problem(self, listing: ModelListing, reason: str) -> None:
+    def _put_problem(self, name: str, reason: str) -> None:
         """Report a model that can't even be planned, unless one of its versions answers."""
-        if any(slot.state == "READY" for slot in self._repository.slots(listing.name)):
-            _log.error("not loaded again: %s", reason, extra={"model": listing.name})
-            return
-        for version in listing.versions[-1:]:
-            self._repository.put(Slot(listing.name, version.version, "UNAVAILABLE", reason))
+        self._log_once(name, reason)
+        slots = list(self._repository.slots(name))
+        if not any(slot.state == "READY" for slot in slots):
+            version = slots[-1].version if slots else UNVERSIONED
+            self._repository.put(Slot(name, version, "UNAVAILABLE", reason))
+
+    def _log_once(self, name: str, problem: str) -> None:
+        if self._problems.get(name) != problem:
+            _log.error("%s", problem, extra={"model": name} if name else None)
+        self._problems[name] = problem
 
     async def _retire_all(self, slots: Sequence[Slot], forget: bool) -> None:
         for slot in slots:
@@ -377,6 +327,7 @@ class ModelControl:
                 await self._retire(slot.model)
                 self._metrics.model_unloaded(slot.name, slot.version)
             self._keys.pop((slot.name, slot.version), None)
+            self._failures.pop((slot.name, slot.version), None)
             if forget:
                 self._repository.remove(slot.name, slot.version)
             else:
@@ -394,53 +345,6 @@ class ModelControl:
     def _in_use(self) -> set[Path]:
         return {slot.model.directory for slot in self._repository.slots() if slot.model is not None}
 
-    def _loaded(self, plan: _Plan, version: VersionListing) -> Slot:
-        """Fetch, read and load a version. Runs in a thread; failures end in the slot's reason,
-        which clients see: it names no folder of this machine."""
-        name = plan.listing.name
-        label = {"model": f"{name}:{version.version}"}
-        hidden = self._storage.url
-        try:
-            directory = self._storage.fetch(name, version)
-            hidden = str(directory)
-            manifest, labels = self._read(plan, version, directory)
-            if self._options.oversize is not None:
-                batching = replace(manifest.batching, oversize=self._options.oversize)
-                manifest = replace(manifest, batching=batching)
-            model = load_model(directory, manifest, self._deliver, self._options.slo, labels)
-        except (ArtifactInvalid, EngineUnavailable) as error:
-            _log.error("not loaded: %s", error, extra=label)
-            reason = str(error).replace(hidden, f"{name}/{version.version}")
-            return Slot(name, version.version, "UNAVAILABLE", reason)
-        except Exception as error:  # noqa: BLE001 - a broken version must not hide the others
-            _log.exception("not loaded", extra=label)
-            reason = f"{type(error).__name__} while loading, see the log"
-            return Slot(name, version.version, "UNAVAILABLE", reason)
-        _log.info("ready", extra=label)
-        has_manifest = version.has_manifest
-        digest = version_digest(directory) if has_manifest else files_digest(manifest.files)
-        return Slot(name, version.version, "READY", model=model, digest=digest)
-
-    def _read(
-        self, plan: _Plan, version: VersionListing, directory: Path
-    ) -> tuple[Manifest, dict[str, tuple[str, ...]]]:
-        """The version's manifest, and the class names that lie beside it."""
-        name = plan.listing.name
-        if isinstance(self._storage, OnnxFile):
-            path = self._storage.path
-            return manifest_for_onnx(path, name, file_digest(path)), {}
-        if not version.has_manifest:
-            manifest = manifest_of_layout(directory, name, version.version, plan.config)
-            side = self._storage.fetch_side_files(plan.listing, label_files(plan.config))
-            return manifest, labels_of_layout(plan.config, side)
-        manifest = read_manifest(directory)
-        if (manifest.model, manifest.version) != (name, version.version):
-            raise ArtifactInvalid(
-                str(directory),
-                f"the manifest is of model {manifest.model!r} version {manifest.version!r}",
-            )
-        return manifest, {}
-
 
 def _log_failure(task: asyncio.Task[None]) -> None:
     """The end of a change that nobody waits for."""
@@ -448,12 +352,6 @@ def _log_failure(task: asyncio.Task[None]) -> None:
         _log.error("%s", error)
 
 
-def _check_override(config: ModelConfig, is_manifest: bool) -> None:
-    """A version with a manifest is described by it; a load call may choose among them only."""
-    given = {field.name for field, _ in config.ListFields()} - {"name", "version_policy"}
-    if is_manifest and given:
-        raise InvalidRequest(
-            "parameters.config",
-            ", ".join(sorted(given)),
-            "version_policy only, for versions described by their manifest.json",
-        )
+def _is_there(listing: ModelListing) -> bool:
+    """A folder with nothing but a configuration is no model (any more)."""
+    return bool(listing.versions or listing.problem)

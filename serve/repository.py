@@ -11,6 +11,9 @@ from typing import Literal
 from serve.errors import ModelNotFound, ModelNotReady
 from serve.model import Model
 
+# The version of a model of which nothing but its problem is known.
+UNVERSIONED = ""
+
 State = Literal["UNKNOWN", "READY", "UNAVAILABLE", "LOADING", "UNLOADING"]
 
 
@@ -27,6 +30,11 @@ class Slot:
     model: Model | None = None
     digest: str = ""
     wanted: bool = True
+
+
+def number_of(version: str) -> int:
+    """Versions sort by number, the unversioned first."""
+    return int(version or 0)
 
 
 class Repository:
@@ -77,13 +85,13 @@ class Repository:
         if name not in self._slots:
             raise ModelNotFound(name)
         ready = [v for v, slot in self._slots[name].items() if slot.state == "READY"]
-        return sorted(ready, key=int)
+        return sorted(ready, key=number_of)
 
     def slots(self, name: str | None = None) -> Iterator[Slot]:
         """All versions, or those of one model, by name and number."""
         for model in sorted(self._slots) if name is None else [name]:
             versions = self._slots.get(model, {})
-            yield from (versions[version] for version in sorted(versions, key=int))
+            yield from (versions[version] for version in sorted(versions, key=number_of))
 
     def _choose_default(self, name: str) -> None:
         versions = self._slots.get(name)
@@ -91,7 +99,7 @@ class Repository:
             self._defaults.pop(name, None)
             return
         ready = [version for version, slot in versions.items() if slot.model is not None]
-        self._defaults[name] = versions[max(ready or versions, key=int)]
+        self._defaults[name] = versions[max(ready or versions, key=number_of)]
 
     @property
     def is_open(self) -> bool:

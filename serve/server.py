@@ -9,10 +9,11 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from serve.control import ControlOptions, ModelControl, Wanted
+from serve.control import ControlOptions, ModelControl
 from serve.errors import ArtifactInvalid
 from serve.machine import allowed_cores
 from serve.metrics import CONTENT_TYPE, DEFAULT_THRESHOLD_S, Metrics
+from serve.planning import Wanted
 from serve.service import InferenceService, ServiceOptions
 from serve.settings import Ports, Settings
 from serve.shared_memory import SharedMemory

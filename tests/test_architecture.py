@@ -27,7 +27,7 @@ SERVE_LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"serve.batcher", "serve.shared_memory"}),
     frozenset({"serve.warmup", "serve.derivation", "serve.model", "serve.loading",
                "serve.statistics", "serve.metrics", "serve.triton"}),
-    frozenset({"serve.repository", "serve.execution"}),
+    frozenset({"serve.repository", "serve.execution", "serve.planning", "serve.loader"}),
     frozenset({"serve.control", "serve.reuse"}),
     frozenset({"serve.service"}),
     frozenset({"serve.transport"}),

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
 from serve import VERSION
-from serve.control import ModelControl, Wanted
+from serve.control import ModelControl
 from serve.errors import (
     Forbidden,
     InvalidRequest,
@@ -29,6 +29,7 @@ from serve.errors import (
 from serve.logs import LogSettings, change_settings
 from serve.logs import settings as log_settings
 from serve.model_config import config_document
+from serve.planning import Wanted
 from serve.service import InferenceService
 from serve.transport import documents
 from serve.transport.openapi import (

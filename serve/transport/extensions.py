@@ -8,9 +8,10 @@ from typing import Any
 import grpc
 
 from serve import oip_pb2 as pb
-from serve.control import ModelControl, Wanted
+from serve.control import ModelControl
 from serve.errors import Forbidden, InvalidRequest, ModelNotReady, NotSupported
 from serve.logs import settings as log_settings
+from serve.planning import Wanted
 from serve.service import InferenceService, ModelStatistics
 from serve.statistics import BatchStatistics, Duration
 from serve.tensor import TensorSpec

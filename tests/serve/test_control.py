@@ -12,12 +12,22 @@ import pytest
 
 from loadtest.slo import Slo
 from serve.artifact import MANIFEST
-from serve.control import ControlOptions, Mode, ModelControl, Wanted
+from serve.control import ControlOptions, Mode, ModelControl
 from serve.engines import EngineSpec
-from serve.errors import Forbidden, InvalidRequest, LoadFailed, ModelNotFound, ModelNotReady
+from serve.errors import (
+    ArtifactInvalid,
+    Forbidden,
+    InvalidRequest,
+    LoadFailed,
+    ModelNotFound,
+    ModelNotReady,
+)
 from serve.metrics import Metrics
+from serve.planning import Wanted
 from serve.repository import Repository
-from serve.storage import open_storage
+from serve.storage import Storage, open_storage
+from serve.storage.listing import DEFAULT_LIMITS, VersionListing
+from serve.storage.local import LocalStorage
 from serve.storage.onnx_file import OnnxFile
 from serve.version_policy import VersionPolicy, parse_policy
 from tests.serve import onnx_models
@@ -27,11 +37,12 @@ from tests.serve.versions import publish, slo_document
 class Bench:
     """A control over the repository in `root`."""
 
-    def __init__(self, root: Path, options: ControlOptions) -> None:
+    def __init__(self, root: Path, options: ControlOptions, storage: Storage | None = None) -> None:
         self.root = root
         self.table = Repository()
         self.metrics = Metrics()
-        storage = OnnxFile(root) if root.suffix == ".onnx" else open_storage(root)
+        if storage is None:
+            storage = OnnxFile(root) if root.suffix == ".onnx" else open_storage(root)
         self.control = ModelControl(storage, self.table, self.metrics, lambda batch: None, options)
 
     def states(self) -> dict[str, str]:
@@ -41,11 +52,17 @@ class Bench:
 Scenario = Callable[[Bench], Coroutine[Any, Any, None]]
 
 
-def play(root: Path, scenario: Scenario, mode: Mode = "none", **options: Any) -> None:
+def play(
+    root: Path,
+    scenario: Scenario,
+    mode: Mode = "none",
+    storage: Storage | None = None,
+    **options: Any,
+) -> None:
     """Start a control, run the scenario, and unload everything."""
 
     async def run() -> None:
-        bench = Bench(root, ControlOptions(mode, **options))
+        bench = Bench(root, ControlOptions(mode, **options), storage)
         await bench.control.start()
         try:
             await scenario(bench)
@@ -423,9 +440,159 @@ def test_control_starts_with_the_rest_when_a_named_model_is_missing(
     publish(root, onnx_models.linear, tmp_path)
 
     async def scenario(bench: Bench) -> None:
-        assert bench.states() == {"linear:1": "READY"}
+        assert bench.states() == {"absent:": "UNAVAILABLE", "linear:1": "READY"}
+        with pytest.raises(ModelNotReady, match="'absent' is not in the repository"):
+            bench.table.get("absent")
+        assert bench.table.is_ready
+        publish(root, onnx_models.pair, tmp_path).parent.rename(root / "absent")
+        with pytest.raises(LoadFailed, match="the manifest is of model 'pair'"):
+            await bench.control.load(Wanted("absent"))
+        assert bench.states() == {"absent:1": "UNAVAILABLE", "linear:1": "READY"}
 
     play(root, scenario, "explicit", models=(Wanted("absent"), Wanted("linear")))
+
+
+def test_control_is_not_ready_when_all_that_was_named_is_missing(root: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        assert not bench.table.is_ready
+        (slot,) = await bench.control.index()
+        assert (slot.name, slot.state) == ("absent", "UNAVAILABLE")
+
+    play(root, scenario, "explicit", models=(Wanted("absent"),))
+
+
+class FlakyStorage(LocalStorage):
+    """Fetching fails as often as it is told to; `n_fetches` counts the tries."""
+
+    n_failures = 0
+    n_fetches = 0
+
+    def fetch(self, model: str, listing: VersionListing) -> Path:
+        self.n_fetches += 1
+        if self.n_failures:
+            self.n_failures -= 1
+            raise ArtifactInvalid(self.url, "the network is down")
+        return super().fetch(model, listing)
+
+
+@pytest.mark.parametrize("mode", ["poll", "explicit"])
+def test_control_tries_again_when_the_storage_failed_and_not_the_version(
+    root: Path, tmp_path: Path, mode: Mode
+) -> None:
+    publish(root, onnx_models.linear, tmp_path)
+    storage = FlakyStorage(root, DEFAULT_LIMITS)
+    storage.n_failures = 2
+
+    async def scenario(bench: Bench) -> None:
+        async def again() -> None:
+            if mode == "poll":
+                await bench.control.refresh()
+            else:
+                await bench.control.load(Wanted("linear"))
+
+        if mode == "explicit":
+            with pytest.raises(LoadFailed, match="repository: the network is down"):
+                await again()
+        else:
+            await again()
+        assert bench.states() == {"linear:1": "UNAVAILABLE"}
+        await again()
+        assert bench.states() == {"linear:1": "READY"}
+
+    models = (Wanted("linear"),) if mode == "explicit" else ()
+    play(root, scenario, mode, storage=storage, models=models)
+
+
+def test_control_tries_a_broken_version_once_when_it_polls(root: Path, tmp_path: Path) -> None:
+    storage = FlakyStorage(root, DEFAULT_LIMITS)
+    directory = publish(root, onnx_models.linear, tmp_path)
+    manifest = (directory / MANIFEST).read_text()
+
+    async def scenario(bench: Bench) -> None:
+        (directory / MANIFEST).write_text(manifest.replace('"onnxruntime"', '"abacus"'))
+        for _ in range(4):
+            await bench.control.refresh()
+        assert storage.n_fetches == 2  # the good one, and the broken one in its place
+        assert bench.states() == {"linear:1": "READY"}
+        (directory / MANIFEST).write_text(manifest)
+        await bench.control.refresh()
+        assert storage.n_fetches <= 3
+
+    play(root, scenario, "poll", storage=storage)
+
+
+def test_control_tries_a_broken_version_again_when_it_is_asked_to(
+    root: Path, tmp_path: Path
+) -> None:
+    storage = FlakyStorage(root, DEFAULT_LIMITS)
+    publish(root, onnx_models.linear, tmp_path, engine=EngineSpec("abacus", "model.onnx"))
+
+    async def scenario(bench: Bench) -> None:
+        for n in (1, 2):
+            with pytest.raises(LoadFailed, match="abacus"):
+                await bench.control.load(Wanted("linear"))
+            assert storage.n_fetches == n
+
+    play(root, scenario, "explicit", storage=storage)
+
+
+def test_control_forgets_what_is_deleted_when_it_refreshes(root: Path, tmp_path: Path) -> None:
+    for version in ("1", "2"):
+        publish(root, onnx_models.linear, tmp_path, version=version)
+    triton(root, "m", "1", onnx_models.linear)
+    (root / "m" / "config.pbtxt").write_text("max_batch_size: 4")
+
+    async def scenario(bench: Bench) -> None:
+        shutil.rmtree(root / "linear" / "1")
+        shutil.rmtree(root / "m" / "1")  # its configuration alone is no model
+        await bench.control.refresh()
+        assert bench.states() == {"linear:2": "READY"}
+
+    play(root, scenario, "poll", policy=parse_policy("all"))
+
+
+def test_control_shows_a_model_that_can_not_be_read_when_it_refreshes(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(root, onnx_models.linear, tmp_path)
+    (tmp_path / "outside").mkdir()
+    (root / "evil").mkdir()
+    (root / "evil" / "1").symlink_to(tmp_path / "outside")
+
+    async def scenario(bench: Bench) -> None:
+        await bench.control.refresh()
+        (evil,) = bench.table.slots("evil")
+        assert evil.state == "UNAVAILABLE"
+        assert "leads out" in evil.reason
+        assert str(tmp_path) not in evil.reason
+        assert caplog.text.count("leads out") == 1  # not at every look
+        (root / "evil" / "1").unlink()
+        shutil.rmtree(root / "evil")
+        await bench.control.refresh()
+        assert bench.states() == {"linear:1": "READY"}
+
+    play(root, scenario, "poll")
+
+
+def test_control_names_no_folder_of_this_machine_when_it_gives_reasons(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton(root, "broken", "1", onnx_models.linear).write_bytes(b"nonsense")
+    triton(root, "labels", "1", onnx_models.linear)
+    (root / "labels" / "config.pbtxt").write_text(
+        'max_batch_size: 1 output [ { name: "y" data_type: TYPE_FP32 dims: [ 3 ] '
+        'label_filename: "missing.txt" } ]'
+    )
+    monkeypatch.chdir(root)
+
+    async def scenario(bench: Bench) -> None:
+        reasons = {slot.name: slot.reason for slot in bench.table.slots()}
+        assert "labels/missing.txt" in reasons["labels"]
+        assert "broken/1/model.onnx" in reasons["broken"]
+        assert not [reason for reason in reasons.values() if str(tmp_path) in reason]
+
+    play(root, scenario)
+    play(Path(), scenario)
 
 
 def test_control_uses_the_latest_policy_when_none_is_given() -> None:
