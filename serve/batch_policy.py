@@ -28,6 +28,8 @@ _ARRIVAL_WEIGHT = 0.05
 # Weight of the newest batch in the correction of service times, and how far it may go.
 _SERVICE_WEIGHT = 0.05
 _MAX_CORRECTION = 10.0
+# After so long a request is as urgent as any, whatever its own target, when lanes are chosen.
+_LANE_PATIENCE_S = 1.0
 
 
 class ServiceTimes:
@@ -416,11 +418,14 @@ def _due(entry: Entry[Item]) -> float:
     return min(entry.target_s, entry.deadline_s)
 
 
-def _urgency(lane: _Lane[Item]) -> tuple[bool, float]:
-    """Sorts by the first request's due instant; lanes of late ones come last, oldest first."""
-    if lane.in_time:
-        return False, _due(lane.in_time[0])
-    return True, lane.late[0].arrival_s
+def _urgency(lane: _Lane[Item]) -> tuple[bool, float, float]:
+    """Sorts by the first request's due instant, among equal ones by its arrival; what is due never,
+    or far from now, is so soon after its arrival, lest it wait for ever behind lanes that are never
+    empty. Lanes of late ones come last, oldest first."""
+    if not lane.in_time:
+        return True, lane.late[0].arrival_s, 0.0
+    first = lane.in_time[0]
+    return False, min(_due(first), first.arrival_s + _LANE_PATIENCE_S), first.arrival_s
 
 
 def _fitting(entries: Sequence[Entry[Item]], room: int) -> list[Entry[Item]]:

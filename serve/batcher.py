@@ -6,7 +6,6 @@ no event loop: answers leave through `deliver`, once a batch, on the instance's 
 """
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -136,17 +135,27 @@ class Batcher:
             admitted, evicted = self._queue.offer(entry, now)
             if self._n_idle:
                 self._condition.notify()
-            full = None
-            if evicted or not admitted:
-                full = QueueFull(self._queue.limits.max_queue_size, self._queue.retry_after_s())
+            full = self._full() if evicted or not admitted else None
+            hopeless = [self._is_hopeless(one, now) for one in evicted]
         if evicted:
-            completions = tuple(
-                _ended(entry, now, full if math.isinf(entry.deadline_s) else None)
-                for entry in evicted
-            )
-            self._deliver(Batch(completions))
+            ends = zip(evicted, hopeless, strict=True)
+            completions = (_ended(one, now, None if past else full) for one, past in ends)
+            self._deliver(Batch(tuple(completions)))
         if full is not None and not admitted:
             raise full
+
+    def submit_all(self, entries: Sequence[Entry[Work]]) -> None:
+        """Queue the pieces of one request, all of them or, with the errors of `submit`, none;
+        nobody is evicted for them."""
+        with self._condition:
+            if self._closing:
+                raise ShuttingDown
+            if self._queue.n_requests + len(entries) > self._queue.limits.max_queue_size:
+                raise self._full()
+            now = self._clock()
+            for entry in entries:
+                self._queue.offer(entry, now)
+            self._condition.notify_all()
 
     def cancel(self, entry: Entry[Work]) -> bool:
         """Take a request out of the queue; False where it already runs or is answered."""
@@ -168,6 +177,13 @@ class Batcher:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
+
+    def _full(self) -> QueueFull:
+        return QueueFull(self._queue.limits.max_queue_size, self._queue.retry_after_s())
+
+    def _is_hopeless(self, entry: Entry[Work], now: float) -> bool:
+        """Whether it couldn't make its deadline any more, even if it ran now."""
+        return now + self._queue.times_of(entry.lane).of(entry.n_rows) > entry.deadline_s
 
     def _serve(self, engine: Engine) -> None:
         while (decision := self._next_decision()) is not None:

@@ -103,21 +103,23 @@ class Execution:
     async def _transformed(self, job: Job) -> Answer:
         transform = job.model.transform
         assert transform is not None
-        inputs = await self._worked(job, transform.before, job.inputs)
+        queue_size = job.model.manifest.batching.max_queue_size
+        if self._n_working.get(job.model, 0) >= queue_size:
+            raise QueueFull(queue_size, 1.0, "requests in preprocessing")
+        inputs = await self._worked(job, "preprocessing", transform.before, job.inputs)
         answer = await self._batched(job, inputs)
-        outputs = await self._worked(job, transform.after, answer.outputs)
+        outputs = await self._worked(job, "postprocessing", transform.after, answer.outputs)
         return Answer(outputs, answer.timings)
 
     async def _worked(
         self,
         job: Job,
+        phase: str,
         work: Callable[[Mapping[str, Array]], Mapping[str, Array]],
         arrays: Mapping[str, Array],
     ) -> Mapping[str, Array]:
-        """`work` in a worker thread, bounded in number and by the deadline."""
+        """`work` in a worker thread, by the deadline at most."""
         model, manifest = job.model, job.model.manifest
-        if self._n_working.get(model, 0) >= manifest.batching.max_queue_size:
-            raise QueueFull(manifest.batching.max_queue_size, 1.0, "requests in preprocessing")
         self._n_working[model] = self._n_working.get(model, 0) + 1
         started, outcome = self._clock(), ServeError.code
         future = self._workers.submit(work, arrays)
@@ -131,12 +133,12 @@ class Execution:
             outcome = error.code
             raise
         except ArtifactInvalid as error:
-            _log.error("postprocessing: %s", error, extra={"model": manifest.model})
+            _log.error("%s: %s", phase, error, extra={"model": manifest.model})
             outcome = EngineFailed.code
             raise EngineFailed(manifest.model, manifest.version) from error
         except TimeoutError:
             outcome = DeadlineExceeded.code
-            raise DeadlineExceeded(self._clock() - job.arrival_s, "preprocessing") from None
+            raise DeadlineExceeded(self._clock() - job.arrival_s, phase) from None
         finally:
             seconds = self._clock() - started
             self._metrics.phase_ended(
@@ -167,17 +169,18 @@ class Execution:
             for entry in entries:
                 call = _Call(job.model, self._loop.create_future())
                 entry.item.context = call
-                batcher.submit(entry)
                 futures.append(call.completion)
             if len(futures) == 1:
+                batcher.submit(entries[0])
                 return [await self._by_deadline(job, futures[0])]
+            batcher.submit_all(entries)
             return await self._by_deadline(job, asyncio.gather(*futures))
         except TimeoutError:
             queued = [batcher.cancel(entry) for entry in entries]
             phase = "queue" if any(queued) else "engine"
             raise DeadlineExceeded(self._clock() - job.arrival_s, phase) from None
         except BaseException:
-            for entry in entries[: len(futures)]:
+            for entry in entries:
                 batcher.cancel(entry)
             raise
 

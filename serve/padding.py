@@ -98,9 +98,36 @@ class Padding:
             return "padding.buckets", f"got {list(self.buckets)}, want lengths of at least 1"
         if self.mask is not None and self.mask not in {one.tensor for one in self.inputs[1:]}:
             return "padding.mask", f"got {self.mask!r}, want one of padding.inputs but the first"
-        return _misfit("padding.inputs", self.inputs, inputs) or _misfit(
-            "padding.outputs", self.outputs, outputs
+        return (
+            _misfit("padding.inputs", self.inputs, inputs)
+            or _misfit("padding.outputs", self.outputs, outputs)
+            or self._open_axis(inputs)
+            or self._mask_misfit(inputs)
         )
+
+    def _open_axis(self, inputs: Sequence[TensorSpec]) -> tuple[str, str] | None:
+        """Requests of one bucket must be alike in all but their padded lengths."""
+        padded = {one.tensor: one.axis for one in self.inputs}
+        for spec in inputs:
+            known = {0, padded.get(spec.name, 0)}
+            if any(size == -1 for axis, size in enumerate(spec.shape) if axis not in known):
+                return "padding.inputs", (
+                    f"got shape {list(spec.shape)} of {spec.name!r}, want no axis that varies but "
+                    "the batch and the padded one"
+                )
+        return None
+
+    def _mask_misfit(self, inputs: Sequence[TensorSpec]) -> tuple[str, str] | None:
+        if self.mask is None:
+            return None
+        mask = next(one for one in self.inputs if one.tensor == self.mask)
+        rank = next(len(spec.shape) for spec in inputs if spec.name == self.mask)
+        if (rank, mask.axis, mask.value) != (2, 1, 0):
+            return "padding.mask", (
+                f"got {rank} dimensions, axis {mask.axis} and value {mask.value} of {self.mask!r}, "
+                "want 2, 1 and 0"
+            )
+        return None
 
 
 def _misfit(

@@ -187,7 +187,7 @@ class InferenceService:
         name, version = model.manifest.model, model.manifest.version
         statistics = self.metrics.statistics(name, version)
         model.n_leases += 1
-        code = Cancelled.code  # unless it ends otherwise
+        code = ServeError.code  # unless it ends otherwise
         try:
             job = _job(model, request, arrival_s)
             if self._reuse.is_on:
@@ -198,6 +198,9 @@ class InferenceService:
             code = "ok"
         except ServeError as error:
             code = error.code
+            raise
+        except asyncio.CancelledError:
+            code = Cancelled.code
             raise
         finally:
             model.n_leases -= 1
@@ -211,9 +214,14 @@ class InferenceService:
     def reserve(self, n_bytes: int) -> None:
         """Count a request's body, before it is kept, against the bytes in flight. Raises QueueFull
         where they are at their limit; every reservation is given back by `release`."""
-        if self._n_bytes + n_bytes > self.options.max_in_flight_bytes:
+        if not self.has_room(n_bytes):
             raise QueueFull(self.options.max_in_flight_bytes, 1.0, "bytes in flight")
         self._n_bytes += n_bytes
+
+    def has_room(self, n_bytes: int) -> bool:
+        """Whether `reserve` would succeed now. Bodies are counted as they arrive, not as they are
+        announced: who announces and sends nothing takes nobody's place."""
+        return self._n_bytes + n_bytes <= self.options.max_in_flight_bytes
 
     def release(self, n_bytes: int) -> None:
         self._n_bytes -= n_bytes

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from serve.artifact import Batching, Manifest, file_digest
-from serve.derivation import DEFAULT_MAX_BATCH_SIZE, derived_signature
+from serve.derivation import DEFAULT_MAX_BATCH_SIZE, derived_signature, file_signature
 from serve.engines import EngineSpec, Signature
 from serve.errors import ArtifactInvalid
 from serve.machine import allowed_cores
@@ -51,7 +51,8 @@ def manifest_of_layout(
     if settings.name not in ("", name):
         raise ArtifactInvalid(where, f"name: got {settings.name!r}, want the folder's {name!r}")
     engine = _engine(directory, settings, where)
-    found = derived_signature(directory, engine)
+    is_described = bool(settings.max_batch_size or settings.input or settings.output)
+    found = (file_signature if is_described else derived_signature)(directory, engine)
     max_batch_size = _max_batch_size(settings, found, where)
     if engine.name == "openvino" and max_batch_size:
         powers = {2**power for power in range(max_batch_size.bit_length())}

@@ -6,7 +6,7 @@ engines and their shapes, not requests.
 
 import statistics
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from serve.engines import Engine
 from serve.tensor import NUMPY_DTYPES, Array, TensorSpec
 
 WARMUP_RUNS = 3
-_VARIABLE_AXIS_LENGTH = 8  # of what a model with variable axes is tried with
+# Of axes that vary, in turn until one of them runs: not every model takes every length.
+TRIAL_LENGTHS = (8, 16, 32, 64, 128, 224, 256, 512)
 
 
 def measured_queue(manifest: Manifest, engines: list[Engine]) -> BatchQueue[Work]:
@@ -39,15 +40,31 @@ def measured_queue(manifest: Manifest, engines: list[Engine]) -> BatchQueue[Work
 
 
 def shape_of(
-    spec: TensorSpec, size: int, lengths: Mapping[tuple[str, int], int]
+    spec: TensorSpec, size: int, length: int, lengths: Mapping[tuple[str, int], int] | None = None
 ) -> tuple[int, ...]:
-    """A shape to try a model with: `size` rows, `lengths` on the axes they are given for."""
-    shape = [_VARIABLE_AXIS_LENGTH if axis == -1 else axis for axis in spec.shape]
+    """A shape to try a model with: `size` rows, `lengths` on the axes they are given for, and
+    `length` on others that vary."""
+    shape = [length if axis == -1 else axis for axis in spec.shape]
     if spec.shape and spec.shape[0] == -1:
         shape[0] = size
-    for axis, length in ((axis, n) for (name, axis), n in lengths.items() if name == spec.name):
-        shape[axis] = length
+    for (name, axis), given in (lengths or {}).items():
+        if name == spec.name:
+            shape[axis] = given
     return tuple(shape)
+
+
+def trial_length(engine: Engine, inputs: Callable[[int], Mapping[str, Array]]) -> int:
+    """The first length with which the model runs. Raises what the engine raises at the first,
+    where it runs with none."""
+    problem: Exception | None = None
+    for length in TRIAL_LENGTHS:
+        try:
+            engine.run(inputs(length))
+            return length
+        except Exception as error:  # noqa: BLE001 - engines raise anything; the first one goes on
+            problem = problem or error
+    assert problem is not None
+    raise problem
 
 
 def _warmed_up(
@@ -55,20 +72,26 @@ def _warmed_up(
 ) -> ServiceTimes:
     """Run every batch size on every instance, and return how long they take here."""
     sizes = _batch_sizes(manifest)
+
+    def inputs(size: int, length: int) -> dict[str, Array]:
+        specs = manifest.signature.inputs
+        return {spec.name: _zeros(spec, shape_of(spec, size, length, lengths)) for spec in specs}
+
+    length = trial_length(engines[0], lambda length: inputs(sizes[0], length))
     seconds = []
     for size in sizes:
-        inputs = {
-            spec.name: np.zeros(shape_of(spec, size, lengths), NUMPY_DTYPES[spec.datatype])
-            for spec in engines[0].signature.inputs
-        }
-        for name, array in inputs.items():
-            if array.dtype.kind == "O":
-                inputs[name] = np.full(array.shape, b"", object)
+        given = inputs(size, length)
         for engine in engines:
-            runs = [_timed(engine, inputs) for _ in range(WARMUP_RUNS)]
+            runs = [_timed(engine, given) for _ in range(WARMUP_RUNS)]
         seconds.append(max(statistics.median(runs), 1e-6))
     # Times must rise with the size; what noise says otherwise is smoothed away.
     return ServiceTimes(sizes, np.maximum.accumulate(seconds).tolist(), _is_padded(manifest))
+
+
+def _zeros(spec: TensorSpec, shape: tuple[int, ...]) -> Array:
+    if spec.datatype == "BYTES":
+        return np.full(shape, b"", object)
+    return np.zeros(shape, NUMPY_DTYPES[spec.datatype])
 
 
 def _batch_sizes(manifest: Manifest) -> tuple[int, ...]:

@@ -185,11 +185,9 @@ class _Body:
         if size > self._max_bytes:
             await self._refuse(size, headers, receive)
             raise PayloadTooLarge(size, self._max_bytes)
-        try:
-            self._reserve(size)
-        except QueueFull:
+        if not self._service.has_room(size):
             await self._refuse(size, headers, receive)
-            raise
+            self._reserve(size)
         body = await self._received(receive)
         if encoding == "identity":
             return body
@@ -215,8 +213,13 @@ class _Body:
                 if more:
                     await self._discard(size, receive)
                 raise PayloadTooLarge(size, self._max_bytes)
-            if size > self._n_reserved:
-                self._reserve(size - self._n_reserved)
+            try:
+                self._reserve(len(chunk))
+            except QueueFull:
+                chunks.clear()
+                if more:
+                    await self._discard(size, receive)
+                raise
             chunks.append(chunk)
             if not more:
                 return chunks[0] if len(chunks) == 1 else b"".join(chunks)
