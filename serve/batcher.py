@@ -126,6 +126,11 @@ class Batcher:
     def n_queued(self) -> int:
         return self._queue.n_requests
 
+    def retry_after_s(self) -> float:
+        """Seconds until what is queued now is served."""
+        with self._condition:
+            return self._queue.retry_after_s()
+
     def submit(self, entry: Entry[Work]) -> None:
         """Queue a request. Raises QueueFull or ShuttingDown where it isn't admitted."""
         with self._condition:

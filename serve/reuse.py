@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 from weakref import WeakKeyDictionary
 
-from serve.errors import DeadlineExceeded, EngineFailed, InvalidRequest, ServeError
+from serve.errors import DeadlineExceeded, EngineFailed, InvalidRequest, QueueFull, ServeError
 from serve.execution import Answer, Job
 from serve.metrics import Metrics
 from serve.model import Model
@@ -38,8 +38,14 @@ class Reuse:
         self._clock = clock
         self._secret = secrets.token_bytes(32)
         self._flights: dict[bytes, asyncio.Future[Answer | ServeError | None]] = {}
+        self._n_following: dict[Model, int] = {}
         self._identities: WeakKeyDictionary[Model, str] = WeakKeyDictionary()
         self._numbers = itertools.count()
+
+    @property
+    def n_following(self) -> int:
+        """Requests that wait for an equal one; as many may as the model's queue holds."""
+        return sum(self._n_following.values())
 
     @property
     def is_on(self) -> bool:
@@ -85,9 +91,10 @@ class Reuse:
         outputs = self._cache.get(key)
         manifest = job.model.manifest
         statistics = self._metrics.statistics(manifest.model, manifest.version)
-        look_up = statistics.cache_miss if outputs is None else statistics.cache_hit
-        look_up.add(self._clock() - started)
-        return None if outputs is None else Answer(outputs)
+        if outputs is None:
+            return None
+        statistics.cache_hit.add(self._clock() - started)
+        return Answer(outputs)
 
     async def _computed(
         self, job: Job, key: bytes, compute: Callable[[Job], Awaitable[Answer]]
@@ -108,7 +115,11 @@ class Reuse:
             self._flights.pop(key, None)
             flight.set_result(end)
         if self._cache is not None:
+            started = self._clock()
             self._cache.put(key, self._identity(job.model), answer.outputs)
+            manifest = job.model.manifest
+            statistics = self._metrics.statistics(manifest.model, manifest.version)
+            statistics.cache_miss.add(self._clock() - started)
         return answer
 
     async def _followed(
@@ -117,11 +128,20 @@ class Reuse:
         """How the request under way ended; None where its end was its own (a deadline, a client
         that hung up), and this one has to try for itself."""
         remaining_s = job.deadline_s - self._clock()
+        limit = job.model.manifest.batching.max_queue_size
+        n_others = self._n_following.get(job.model, 0)
+        if n_others >= limit:
+            raise QueueFull(limit, job.model.batcher.retry_after_s())
+        self._n_following[job.model] = n_others + 1
         try:
             async with asyncio.timeout(None if math.isinf(remaining_s) else remaining_s):
                 return await asyncio.shield(flight)
         except TimeoutError:
             raise DeadlineExceeded(self._clock() - job.arrival_s, "queue") from None
+        finally:
+            self._n_following[job.model] -= 1
+            if not self._n_following[job.model]:
+                del self._n_following[job.model]
 
     def _identity(self, model: Model) -> str:
         """Names what is loaded, not the version: loaded again, it may be something else."""

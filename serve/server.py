@@ -64,7 +64,9 @@ async def serve(settings: Settings, announce: Callable[[Ports], None]) -> bool:
             control_port, _ = await stack.enter_async_context(
                 _listening(control_app(service), CONTROL_HOST, settings.control_port, settings)
             )
-        await control.start()
+        if not await _started(control, stop):
+            await control.close(finish=False)
+            return True
         _check_loaded(settings, service)
         # What is loaded now stays: out of the collector's way, whose pauses requests would feel.
         gc.collect()
@@ -74,9 +76,24 @@ async def serve(settings: Settings, announce: Callable[[Ports], None]) -> bool:
         watching = asyncio.create_task(_watch(settings, control, service, grpc_server))
         await stop.wait()
         watching.cancel()
+        control.stop_changing()
         drained = await _drain(settings, service, grpc_server, http_server)
         await control.close(drained)
     return drained
+
+
+async def _started(control: ModelControl, stop: asyncio.Event) -> bool:
+    """Load what is to be there at the start; False where the process is asked to end meanwhile."""
+    starting = asyncio.create_task(control.start())
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if starting.done():
+        starting.result()
+        return True
+    starting.cancel()
+    await asyncio.wait((starting,))
+    return False
 
 
 async def _watch(

@@ -7,7 +7,7 @@ bring requests in their own encodings and translate errors. It knows neither HTT
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -15,7 +15,14 @@ from serve import VERSION
 from serve.batcher import Batch
 from serve.control import ControlOptions, ModelControl
 from serve.engines import Signature
-from serve.errors import Cancelled, ModelNotFound, ModelNotReady, QueueFull, ServeError
+from serve.errors import (
+    Cancelled,
+    InvalidRequest,
+    ModelNotFound,
+    ModelNotReady,
+    QueueFull,
+    ServeError,
+)
 from serve.execution import Execution, Job
 from serve.messages import InferRequest, InferResponse, InputCheck
 from serve.metrics import Metrics
@@ -165,8 +172,18 @@ class InferenceService:
         return model.signature, model.max_batch_size
 
     def input_check(self, name: str, version: str = "") -> InputCheck:
-        """What a model says to an input's name, datatype and shape before its data are decoded."""
-        return self._model(name, version).check_declared
+        """What a model says to the inputs of one request, by name, datatype and shape, before their
+        data are decoded or copied; each may come once."""
+        model = self._model(name, version)
+        seen: set[str] = set()
+
+        def check(given: str, datatype: str, shape: Sequence[int]) -> None:
+            model.check_declared(given, datatype, shape)
+            if given in seen:
+                raise InvalidRequest("inputs.name", given, "each input once")
+            seen.add(given)
+
+        return check
 
     def labels(self, name: str, version: str = "") -> tuple[str, str]:
         """Model and version as metric labels: empty where the repository doesn't know them."""
@@ -238,9 +255,13 @@ class InferenceService:
         """Wait until all admitted requests are answered; False where the time ran out."""
         self._draining = True
         ends = self._clock() + timeout_s
-        while self._execution.n_in_flight and self._clock() < ends:
+        while self._n_in_flight and self._clock() < ends:
             await asyncio.sleep(0.01)
-        return not self._execution.n_in_flight
+        return not self._n_in_flight
+
+    @property
+    def _n_in_flight(self) -> int:
+        return self._execution.n_in_flight + self._reuse.n_following
 
     def _model(self, name: str, version: str) -> Model:
         if not self.repository.is_open:

@@ -46,7 +46,8 @@ class BatchStatistics:
 class Statistics:
     """Counters of one version since it was first loaded.
 
-    `inference_count` is in rows and `execution_count` in batches, both without cache hits. A
+    `inference_count` is in rows and `execution_count` in batches; both, and the compute phases,
+    leave out cache hits and requests merged into others. `cache_miss` is the time of keeping. A
     request's phases are those of its batch, whole; the compute phases have equal counts.
     `last_inference_ms` is wall-clock time since 1970.
     """
@@ -79,6 +80,7 @@ class Statistics:
         self.success.add(seconds)
         self.last_inference_ms = now_ms
         if not timings:
+            self.queue.add(0.0)
             return
         self.inference_count += n_rows
         timing = timings[0] if len(timings) == 1 else _joined(timings)

@@ -41,7 +41,7 @@ from serve.transport.openapi import (
 )
 from serve.transport.rest import error_answer
 
-MAX_BODY_BYTES = 4_000_000  # of requests that aren't inference
+MAX_BODY_BYTES = 1_000_000  # of requests that aren't inference
 CONTROL_ELSEWHERE = (
     "models are loaded and settings changed on the control port (--control-port), or here with "
     "--control-on-data-port"
@@ -166,7 +166,7 @@ def _add_index(app: fastapi.FastAPI, service: InferenceService) -> None:
     )
     async def index(request: fastapi.Request) -> list[documents.IndexEntry]:
         """All versions of the repository, with their states and reasons."""
-        wanted = await _read(request, documents.IndexRequest)
+        wanted = await _read(service, request, documents.IndexRequest)
         return [documents.IndexEntry.of(slot) for slot in await service.index(wanted.ready)]
 
 
@@ -187,7 +187,7 @@ def _add_control(app: fastapi.FastAPI, service: InferenceService, allowed: bool)
     )
     async def load(model: str, request: fastapi.Request) -> documents.NothingDocument:
         """Load a model, or load it again; what answers until then goes on answering."""
-        given = (await _read(request, documents.LoadRequest)).parameters
+        given = (await _read(service, request, documents.LoadRequest)).parameters
         await control().load(Wanted(model, given.config, given.digest))
         return documents.NothingDocument()
 
@@ -199,7 +199,7 @@ def _add_control(app: fastapi.FastAPI, service: InferenceService, allowed: bool)
     )
     async def unload(model: str, request: fastapi.Request) -> documents.NothingDocument:
         """Unload all versions of a model, after the requests they are at work on."""
-        await _read(request, documents.UnloadRequest)
+        await _read(service, request, documents.UnloadRequest)
         await control().unload(model)
         return documents.NothingDocument()
 
@@ -216,7 +216,7 @@ def _add_control(app: fastapi.FastAPI, service: InferenceService, allowed: bool)
     )
     async def change_logging(request: fastapi.Request) -> documents.LogSettingsDocument:
         """Change what the server logs; where to and how stays."""
-        wanted = await _read(request, documents.LogSettingsRequest)
+        wanted = await _read(service, request, documents.LogSettingsRequest)
         if wanted != documents.LogSettingsRequest():
             control()
         change_logs(wanted)
@@ -232,7 +232,7 @@ def _add_tracing(app: fastapi.FastAPI, service: InferenceService) -> None:
 
     async def change_tracing(request: fastapi.Request) -> documents.TraceSettingsDocument:
         """Requests aren't traced: only switching it off is understood."""
-        refuse_tracing(await _read_object(request))
+        refuse_tracing(await _read_object(service, request))
         return documents.TraceSettingsDocument()
 
     async def model_trace_settings(model: str) -> documents.TraceSettingsDocument:
@@ -282,7 +282,7 @@ def _add_shared_memory(app: fastapi.FastAPI, service: InferenceService) -> None:
     )
     async def register(region: str, request: fastapi.Request) -> documents.NothingDocument:
         """Register a region of the system's shared memory under a name."""
-        wanted = await _read(request, documents.RegisterRequest)
+        wanted = await _read(service, request, documents.RegisterRequest)
         memory.register(region, wanted.key, wanted.offset, wanted.byte_size)
         return documents.NothingDocument()
 
@@ -405,24 +405,35 @@ def _log_document() -> documents.LogSettingsDocument:
     )
 
 
-async def _read(request: fastapi.Request, kind: type[Body]) -> Body:
+async def _read(service: InferenceService, request: fastapi.Request, kind: type[Body]) -> Body:
     """The body as a document; an empty one has all defaults, if the document has."""
     try:
-        return kind.model_validate(await _read_object(request))
+        return kind.model_validate(await _read_object(service, request))
     except pydantic.ValidationError as error:
         raise InvalidRequest(*_problem_parts(list(error.errors(include_url=False)))) from error
 
 
-async def _read_object(request: fastapi.Request) -> dict[str, Any]:
+async def _read_object(service: InferenceService, request: fastapi.Request) -> dict[str, Any]:
+    """The body as a JSON object, empty for an empty one; it counts among the bytes in flight."""
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise PayloadTooLarge(len(body), MAX_BODY_BYTES)
+    n_reserved = 0
+    try:
+        async for chunk in request.stream():
+            service.reserve(len(chunk))
+            n_reserved += len(chunk)
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise PayloadTooLarge(len(body), MAX_BODY_BYTES)
+        return _object(bytes(body))
+    finally:
+        service.release(n_reserved)
+
+
+def _object(body: bytes) -> dict[str, Any]:
     if not body.strip(b" \t\r\n"):  # JSON's white space
         return {}
     try:
-        document = json.loads(bytes(body))
+        document = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest("body", "malformed JSON", "a JSON object") from error
     if not isinstance(document, dict):

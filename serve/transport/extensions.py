@@ -73,6 +73,7 @@ class ExtensionCalls:
     async def RepositoryIndex(
         self, request: pb.RepositoryIndexRequest, _: Context
     ) -> pb.RepositoryIndexResponse:
+        _check_repository(request.repository_name)
         return pb.RepositoryIndexResponse(
             models=[
                 pb.RepositoryIndexResponse.ModelIndex(
@@ -85,11 +86,14 @@ class ExtensionCalls:
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, _: Context
     ) -> pb.RepositoryModelLoadResponse:
+        _check_repository(request.repository_name)
         texts = {}
         for name, value in request.parameters.items():
             if name not in ("config", "digest"):
                 want = "config or digest; files can't be sent along"
                 raise InvalidRequest(f"parameters.{name}", "a parameter", want)
+            if value.WhichOneof("parameter_choice") != "string_param":
+                raise InvalidRequest(f"parameters.{name}", "another type", "a string_param")
             texts[name] = value.string_param
         await self._control().load(
             Wanted(request.model_name, texts.get("config", ""), texts.get("digest", ""))
@@ -99,6 +103,7 @@ class ExtensionCalls:
     async def RepositoryModelUnload(
         self, request: pb.RepositoryModelUnloadRequest, _: Context
     ) -> pb.RepositoryModelUnloadResponse:
+        _check_repository(request.repository_name)
         for name in request.parameters:
             if name != "unload_dependents":
                 raise InvalidRequest(f"parameters.{name}", "a parameter", "unload_dependents")
@@ -182,6 +187,11 @@ class ExtensionCalls:
         self._check_control()
         assert self._service.control is not None
         return self._service.control
+
+
+def _check_repository(name: str) -> None:
+    if name:
+        raise InvalidRequest("repository_name", name, "none: there is one repository")
 
 
 def _tensor_metadata(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:

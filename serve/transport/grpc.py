@@ -189,20 +189,23 @@ class _Calls(ExtensionCalls):
         code = Cancelled.code  # unless it ends otherwise
         n_bytes = sum(map(len, message.raw_input_contents)) or message.ByteSize()
         service = self._service
+        labels = service.labels(message.model_name, message.model_version)
         reserved = False
         try:
             service.reserve(n_bytes)
             reserved = True
             memory = service.shared_memory
-            request, places = decode_request(message, arrival_s, timeout_s, memory, tenant)
+            name = (message.model_name, message.model_version)
+            check = service.input_check(*name) if memory.enabled else None
+            request, places = decode_request(message, arrival_s, timeout_s, memory, tenant, check)
             decoded_s = self._clock()
             response = await service.infer(request, arrival_s)
             started_s = self._clock()
             answer = encode_response(response, places, memory)
             code = "ok"
-            name = (response.model, response.version)
-            service.metrics.phase_ended(*name, "decode", decoded_s - arrival_s)
-            service.metrics.phase_ended(*name, "encode", self._clock() - started_s)
+            labels = (response.model, response.version)
+            service.metrics.phase_ended(*labels, "decode", decoded_s - arrival_s)
+            service.metrics.phase_ended(*labels, "encode", self._clock() - started_s)
             return answer
         except asyncio.CancelledError:
             # The client's own clock ends the call a little before the deadline that it gave.
@@ -219,7 +222,6 @@ class _Calls(ExtensionCalls):
         finally:
             if reserved:
                 service.release(n_bytes)
-            labels = service.labels(message.model_name, message.model_version)
             seconds = self._clock() - arrival_s
             service.metrics.request_answered(*labels, TRANSPORT, code, seconds)
 
@@ -246,6 +248,9 @@ def _handler(method: Any, call: Callable[..., Any]) -> Any:
             return await call(request, context)
         except ServeError as error:
             code, details = grpc_status(error), str(error)[:MAX_DETAILS]
+        except Exception:  # noqa: BLE001 - the request boundary: the client gets no internals
+            _log.exception("call failed", extra={"transport": TRANSPORT})
+            code, details = grpc.StatusCode.INTERNAL, "internal error, see the log"
         # The exception that `abort` raises is kept, and keeps this frame, until the garbage
         # collector comes by: nothing large may hang on it.
         del request

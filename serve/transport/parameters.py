@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from serve.errors import InvalidRequest
 from serve.messages import Parameter
 from serve.shared_memory import SharedMemory
-from serve.tensor import Tensor, decode_raw, encode_raw
+from serve.tensor import Tensor, decode_raw, element_count, encode_raw, numpy_dtype
 
 Parameters = Mapping[str, Parameter]
 
@@ -45,6 +45,15 @@ def read_tensor(
     shared_memory: SharedMemory, name: str, datatype: str, shape: list[int], place: Place
 ) -> Tensor:
     """A tensor from shared memory: a copy, whatever its client does with the original."""
+    if datatype != "BYTES":
+        count = element_count(f"inputs.{name}.shape", shape)
+        want = count * numpy_dtype(f"inputs.{name}.datatype", datatype).itemsize
+        if place.byte_size != want:
+            raise InvalidRequest(
+                f"inputs.{name}.parameters.shared_memory_byte_size",
+                place.byte_size,
+                f"{want} for shape {shape}",
+            )
     raw = shared_memory.read(place.region, place.offset, place.byte_size)
     return decode_raw(name, datatype, shape, memoryview(raw))
 

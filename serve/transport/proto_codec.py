@@ -14,6 +14,7 @@ from serve.errors import InvalidRequest
 from serve.messages import (
     InferRequest,
     InferResponse,
+    InputCheck,
     Parameter,
     earliest_deadline,
     refuse_unsupported,
@@ -60,11 +61,16 @@ def decode_request(
     timeout_s: float | None,
     shared_memory: SharedMemory | None = None,
     tenant: str = "",
+    check: InputCheck | None = None,
 ) -> tuple[InferRequest, dict[str, Place]]:
     """Read a ModelInferRequest: the request, and the outputs that are wanted in shared memory.
 
-    Raw tensors are views of the message's bytes.
+    Raw tensors are views of the message's bytes. `check` sees every input before it is decoded, or
+    copied from shared memory.
     """
+    if check is not None:
+        for given in message.inputs:
+            check(given.name, given.datatype, given.shape)
     n_tensors = len(message.inputs) + len(message.outputs)
     if n_tensors > MAX_TENSORS:
         raise InvalidRequest("inputs and outputs", f"{n_tensors} tensors", f"at most {MAX_TENSORS}")

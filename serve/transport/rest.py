@@ -98,8 +98,9 @@ class RestApp:
         code = "ok"
         headers = _by_name(scope["headers"])
         body = _Body(self._service, self._max_request_bytes)
+        labels = self._service.labels(model, version)
         try:
-            status, answer_headers, parts = await self._answer(
+            status, answer_headers, parts, labels = await self._answer(
                 model, version, headers, body, receive, arrival_s
             )
         except ServeError as error:
@@ -111,7 +112,6 @@ class RestApp:
             status, answer_headers, parts = error_answer(ServeError("internal error, see the log"))
         finally:
             body.release()
-        labels = self._service.labels(model, version)
         seconds = self._clock() - arrival_s
         self._service.metrics.request_answered(*labels, TRANSPORT, code, seconds)
         if self._service.is_draining or body.is_unread:
@@ -126,7 +126,8 @@ class RestApp:
         incoming: "_Body",
         receive: Receive,
         arrival_s: float,
-    ) -> tuple[int, list[tuple[bytes, bytes]], list[bytes]]:
+    ) -> tuple[int, list[tuple[bytes, bytes]], list[bytes], tuple[str, str]]:
+        """Status, headers and parts of the answer, and the model and version that gave it."""
         body = await incoming.read(headers, receive)
         received_s = self._clock()
         request, form = self._decoded(model, version, headers, body, arrival_s)
@@ -143,7 +144,7 @@ class RestApp:
         phase_ended = self._service.metrics.phase_ended
         phase_ended(response.model, response.version, "decode", decoded_s - received_s)
         phase_ended(response.model, response.version, "encode", self._clock() - started_s)
-        return 200, answer_headers, parts
+        return 200, answer_headers, parts, (response.model, response.version)
 
     def _decoded(
         self, model: str, version: str, headers: dict[bytes, bytes], body: bytes, arrival_s: float
@@ -159,8 +160,9 @@ class RestApp:
                 model, version, body, signature, batched, arrival_s, timeout_s, tenant
             )
         is_long = (len(body) if json_bytes is None else json_bytes) > CHECKED_JSON_BYTES
-        check = self._service.input_check(model, version) if is_long else None
         memory = self._service.shared_memory
+        is_checked = is_long or memory.enabled
+        check = self._service.input_check(model, version) if is_checked else None
         return decode_request(
             model, version, body, json_bytes, arrival_s, timeout_s, memory, tenant, check
         )

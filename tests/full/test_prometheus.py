@@ -49,9 +49,10 @@ def test_metrics_satisfy_promtool_when_requests_were_served(server: RunningServe
         [program("promtool"), "check", "metrics"],
         input=exposition, capture_output=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
-    ours = [line for line in linted.stdout.decode().splitlines() if "trimserve_" in line]
-    assert ours == []
-    assert linted.stderr == b""
+    said = (linted.stdout + linted.stderr).decode().splitlines()
+    # Triton's names break the rules (no `_total`, microseconds): they are Triton's all the same.
+    assert [line for line in said if not line.startswith("nv_")] == []
+    assert all("error" not in line for line in said)
 
 
 def test_prometheus_counts_what_clients_sent_when_it_scrapes_the_server(
@@ -104,12 +105,13 @@ def scraped(server: RunningServer, folder: Path) -> Iterator[str]:
 def listening_url(process: "subprocess.Popen[str]") -> str:
     """Where Prometheus listens, once its log says that it is ready."""
     assert process.stderr is not None
-    address = ""
+    address, is_ready = "", False
     for line in process.stderr:
         message = json.loads(line)
         if message.get("msg") == "Listening on":
             address = message["address"]
-        if str(message.get("msg")).startswith("Server is ready"):
+        is_ready = is_ready or str(message.get("msg")).startswith("Server is ready")
+        if address and is_ready:  # in either order
             return f"http://{address}"
     raise AssertionError("Prometheus ended before it was ready")
 

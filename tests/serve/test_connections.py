@@ -454,7 +454,7 @@ def test_rest_answers_429_when_bodies_are_beyond_what_may_be_in_flight(
     for _ in range(3):  # together more than the budget: what isn't given back would add up
         holding = [Client(roomy.http_port) for _ in range(2)]
         for one in holding:
-            one.send(request(body=b"{", Content_Length=str(60 * MIB)))
+            one.send(request(body=b" " * (60 * MIB - 1), Content_Length=str(60 * MIB)))
         until(lambda: not has_room(roomy, 60 * MIB))
         refused = fetch(roomy.http_port, "POST", LINEAR, b" " * (60 * MIB))
         assert refused.status == 429
@@ -463,6 +463,19 @@ def test_rest_answers_429_when_bodies_are_beyond_what_may_be_in_flight(
         for one in holding:
             one.close()
         until(lambda: has_room(roomy, 60 * MIB))
+    assert_nothing_is_left(roomy)
+
+
+def test_rest_serves_others_when_bodies_are_announced_and_never_sent(
+    roomy: RunningServer,
+) -> None:
+    """Whoever announces takes nobody's place: only what has arrived counts."""
+    stalled = [Client(roomy.http_port) for _ in range(16)]
+    for one in stalled:
+        one.send(request(body=b"{", Content_Length=str(60 * MIB)))
+    assert_works(roomy.http_port)
+    for one in stalled:
+        one.close()
     assert_nothing_is_left(roomy)
 
 
