@@ -567,3 +567,29 @@ def test_policy_loses_and_doubles_no_request_when_buckets_mix(
         now += 0.004
     assert sorted(seen) == list(range(len(entries)))
     assert queue.n_rows == 0
+
+
+def test_policy_serves_every_shape_when_another_is_never_empty() -> None:
+    """Without targets all are due at the same time: never."""
+    queue = filled([in_lane(0, "a"), in_lane(1, "b", 0.001)])
+    served: list[int] = []
+    for turn in range(20):
+        now = 0.002 + turn * 0.01
+        queue.offer(in_lane(100 + turn, "a", now), now)
+        served += items(queue.decide(now).batch)
+        if 1 in served:
+            break
+    assert 1 in served[:3]
+
+
+def test_policy_serves_a_shape_without_targets_when_one_with_targets_is_never_empty() -> None:
+    queue = filled([in_lane(1, "b")])
+    served: list[int] = []
+    for turn in range(300):
+        now = 0.01 * turn
+        queue.offer(in_lane(100 + turn, "a", now, target_s=now + 0.2), now)
+        served += items(queue.decide(now).batch)
+        if 1 in served:
+            break
+    assert 1 in served
+    assert now < 1.5

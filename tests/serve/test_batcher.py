@@ -294,6 +294,34 @@ def test_batcher_evicts_with_the_true_reason_when_a_late_request_makes_room(benc
     assert isinstance(evicted.error, QueueFull)  # it never had a deadline
 
 
+def test_batcher_says_that_the_queue_is_full_when_the_evicted_could_still_make_its_deadline(
+    bench: Bench,
+) -> None:
+    bench.occupy()
+    late = bench.entry([[1.0]], deadline_s=bench.clock.now + 3600)
+    late.target_s = bench.clock.now + 0.5
+    bench.batcher.submit(late)
+    for _ in range(5):
+        bench.submit([[1.0]])
+    bench.clock.now += 1.0
+    bench.submit([[2.0]])
+    (evicted,) = bench.next_batch().completions
+    assert isinstance(evicted.error, QueueFull)
+
+
+def test_batcher_admits_all_pieces_or_none_when_there_are_several(bench: Bench) -> None:
+    bench.occupy()
+    for _ in range(4):
+        bench.submit([[1.0]])
+    with pytest.raises(QueueFull):
+        bench.batcher.submit_all([bench.entry([[2.0]]) for _ in range(3)])
+    assert bench.batcher.n_queued == 4
+    bench.batcher.submit_all([bench.entry([[2.0]]) for _ in range(2)])
+    assert bench.batcher.n_queued == 6
+    bench.engines[0].open(100)
+    assert len(bench.completions(7)) == 7
+
+
 def test_batcher_finishes_what_was_admitted_when_it_closes(bench: Bench) -> None:
     bench.occupy()
     for _ in range(5):

@@ -106,6 +106,14 @@ def test_padding_refuses_a_request_when(inputs: dict[str, Array], message: str) 
             Padding((PaddedInput("ids"),), (4,), (CutOutput("pooled"),)), "axis 1 of 'pooled'",
             id="an output doesn't vary",
         ),
+        pytest.param(
+            Padding((PaddedInput("ids"), PaddedInput("mask", value=1)), (4,), mask="mask"),
+            "value 1 of 'mask'", id="the mask says that what is filled in is real",
+        ),
+        pytest.param(
+            Padding((PaddedInput("ids"),), (4,)), "no axis that varies",
+            id="another input varies and isn't padded",
+        ),
     ],
 )  # fmt: skip
 def test_padding_is_checked_against_the_signature_when(

@@ -53,12 +53,12 @@ def test_layout_derives(tmp_path: Path, builder: onnx_models.Builder, max_batch_
     assert list(made.files) == ["model.onnx"]
 
 
-def graph(path: Path, nodes: Any, inputs: Any, outputs: Any) -> Path:
+def graph(path: Path, nodes: Any, inputs: Any, outputs: Any, opset: int = 18) -> Path:
     def values(given: Any) -> list[onnx.ValueInfoProto]:
         return [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n, shape in given]
 
     made = helper.make_graph(nodes, "g", values(inputs), values(outputs))
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     onnx.save(model, path)
     return path
 
@@ -88,11 +88,67 @@ def noisy(path: Path) -> Path:
     return graph(path, nodes, [("x", ["n", 2])], [("y", ["n", 2])])
 
 
+def centred(path: Path) -> Path:
+    """x FP32[n, 2] minus the mean over the first axis."""
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["mean"], axes=[0]),
+        helper.make_node("Sub", ["x", "mean"], ["y"]),
+    ]
+    return graph(path, nodes, [("x", ["n", 2])], [("y", ["n", 2])], opset=13)
+
+
+def rooted(path: Path) -> Path:
+    """A softmax over the first axis of roots, which noise below zero makes NaN."""
+    nodes = [
+        helper.make_node("Sqrt", ["x"], ["root"]),
+        helper.make_node("Softmax", ["root"], ["y"], axis=0),
+    ]
+    return graph(path, nodes, [("x", ["n", 2])], [("y", ["n", 2])])
+
+
+def of_16(path: Path) -> Path:
+    """x FP32[n, open] times a matrix of 16 rows: the file leaves open what must be 16."""
+    weight = onnx.numpy_helper.from_array(np.ones((16, 2), np.float32), "w")
+    made = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", "open"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 2])],
+        [weight],
+    )
+    onnx.save(
+        helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(None, id="nothing is said"),
+        pytest.param(
+            'max_batch_size: 4 input [ { name: "x" data_type: TYPE_FP32 dims: [ 16 ] } ] '
+            'output [ { name: "y" data_type: TYPE_FP32 dims: [ 2 ] } ]',
+            id="the configuration fixes the axis",
+        ),
+    ],
+)
+def test_version_warms_up_with_shapes_that_the_model_takes_when(
+    tmp_path: Path, config: str | None
+) -> None:
+    directory = version(tmp_path, of_16)
+    loaded = load_model(directory, manifest(directory, config), lambda batch: None)
+    assert loaded.max_batch_size == (4 if config else DEFAULT_MAX_BATCH_SIZE)
+    loaded.close()
+
+
 @pytest.mark.parametrize(
     ("builder", "batched"),
     [
         pytest.param(onnx_models.linear, True, id="rows are treated apart"),
         pytest.param(over_rows, False, id="rows are mixed"),
+        pytest.param(centred, False, id="rows are compared with their mean"),
+        pytest.param(rooted, False, id="noise below zero says nothing"),
         pytest.param(two_axes, False, id="first axes have two names"),
         pytest.param(noisy, True, id="the model is random"),
         pytest.param(onnx_models.pick, True, id="inputs are indices"),
