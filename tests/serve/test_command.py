@@ -177,6 +177,24 @@ def test_serve_serves_the_others_when_one_version_is_broken(tmp_path: Path) -> N
             assert not method(channel, "ModelReady")(asked, timeout=PATIENCE_S).ready
 
 
+def test_serve_ends_without_turning_ready_when_it_is_told_to_while_loading(tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    for n in range(1, 301):
+        publish(root, onnx_models.linear, tmp_path, version=str(n))
+    log = tmp_path / "log"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            command("--repository", str(root), "--version-policy=all"),
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+        )
+    until(lambda: '"ready"' in log.read_text())  # the first of them
+    process.terminate()
+    out, _ = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, out) == (0, b"")
+    assert log.read_text().count('"message": "ready"') < 300
+
+
 # --- draining
 
 

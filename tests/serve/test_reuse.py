@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from serve import oip_pb2 as pb
-from serve.artifact import MANIFEST
+from serve.artifact import MANIFEST, Batching
 from tests.serve import onnx_models
 from tests.serve.running_server import (
     PATIENCE_S,
@@ -190,6 +191,19 @@ def test_a_request_goes_on_alone_when_the_one_that_it_joined_gives_up(
         answer = patient.result(PATIENCE_S)
     assert (answer.status, answer.json["outputs"][0]["data"]) == (200, [MUCH_WORK + 1])
     until(lambda: server.metric("trimserve_requests_in_flight", model="work") == 0)
+
+
+def test_merged_requests_are_refused_when_as_many_wait_as_the_queue_holds(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "models"
+    publish(root, onnx_models.work, tmp_path, batching=Batching(0, max_queue_size=2))
+    with running(tmp_path / "log", "--repository", str(root), "--merge-duplicates") as small:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            body = work(10 * MUCH_WORK)
+            answers = list(pool.map(lambda _: send(small, "/v2/models/work/infer", body), range(8)))
+        counts = Counter(answer.status for answer in answers)
+        assert counts == {200: 3, 429: 5}  # one runs, two follow
 
 
 def test_config_says_whether_answers_are_cached_when_asked(server: RunningServer) -> None:
