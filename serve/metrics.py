@@ -57,13 +57,16 @@ _TRITON_COUNTERS: dict[str, tuple[str, Callable[[Statistics], float]]] = {
         lambda s: s.compute_output.ns // 1000,
     ),
     "nv_cache_num_hits_per_model": ("Answers from the cache.", lambda s: s.cache_hit.count),
-    "nv_cache_num_misses_per_model": ("Look-ups in vain.", lambda s: s.cache_miss.count),
+    "nv_cache_num_misses_per_model": (
+        "Answers computed for want of one in the cache.",
+        lambda s: s.cache_miss.count,
+    ),
     "nv_cache_hit_duration_per_model": (
         "Time of answers from the cache, in microseconds, summed up.",
         lambda s: s.cache_hit.ns // 1000,
     ),
     "nv_cache_miss_duration_per_model": (
-        "Time of look-ups in vain and of keeping answers, in microseconds, summed up.",
+        "Time of keeping what was computed, in microseconds, summed up.",
         lambda s: s.cache_miss.ns // 1000,
     ),
 }
