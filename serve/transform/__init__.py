@@ -6,7 +6,7 @@ its own, and gives the same results in each. It doesn't know queues, lengths tha
 (`serve.padding`), or manifests.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -83,17 +83,6 @@ class Transform:
         """The labels of the classes of the engine's `output`; () where none are declared."""
         found = (step.labels for step in self.outputs if step.spec.tensor == output)
         return next(found, ())
-
-    def engine_outputs(self, names: Iterable[str]) -> tuple[str, ...]:
-        """The engine's outputs that the public outputs `names` are or are made of, each once and
-        in the engine's order. Names of no public output count for nothing."""
-        wanted = set(names)
-        declared = [step.spec for step in self.outputs]
-        return tuple(
-            output.name
-            for output in self.engine_signature.outputs
-            if wanted & {one.name for one in _public_outputs(output, declared)}
-        )
 
     @property
     def fill_values(self) -> dict[str, int]:

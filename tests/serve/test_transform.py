@@ -575,25 +575,6 @@ def test_labels_are_known_by_output_when_asked_for(tmp_path: Path) -> None:
     assert transform.labels("z") == ()
 
 
-@pytest.mark.parametrize(
-    ("names", "needed"),
-    [
-        pytest.param(["label"], ("y",), id="a label"),
-        pytest.param(["score", "label"], ("y",), id="two of the same"),
-        pytest.param(["z"], ("z",), id="the engine's own"),
-        pytest.param(["z", "score"], ("y", "z"), id="both, in the engine's order"),
-        pytest.param(["y"], (), id="one that isn't kept"),
-        pytest.param([], (), id="nothing"),
-    ],
-)
-def test_engine_outputs_are_those_needed_when_asked_for(
-    tmp_path: Path, names: list[str], needed: tuple[str, ...]
-) -> None:
-    spec = replace(LABELS, scores="score", keep=False)
-    transform = load_labels(tmp_path, spec, SCORES, TensorSpec("z", "FP32", (-1, 3)))
-    assert transform.engine_outputs(names) == needed
-
-
 def test_labels_fail_when_the_engine_gives_other_than_one_score_each(tmp_path: Path) -> None:
     transform = load_labels(tmp_path, LABELS, replace(SCORES, shape=(-1, -1)))
     assert words(transform.after({"y": np.eye(3, dtype=np.float32)})["label"])[1] == ["dog"]
