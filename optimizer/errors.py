@@ -57,3 +57,12 @@ class ParityMismatch(OptimizerError):
         self.batch_size = batch_size
         self.max_difference = max_difference
         self.tolerance = tolerance
+
+
+class MeasurerUnavailable(OptimizerError):
+    """The target that measures can't be reached or refused: the study can't go on."""
+
+    def __init__(self, target: str, problem: str) -> None:
+        super().__init__(f"{target}: {problem}")
+        self.target = target
+        self.problem = problem

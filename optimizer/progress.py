@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from optimizer.choice import value_of
+from optimizer.observer import Standing
 from optimizer.report import explain
 from optimizer.result import Variant
 
@@ -53,8 +54,11 @@ class Progress:
         assert self._task is not None
         self._bars.update(self._task, total=max_trials, detail=label)
 
-    def trial_ended(self, variant: Variant, best: Variant | None) -> None:
+    def trial_climbed(self, rung: int, name: str) -> None: ...
+
+    def trial_ended(self, variant: Variant, standing: Standing) -> None:
         assert self._task is not None
+        best = standing.best
         self._n_dropped += variant.status == "dropped"
         self._console.print(_line(variant), soft_wrap=True)
         detail = f"dropped {self._n_dropped}"

@@ -207,6 +207,65 @@ class NearestMiss:
 
 
 @dataclass(frozen=True)
+class Relaxation:
+    """What giving way on one constraint alone would buy: with `limit` moved from `from_limit` to
+    `to_limit`, the variant would be the answer, at `value` of the objective."""
+
+    constraint: Constraint
+    from_limit: float
+    to_limit: float
+    unit: Unit
+    variant_id: str
+    value: float
+
+
+@dataclass(frozen=True)
+class RungRecord:
+    """What one rung of the ladder did. `n_entered` trials came to it, `n_dropped` went no
+    further; it took `spent_s`, and dropping them saved `saved_s` of the rungs above, by what
+    those took in the mean for the trials that came to them."""
+
+    rung: int
+    name: str
+    n_entered: int
+    n_dropped: int
+    spent_s: float
+    saved_s: float
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """The answer without one of its steps: what that step contributed.
+
+    `without_id` is the variant without `technique`. Differences are the answer's value minus the
+    other's: of the price of a million inferences, seconds of latency at the SLO's quantile, the
+    accuracy drop (a share) and bytes; None where either isn't known.
+    """
+
+    technique: str
+    without_id: str
+    cost_per_million: float | None = None
+    latency_s: float | None = None
+    drop: float | None = None
+    size_bytes: float | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A heavy operator of the model, in the base and in the answer. Shapes are those of its
+    weights; empty, and times None, where the layer isn't there or isn't told apart."""
+
+    name: str
+    operator: str
+    base_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    base_precision: str
+    precision: str
+    base_s: float | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
 class Target:
     """One replica's machine and what it costs."""
 
@@ -240,6 +299,11 @@ class StudyResult:
     finished_at: str
     """ISO 8601, UTC."""
     nearest_miss: NearestMiss | None = None
+    relaxations: tuple[Relaxation, ...] = ()
+    """Where nothing is feasible: the smallest step on each constraint that would change that."""
+    rungs: tuple[RungRecord, ...] = ()
+    ablations: tuple[Ablation, ...] = ()
+    layers: tuple[Layer, ...] = ()
     notes: tuple[str, ...] = field(default=())
     """What a reader of the answer should know, for example that the machine was noisy."""
     schema_version: int = SCHEMA_VERSION
@@ -285,7 +349,7 @@ def from_json(text: str | bytes, source: str = "result") -> StudyResult:
 
 _KINDS = (
     Reason, Speedup, InstanceTimes, KernelShare, Prediction, ServingChoice, Verification, Variant,
-    BudgetUsed, NearestMiss, Target, StudyResult,
+    BudgetUsed, NearestMiss, Relaxation, RungRecord, Ablation, Layer, Target, StudyResult,
 )  # fmt: skip
 for _kind in _KINDS:
     _config = pydantic.ConfigDict(extra="forbid", ser_json_inf_nan="strings")

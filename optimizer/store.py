@@ -21,15 +21,13 @@ from typing import Any, Self
 
 from optimizer.errors import OptimizerError
 from optimizer.variant import (
-    EngineModel,
-    OnnxModel,
     StoredModel,
     canonical_json,
-    engine_model,
-    onnx_model,
+    digest_of,
+    model_from_dict,
+    model_to_dict,
 )
 from serve.artifact import Step
-from serve.engines import EngineSpec
 from serve.machine import Machine
 
 SCHEMA_VERSION = 1
@@ -137,14 +135,14 @@ class Store:
         """Keep a variant whose files lie in a workshop of this store; the returned handle is on
         where they lie now. Adding what is there already changes nothing."""
         kept = self._artifacts / variant.model.digest
-        if _digest_of(variant.model, kept) != variant.model.digest:
+        if digest_of(variant.model, kept) != variant.model.digest:
             shutil.rmtree(kept, ignore_errors=True)  # damaged from outside, if there at all
             variant.model.directory.rename(kept)
             variant.model.directory.mkdir()
         model = replace(variant.model, directory=kept)
         row = (
             variant.id, variant.parent_id, canonical_json(asdict(variant.step)),
-            variant.data_digest, canonical_json(_model_to_dict(model)), model.digest,
+            variant.data_digest, canonical_json(model_to_dict(model)), model.digest,
             variant.build_s, _now(),
         )  # fmt: skip
         self._connection.execute("INSERT OR REPLACE INTO variants VALUES (?,?,?,?,?,?,?,?)", row)
@@ -161,8 +159,8 @@ class Store:
             return None
         parent_id, step, data_digest, model, artifact, build_s = row
         directory = self._artifacts / artifact
-        found = _model_from_dict(json.loads(model), directory, artifact)
-        if _digest_of(found, directory) != artifact:
+        found = model_from_dict(json.loads(model), directory, artifact)
+        if digest_of(found, directory) != artifact:
             return None
         return StoredVariant(
             variant_id, parent_id, Step(**json.loads(step)), data_digest, found, build_s
@@ -249,33 +247,6 @@ def _create_schema(connection: sqlite3.Connection) -> int:
 def machine_fingerprint(machine: Machine) -> str:
     """SHA-256 (hex) of all that makes timings of two machines comparable."""
     return hashlib.sha256(canonical_json(machine.to_dict()).encode()).hexdigest()
-
-
-def _digest_of(model: StoredModel, directory: Path) -> str:
-    """The digest that the model would have with the files in `directory`; empty for none."""
-    if not directory.is_dir():
-        return ""
-    if isinstance(model, EngineModel):
-        return engine_model(directory, model.spec).digest
-    return onnx_model(directory, model.file).digest
-
-
-def _model_to_dict(model: StoredModel) -> dict[str, object]:
-    if isinstance(model, EngineModel):
-        return {"kind": model.kind, "spec": asdict(model.spec), "notes": model.notes}
-    return {
-        "kind": model.kind, "file": model.file, "precision": model.precision,
-        "notes": model.notes,
-    }  # fmt: skip
-
-
-def _model_from_dict(stored: dict[str, Any], directory: Path, digest: str) -> StoredModel:
-    notes = tuple(stored["notes"])
-    if stored["kind"] == EngineModel.kind:
-        spec = dict(stored["spec"])
-        spec["batch_sizes"] = tuple(spec["batch_sizes"])
-        return EngineModel(directory, EngineSpec(**spec), digest, notes)
-    return OnnxModel(directory, stored["file"], digest, stored["precision"], notes)
 
 
 def _now() -> str:

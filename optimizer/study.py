@@ -9,6 +9,7 @@ started again continues, and the same records end in the same choice.
 import hashlib
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -26,7 +27,8 @@ from optimizer.evaluator import Evaluator
 from optimizer.finals import Finals
 from optimizer.kernels import n_quantized
 from optimizer.model_source import check_model, read_signature, source_digest
-from optimizer.observer import Observer, Silent
+from optimizer.observer import Observer, Silent, Standing
+from optimizer.pareto import pareto_front
 from optimizer.result import (
     BudgetUsed,
     NearestMiss,
@@ -178,9 +180,20 @@ class _Study:
                 return not trial.is_baseline
             self._observer.trial_began(budget.trials, builder.label(trial.recipe))
             coordinator.tell(trial, trials.run(trial))
-            best = ranked(trials.rows, self._spec.objective)
-            self._observer.trial_ended(trials.rows[-1], best[0] if best else None)
+            self._observer.trial_ended(trials.rows[-1], self._standing(trials))
         return True
+
+    def _standing(self, trials: Trials) -> Standing:
+        rows = trials.rows
+        best = ranked(rows, self._spec.objective)
+        dropped = Counter[str](reason.constraint for row in rows for reason in row.reasons[:1])
+        ids = pareto_front(rows)
+        front = [row for row in rows if row.id in ids]
+        return Standing(self._budget(len(rows)), best[0] if best else None, front, dropped)
+
+    def _budget(self, n_trials: int) -> BudgetUsed:
+        budget = self._spec.budget
+        return BudgetUsed(self._spent_s(), budget.wall_clock_s, n_trials, budget.trials)
 
     def _conclude(self, trials: Trials, splits: DataSplits, complete: bool) -> StudyResult:
         rows = trials.rows
@@ -242,9 +255,7 @@ class _Study:
                 for split in (splits.train, splits.calibration, splits.validation, splits.test)
             },
             seeds={"study": spec.seed},
-            budget=BudgetUsed(
-                self._spent_s(), spec.budget.wall_clock_s, n_trials, spec.budget.trials
-            ),
+            budget=self._budget(n_trials),
             versions={name: version for name in _PACKAGES if (version := _version(name))},
             command=self._options.command,
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import Enum, StrEnum
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from optimizer.spec import OnnxSource, TorchSource
 from serve.engines import EngineSpec
@@ -126,6 +126,35 @@ def source_model(
     if isinstance(source, TorchSource):
         return TorchModel(source, digest, precision)
     return OnnxModel(source.path.parent, source.path.name, digest, precision)
+
+
+def digest_of(model: StoredModel, directory: Path) -> str:
+    """The digest that the model would have with the files in `directory`; empty for none."""
+    if not directory.is_dir():
+        return ""
+    if isinstance(model, EngineModel):
+        return engine_model(directory, model.spec).digest
+    return onnx_model(directory, model.file).digest
+
+
+def model_to_dict(model: StoredModel) -> dict[str, object]:
+    """The handle as JSON can hold it, without its folder and digest."""
+    if isinstance(model, EngineModel):
+        return {"kind": model.kind, "spec": asdict(model.spec), "notes": model.notes}
+    return {
+        "kind": model.kind, "file": model.file, "precision": model.precision,
+        "notes": model.notes,
+    }  # fmt: skip
+
+
+def model_from_dict(stored: dict[str, Any], directory: Path, digest: str) -> StoredModel:
+    """What `model_to_dict` wrote, as a handle on `directory`."""
+    notes = tuple(stored["notes"])
+    if stored["kind"] == EngineModel.kind:
+        spec = dict(stored["spec"])
+        spec["batch_sizes"] = tuple(spec["batch_sizes"])
+        return EngineModel(directory, EngineSpec(**spec), digest, notes)
+    return OnnxModel(directory, stored["file"], digest, stored["precision"], notes)
 
 
 def directory_digest(directory: Path) -> str:

@@ -84,6 +84,11 @@ class Quality:
     n_samples: int
     split: str
     data_digest: str
+    guarantee: Literal["labels", "fidelity"] = "labels"
+    """What the drop says: measured against labels, or bounded without any by how faithfully the
+    variant answers what its base does."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Further measures by name, such as the mean KL divergence from the base."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from optimizer.errors import SpecInvalid
-from optimizer.observer import Silent
+from optimizer.observer import Silent, Standing
 from optimizer.recipe import Traits
 from optimizer.result import Variant, Verification, from_json, to_json
 from optimizer.space import Categorical, Parameters, Space
@@ -37,7 +37,7 @@ class Diary(Silent):
     def note(self, message: str) -> None:
         self.notes.append(message)
 
-    def trial_ended(self, variant: Variant, best: Variant | None) -> None:
+    def trial_ended(self, variant: Variant, standing: Standing) -> None:
         self.variants.append(variant)
 
 

@@ -1,0 +1,60 @@
+"""Measuring: what an engine computes and how long it takes, on the target that will serve it.
+
+This module holds the contract; `local` runs it in this process, others carry it elsewhere. A
+measurer knows engines and arrays; it knows neither torch nor the store nor what is judged by what
+it finds.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from optimizer.timing import Contender, Effort, Timing
+from serve.engines import KernelTime
+from serve.machine import Machine
+from serve.tensor import Array
+
+Batch = Mapping[str, Array]
+"""Arrays by tensor's name, which share the batch axis."""
+
+
+class Measurer(Protocol):
+    """Measures engines. A `Contender` is a folder of files and the spec to load them by.
+
+    Whatever loading or running raises is the engine's failure, of any type; a measurer that can't
+    be reached raises MeasurerUnavailable.
+    """
+
+    @property
+    def machine(self) -> Machine:
+        """The machine that it measures on."""
+
+    def outputs(self, contender: Contender, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Run batch after batch, each output as it comes; the engine is loaded once."""
+        ...
+
+    def kernels(self, contender: Contender, batch: Batch, n_runs: int) -> Sequence[KernelTime]:
+        """The kernels that a run executes, by the engine's own profile."""
+        ...
+
+    def time(
+        self,
+        variant: Contender,
+        baseline: Contender | None,
+        inputs: Batch,
+        batch_sizes: Sequence[int],
+        *,
+        effort: Effort,
+        seed: int,
+    ) -> Timing:
+        """Service times, and the speedup where there is a baseline; see `timing.measure`."""
+        ...
+
+    def memory_bytes(self, contender: Contender, batch: Batch) -> int:
+        """Resident memory that all instances of the contender take in a process of their own,
+        after each ran the batch: engine, weights and buffers, beyond the bare interpreter's."""
+        ...
+
+    def joules(self, contender: Contender, batch: Batch, seconds: float) -> float | None:
+        """Energy of one run of the batch, in the mean over `seconds`, by the machine's counters;
+        None where it has none that can be read."""
+        ...
