@@ -1,7 +1,7 @@
 """The command line `trimserve`: mounts the three programs and owns their exit codes.
 
 The programs' command modules import their engines, frameworks and load generators when called,
-so the help of all three is there whatever is installed.
+so the help of all of them is there whatever is installed.
 """
 
 import sys
@@ -12,16 +12,20 @@ import typer
 
 import loadtest.cli
 import optimizer.cli
+import optimizer.measuring.cli
+import optimizer.record_cli
 import serve.cli
 from loadtest.document import DocumentInvalid
-from optimizer.errors import SpecInvalid
+from optimizer.errors import MeasurerUnavailable, SpecInvalid
 from serve import VERSION
 from serve.engines import EngineUnavailable
 from serve.errors import ArtifactInvalid
 
 EXIT_DONE, EXIT_USAGE, EXIT_INTERNAL, EXIT_INTERRUPTED = 0, 2, 70, 130
 # What the user can mend: one message, no traceback.
-USAGE_ERRORS = (ArtifactInvalid, DocumentInvalid, EngineUnavailable, OSError, SpecInvalid)
+USAGE_ERRORS = (
+    ArtifactInvalid, DocumentInvalid, EngineUnavailable, MeasurerUnavailable, OSError, SpecInvalid
+)  # fmt: skip
 
 app = typer.Typer(
     name="trimserve",
@@ -34,6 +38,8 @@ app = typer.Typer(
     "70 internal error; 130 interrupted.",
 )
 app.add_typer(optimizer.cli.app)
+app.add_typer(optimizer.measuring.cli.app)
+app.add_typer(optimizer.record_cli.app)
 app.add_typer(serve.cli.app)
 app.add_typer(loadtest.cli.app)
 

@@ -6,17 +6,28 @@ only once its parity was checked. It doesn't time or judge anything.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import cast
 
-from optimizer.errors import OptimizerError, TechniqueFailed, TechniqueNotApplicable
-from optimizer.parity import check_parity
-from optimizer.recipe import Choice, Recipe, steps_with_ids
-from optimizer.search.landscape import Option
+import numpy as np
+
+from optimizer.blocks import Block, blocks_of
+from optimizer.errors import (
+    OptimizerError,
+    ParityMismatch,
+    TechniqueFailed,
+    TechniqueNotApplicable,
+)
+from optimizer.model_source import read_signature
+from optimizer.parity import check_outputs, check_parity
+from optimizer.recipe import EFFORT, Choice, Recipe, steps_with_ids
+from optimizer.search.landscape import Option, Unbuildable
 from optimizer.space import check_parameters
 from optimizer.store import Store, StoredVariant
-from optimizer.techniques import Context, Technique
-from optimizer.variant import Kind, Model
+from optimizer.techniques import Context, Technique, Training
+from optimizer.torch_variant import bound, load_torch
+from optimizer.variant import STRUCTURAL, Kind, Model, Stage, StoredTorch, TorchModel
 from serve.artifact import Step
 from serve.tensor import Array
 
@@ -33,11 +44,26 @@ class Builder:
     clock: Callable[[], float] = time.monotonic
     refusals: dict[str, str] = field(default_factory=dict)
     """Technique → why its check refused a model that it could take by kind; grows with use."""
+    failures: dict[str, Unbuildable] = field(default_factory=dict)
+    """Variant → why it can't be built; grows with use, so that nothing fails twice."""
+    _options: dict[tuple[str, str], Option | None] = field(default_factory=dict)
+
+    def ids(self, recipe: Recipe) -> tuple[str, ...]:
+        """The ids of what the recipe's steps make, in order, without making it."""
+        return tuple(variant_id for _, variant_id in self._steps(recipe))
 
     def variant_id(self, recipe: Recipe) -> str:
         """The id of what the recipe makes, without making it."""
-        steps = self._steps(recipe)
-        return steps[-1][1] if steps else self.base.digest
+        return (self.base.digest, *self.ids(recipe))[-1]
+
+    def failed_id(self, recipe: Recipe) -> str:
+        """The id of the recipe's first step that was found not to be buildable; empty if none."""
+        return next((one for one in self.ids(recipe) if one in self.failures), "")
+
+    def epochs(self, recipe: Recipe) -> float:
+        """Passes over the training split that building the recipe takes, were nothing stored.
+        Raises TechniqueFailed."""
+        return sum(self._epochs(choice) for choice in recipe.choices if EFFORT in choice.parameters)
 
     def steps(self, recipe: Recipe) -> tuple[Step, ...]:
         """The recipe as a manifest records it."""
@@ -45,11 +71,7 @@ class Builder:
 
     def label(self, recipe: Recipe) -> str:
         """The recipe in a few words."""
-        words = [
-            self.techniques[choice.traits.name].describe(choice.parameters)
-            for choice in recipe.choices
-        ]
-        return ", ".join(filter(None, words)) or "untouched"
+        return ", ".join(filter(None, map(self._words, recipe.choices))) or "untouched"
 
     def build(self, recipe: Recipe) -> StoredVariant:
         """What the recipe makes, from the store as far as it is there.
@@ -59,33 +81,104 @@ class Builder:
         """
         model, parent_id = self.base, self.base.digest
         for choice, (step, variant_id) in zip(recipe.choices, self._steps(recipe), strict=True):
-            variant = self.store.find(variant_id) or self._build(
-                choice, model, parent_id, step, variant_id
-            )
+            if variant_id in self.failures:
+                raise self.failures[variant_id]
+            try:
+                variant = self.find(variant_id) or self._build(
+                    choice, model, parent_id, step, variant_id
+                )
+            except (TechniqueNotApplicable, TechniqueFailed, ParityMismatch) as error:
+                self.failures[variant_id] = error
+                raise
             model, parent_id = variant.model, variant.id
         return variant
+
+    def find(self, variant_id: str) -> StoredVariant | None:
+        """The variant if the store has it; a torch one bound to this study's base."""
+        found = self.store.find(variant_id)
+        if found is None or not isinstance(found.model, StoredTorch):
+            return found
+        return replace(found, model=bound(found.model, self.base, self.techniques))
 
     def options(self, recipe: Recipe) -> Sequence[Option]:
         """The techniques that can come after the recipe: the search's landscape."""
         takers = self._takers(recipe)
-        if not takers:
-            return ()
-        model = self._model(recipe)
-        options = []
-        for technique in takers:
-            reason = self._reason_against(technique, model)
-            if reason is None:
-                options.append(Option(technique.traits, technique.space(model, self.context)))
-            else:
-                self.refusals[technique.traits.name] = reason
-        return options
+        skeleton = recipe.skeleton()
+        found = [self.option(technique.traits.name, skeleton) for technique in takers]
+        return [option for option in found if option is not None]
+
+    def option(self, name: str, skeleton: Recipe) -> Option | None:
+        """The technique with its space for what the skeleton makes; None where it refuses, for
+        the reason that is in `refusals` then. Asked once of each."""
+        key = (name, self.variant_id(skeleton))
+        if key not in self._options:
+            self._options[key] = self._option(name, skeleton)
+        return self._options[key]
+
+    def blocks(self, recipe: Recipe) -> Mapping[Block, int] | None:
+        """How often each block is in the network that the recipe's structural steps make; nothing
+        is kept of it. None where it can't be made, or isn't torch's."""
+        steps = [choice for choice in recipe.choices if choice.traits.stage in STRUCTURAL]
+        model: Model = self.base
+        with ExitStack() as workshops:
+            try:
+                for choice in steps:
+                    directory = workshops.enter_context(self.store.workshop())
+                    technique = self.techniques[choice.traits.name]
+                    model = technique.apply(model, choice.parameters, self.context, directory)
+                return self._blocks(model)
+            except Exception:  # noqa: BLE001  building it for good will tell what is wrong
+                return None
+
+    def _option(self, name: str, skeleton: Recipe) -> Option | None:
+        technique = self.techniques[name]
+        model = self._model(skeleton)
+        reason = self._reason_against(technique, model)
+        if reason is not None:
+            self.refusals[name] = reason
+            return None
+        with blamed(name):
+            return Option(technique.traits, technique.space(model, self.context))
+
+    def _epochs(self, choice: Choice) -> float:
+        technique = cast(Training, self.techniques[choice.traits.name])
+        with blamed(choice.traits.name):
+            return technique.epochs(choice.parameters, self.context)
+
+    def _words(self, choice: Choice) -> str:
+        """The technique's own, or its name where it has none for the choice."""
+        name = choice.traits.name
+        try:
+            with blamed(name):
+                return self.techniques[name].describe(choice.parameters)
+        except TechniqueFailed:
+            return name
+
+    def _blocks(self, model: Model) -> Mapping[Block, int] | None:
+        import torch
+
+        if not isinstance(model, TorchModel):
+            return None
+        names = read_signature(model.source).input_names
+        example = [torch.from_numpy(np.ascontiguousarray(self.inputs[name][:1])) for name in names]
+        return blocks_of(load_torch(model), example)
 
     def _steps(self, recipe: Recipe) -> tuple[tuple[Step, str], ...]:
-        calibration = self.context.calibration.digest
-        return steps_with_ids(recipe, self.base.digest, self.context.seed, calibration)
+        context = self.context
+        # Digesting all of train takes a while, and few recipes train.
+        train = context.train.digest if context.train is not None and recipe.trains else ""
+        return steps_with_ids(
+            recipe, self.base.digest, context.seed, context.calibration.digest, train
+        )
 
     def _takers(self, recipe: Recipe) -> list[Technique]:
-        return [one for one in self.techniques.values() if recipe.can_take(one.traits)]
+        """Nothing is there to recover where no step has changed the network."""
+        return [
+            one
+            for one in self.techniques.values()
+            if recipe.can_take(one.traits)
+            and (one.traits.stage is not Stage.RECOVER or recipe.is_structural)
+        ]
 
     def _model(self, recipe: Recipe) -> Model:
         return self.build(recipe).model if recipe.choices else self.base
@@ -107,12 +200,19 @@ class Builder:
             made = technique.apply(model, choice.parameters, self.context, directory)
             build_s = self.clock() - start
             # What is lossy or depends on the machine is checked in the engine that will run it.
-            if made.kind is not Kind.ENGINE and made.precision == model.precision:
-                check_parity(made, model, self.inputs, self.context.max_batch_size)
+            if made.kind is not Kind.ENGINE:
+                self._check(choice, made, model)
             data_digest = self.context.calibration.digest
             return self.store.add(
                 StoredVariant(variant_id, parent_id, step, data_digest, made, build_s)
             )
+
+    def _check(self, choice: Choice, made: Model, parent: Model) -> None:
+        largest = self.context.max_batch_size
+        if not choice.traits.preserves:
+            check_outputs(choice.traits.name, made, parent, self.inputs, largest)
+        elif made.precision == parent.precision:
+            check_parity(made, parent, self.inputs, largest)
 
 
 @contextmanager

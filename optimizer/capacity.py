@@ -4,7 +4,7 @@ Everything rests on `optimizer.simulation`; nothing here knows how a request get
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,11 +14,17 @@ from loadtest.slo import Slo
 from optimizer.result import InstanceTimes, Prediction, ServingChoice
 from optimizer.simulation import FloatArray, FrontEnd, Load, Replica, TooLate, simulate
 
-N_REQUESTS = 8_000
+N_REQUESTS = 5_000
 """Of a simulation that only decides whether a rate is sustained."""
-N_PREDICTED_REQUESTS = 40_000
+N_COMPARED_REQUESTS = 2_500
+"""Of one whose latency is compared with another's under the same arrivals."""
+N_ROUGH_REQUESTS = 1_500
+"""Of one that only tells where to look."""
+N_PREDICTED_REQUESTS = 10_000
 WARMUP_SHARE = 0.1
 """Of a simulation's requests, the first, which meet an empty queue: they aren't counted."""
+ROUGH = 1.25
+"""Between rates that are further apart than that, it is enough to tell roughly."""
 RATE_TOLERANCE = 0.01
 """Relative: to how close the highest rate is found, and below which two are equal."""
 LATENCY_TOLERANCE = 0.05
@@ -74,16 +80,35 @@ def max_rate_per_s(
     0 where it sustains not even `above_per_s`, or light load.
     """
     high = replica.highest_throughput(load.rows)
-    low = max(above_per_s, replica.light_load(load))
-    if low >= high or not sustains(replica, load.at(low), seed=seed):
+    low_load = replica.light_load(load)
+    low = max(above_per_s, low_load)
+
+    def keeps(rate_per_s: float, n_requests: int = N_REQUESTS) -> bool:
+        return sustains(replica, load.at(rate_per_s), n_requests=n_requests, seed=seed)
+
+    n_light = N_REQUESTS if above_per_s > low_load else N_ROUGH_REQUESTS
+    if low >= high or not keeps(low, n_light):
         return 0.0
+    low, high = _bracket(low, high, keeps)
     while high > (1 + RATE_TOLERANCE) * low:
         middle = math.sqrt(low * high)
-        if sustains(replica, load.at(middle), seed=seed):
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if keeps(middle) else (low, middle)
     return low
+
+
+def _bracket(low: float, high: float, keeps: Callable[[float, int], bool]) -> tuple[float, float]:
+    """(a rate that is sustained, one that isn't or `high`), not much more than `ROUGH` apart:
+    found by short simulations and confirmed by whole ones. `low` is known to be sustained."""
+    lowest, highest = low, high
+    while high > ROUGH * low:
+        middle = math.sqrt(low * high)
+        roughly = keeps(middle, N_ROUGH_REQUESTS)
+        low, high = (middle, high) if roughly else (low, middle)
+    while low > lowest and not keeps(low, N_REQUESTS):
+        low, high = max(lowest, low / ROUGH), low
+    while high < highest and keeps(high, N_REQUESTS):
+        low, high = high, min(highest, high * ROUGH)
+    return low, high
 
 
 def n_replicas(rate_per_s: float, max_rate_per_s: float) -> int:
@@ -217,11 +242,14 @@ class _Search:
         return min(near, key=_complexity)
 
     def _light_load_latency(self, replica: Replica) -> float:
-        return self._latency(replica, replica.light_load(self.load))
+        """Nobody waits for another there, so few requests tell."""
+        return self._latency(replica, replica.light_load(self.load), N_ROUGH_REQUESTS)
 
-    def _latency(self, replica: Replica, rate_per_s: float) -> float:
+    def _latency(
+        self, replica: Replica, rate_per_s: float, n_requests: int = N_COMPARED_REQUESTS
+    ) -> float:
         load = self.load.at(rate_per_s)
-        return predict(replica, load, n_requests=N_REQUESTS, seed=self.seed).slo_latency_s
+        return predict(replica, load, n_requests=n_requests, seed=self.seed).slo_latency_s
 
     def _keeps(self, replica: Replica) -> bool:
         return sustains(replica, self.load, seed=self.seed)

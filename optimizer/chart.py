@@ -12,6 +12,10 @@ Figure = dict[str, Any]
 
 LOGARITHMIC_FROM = 8.0
 """The ratio of the largest to the smallest value from which an axis is logarithmic."""
+MIN_SPAN = 0.1
+"""Relative: values that are nearer to each other get nearly one colour."""
+SATURATED = 8.0
+"""Times the lowest value: what is beyond has the last colour, so that the rest is told apart."""
 _FONT = {"family": "inherit", "size": 12.5, "color": "var(--soft)"}
 
 
@@ -52,6 +56,51 @@ def axis_range(values: Sequence[float]) -> Figure:
         "tickvals": shown,
         "ticktext": [f"{tick:g}" for tick in shown],
         "minor": {"showgrid": False},
+    }
+
+
+def round_ticks(low: float, high: float, n: int = 5) -> list[float]:
+    """About `n` round numbers from low to high."""
+    if high <= low:
+        return [low]
+    rough = (high - low) / n
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
+
+
+def place_on(axis: Figure, value: float) -> float:
+    """Where an annotation goes: it wants the logarithm on a logarithmic axis, shapes don't."""
+    return math.log10(value) if axis.get("type") == "log" and value > 0 else value
+
+
+def colour_bar(values: Sequence[float | None], title: str) -> Figure:
+    """Colours of marks by their values, and the bar that explains them."""
+    known = [value for value in values if value is not None] or [1.0]
+    low, high = min(known), max(known)
+    if low > 0:
+        high = min(high, SATURATED * low)
+    spread = max(0.0, MIN_SPAN * abs(high) - (high - low)) / 2
+    return {
+        "cmin": low - spread,
+        "cmax": high + spread,
+        "colorscale": [[0, "var(--cheap)"], [0.5, "var(--middling)"], [1, "var(--dear)"]],
+        "showscale": True,
+        "colorbar": {
+            "title": {"text": title, "side": "top", "font": {"size": 11}},
+            "orientation": "h",
+            "thickness": 8,
+            "len": 0.5,
+            "x": 1,
+            "xanchor": "right",
+            "y": -0.2,
+            "yanchor": "top",
+            "outlinewidth": 0,
+            "nticks": 4,
+            "tickformat": ".3~g",
+            "tickfont": {"size": 11},
+        },
     }
 
 

@@ -6,10 +6,10 @@ no proof, so what they call feasible still has to be verified.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 from loadtest.slo import AccuracyObjective, Slo
-from optimizer.result import NearestMiss, Reason, ServingChoice, Variant, Verification
+from optimizer.result import Constraint, NearestMiss, Reason, ServingChoice, Variant, Verification
+from optimizer.spec import Constraints, Objective
 from serve.artifact import Quality
 
 LATENCY_MARGIN = 0.1
@@ -18,8 +18,6 @@ EQUAL = 0.01
 """Relative difference of the objective below which two variants are equally good."""
 EQUALLY_BUSY = 0.1
 """The same for the cores that they keep busy, which are noisier."""
-
-Objective = Literal["cost", "latency", "size"]
 
 
 def with_margin(slo: Slo) -> Slo:
@@ -45,6 +43,35 @@ def reasons_against(slo: Slo, quality: Quality | None, serving: ServingChoice) -
             Reason("success_ratio", prediction.success_ratio, slo.success_ratio, "1", "predicted")
         )
     return reasons
+
+
+def limit_reasons(
+    constraints: Constraints, size_bytes: int, memory_bytes: int | None
+) -> list[Reason]:
+    """The spec's own limits that a variant exceeds; memory that isn't known exceeds none."""
+    given: tuple[tuple[Constraint, int | None, int | None], ...] = (
+        ("size", size_bytes, constraints.size_bytes),
+        ("memory", memory_bytes, constraints.memory_bytes),
+    )
+    return [
+        Reason(name, float(value), float(limit), "bytes", "measured")
+        for name, value, limit in given
+        if limit is not None and value is not None and value > limit
+    ]
+
+
+def selection_reason(
+    accuracy: AccuracyObjective, bound_among_all: float, n_compared: int
+) -> Reason | None:
+    """Why a candidate doesn't pass once it is one of many: the bound of its drop that holds for
+    all `n_compared` variants at once is too large."""
+    if accuracy.judged_by == "estimate" or bound_among_all <= accuracy.max_drop:
+        return None
+    detail = (
+        f"by its upper bound at {accuracy.confidence:.0%}, corrected for the choice among "
+        f"{n_compared} variants: more validation samples would narrow it"
+    )
+    return Reason("accuracy_drop", bound_among_all, accuracy.max_drop, "1", detail)
 
 
 def contradictions(accuracy: AccuracyObjective, quality: Quality) -> list[Reason]:
@@ -81,6 +108,8 @@ def value_of(variant: Variant, objective: Objective) -> float:
     """What is minimized; infinite where it isn't known."""
     if objective == "size":
         return math.inf if variant.size_bytes is None else float(variant.size_bytes)
+    if objective == "energy":
+        return math.inf if variant.joules is None else variant.joules
     if variant.serving is None:
         return math.inf
     if objective == "latency":

@@ -30,23 +30,25 @@ EXIT_CODES: "Mapping[Outcome, int]" = {
 # What a study imports beyond the base install, all of it in the extra `optimizer`.
 _NEEDED = ("optuna", "onnx", "torch", "plotly", "jinja2")
 _NEEDED_TO_VERIFY = "locust"
-_DEFAULT_STORE = Path(".trimserve", "store.sqlite")
+_DEFAULT_STORE = str(Path(".trimserve", "store.sqlite"))
 
 HELP = """\
 Find the cheapest variant of a model that keeps its SLO, and publish it.
 
 SPEC is a YAML file that names the model, the data, the SLO, the budget and the price of the
-machine. Variants (engines, precisions, quantization) are built, checked against the model they
-come from, timed on this machine and compared in accuracy. The best by prediction are then put to
-the real server under the SLO's load, and the first that keeps it is published to the repository
-as the model's next version. Otherwise the repository stays as it was.
+machine. Variants (engines, precisions, quantization, techniques of your own) are built, checked
+against the model they come from, timed on this machine, or by the agent that the spec names, and
+compared in accuracy. What is out is dropped as early as can be, with its reason. The best by
+prediction are then put to the real server under the SLO's load, and the first that keeps it is
+published to the repository as the model's next version. Otherwise the repository stays as it was.
 
-What was measured is kept in the store: after an interruption the same command continues, and for
-another SLO it starts from what is known.
+What was measured and tried is kept in the store: after an interruption, kill -9 too, the same
+command continues, and for another SLO it starts from what is known.
 
-**Exit code**: 0 published, 1 nothing feasible (the table says which constraint binds), 2 for what
-to mend in the spec, 3 inconclusive (too few samples, a load test that proved nothing, or a budget
-that ended before every baseline was tried), 70 an internal error, 130 interrupted.
+**Exit code**: 0 published, 1 nothing feasible (the table says which constraint binds, and what
+giving way would buy), 2 for what to mend (spec, store, report, agent), 3 inconclusive (too few
+samples, a load test that proved nothing, or a budget that ended before every baseline was tried),
+70 an internal error, 130 interrupted.
 
 **Examples**
 
@@ -57,7 +59,11 @@ that ended before every baseline was tried), 70 an internal error, 130 interrupt
 `trimserve optimize spec.yaml --repository models --no-verify` publishes what is predicted to
 keep the SLO, without a load test: quick, and marked *unverified*.
 
-`trimserve serve --repository models` serves what came out.
+`trimserve optimize spec.yaml --repository models --from-report report.json` learns from a load
+test's verdict what the server itself costs, and searches again.
+
+`trimserve serve --repository models` serves what came out; `trimserve explain NAME` tells where it
+comes from.
 """
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -71,9 +77,29 @@ def optimize_command(
         typer.Option(metavar="DIR", help="Model repository to publish to; made if need be."),
     ],
     store: Annotated[
-        Path,
-        typer.Option(metavar="FILE", help="Store of variants and measurements; made if need be."),
+        str,
+        typer.Option(
+            metavar="FILE|URL",
+            help="Store of variants and measurements: a file, made if need be, or "
+            "postgresql://USER@HOST/DATABASE.",
+        ),
     ] = _DEFAULT_STORE,
+    artifacts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of the store's artifacts; beside its file by default, and must with "
+            "PostgreSQL.",
+        ),
+    ] = None,
+    from_report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A load test's JSON report of a version in the repository: the search takes what "
+            "it says of the server's own cost into account.",
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")
     ] = None,
@@ -88,11 +114,13 @@ def optimize_command(
 ) -> None:
     _check_installed(verify)
     _check_writable(json_file, html_file)
-    if store.is_dir():
+    if "://" not in store and Path(store).is_dir():
         _usage(f"--store: {store} is a directory, want a file")
+    if from_report is not None and not from_report.is_file():
+        _usage(f"--from-report: {from_report} is no file, want the JSON report of a load test")
     console = Console(stderr=True)
     with _interrupted_by_sigterm():
-        result = _run(spec, repository, store, verify, console)
+        result = _run(spec, repository, store, artifacts, from_report, verify, console)
     _write(result, json_file, html_file)
     _print(result, repository, json_file, html_file)
     raise typer.Exit(EXIT_CODES[result.outcome])
@@ -121,21 +149,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(
-    spec: Path, repository: Path, store: Path, verify: bool, console: Console
+    spec: Path,
+    repository: Path,
+    store: str,
+    artifacts: Path | None,
+    from_report: Path | None,
+    verify: bool,
+    console: Console,
 ) -> "StudyResult":
+    from optimizer.evidence import EvidenceInvalid
     from optimizer.progress import Progress
-    from optimizer.store import StoreInvalid
+    from optimizer.store import StoreInvalid, without_password
     from optimizer.study import Options, optimize
 
     command = ["trimserve", "optimize", str(spec), "--repository", str(repository)]
-    command += ["--store", str(store)] if store != _DEFAULT_STORE else []
+    command += ["--store", without_password(store)] if store != _DEFAULT_STORE else []
+    command += ["--artifacts", str(artifacts)] if artifacts is not None else []
+    command += ["--from-report", str(from_report)] if from_report is not None else []
     command += [] if verify else ["--no-verify"]
     with Progress(console) as progress:
-        options = Options(store=store, verify=verify, observer=progress, command=tuple(command))
+        options = Options(
+            store=store if "://" in store else Path(store),
+            artifacts=artifacts,
+            verify=verify,
+            observer=progress,
+            command=tuple(command),
+            from_report=from_report,
+        )
         try:
             return optimize(spec, repository, options)
         except StoreInvalid as error:
             raise OSError(f"--store: {error}") from error
+        except EvidenceInvalid as error:
+            raise OSError(f"--from-report: {error}") from error
 
 
 @contextmanager
@@ -162,7 +208,10 @@ def _check_installed(verify: bool) -> None:
         extras = ",".join(dict.fromkeys(missing.values()))
         hint = "; --no-verify needs no load test" if "loadtest" in missing.values() else ""
         _usage(f"{', '.join(missing)} missing: pip install 'trimserve[{extras}]'{hint}")
+    # Torch is the worker's; importing it here would cost seconds and memory for nothing.
     for name in _NEEDED:
+        if name == "torch":
+            continue
         try:
             importlib.import_module(name)
         except ImportError as error:

@@ -1,29 +1,37 @@
 """The evaluator: the evidence about one engine, measured once and kept in the store.
 
-In rising cost: parity, the kernels that ran, times, accuracy. It decides only whether a variant
-is what it says; whether it is good enough is `optimizer.choice`'s matter.
+In rising cost: parity and the kernels that ran (`check`), times, accuracy; memory and energy for
+who asks. Each step can be taken alone. It decides only whether a variant is what it says; whether
+it is good enough is `optimizer.choice`'s matter, and where engines run is the measurer's.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from optimizer import accuracy, kernels, parity, timing
-from optimizer.accuracy import Correctness, measure_correctness
+import numpy as np
+
+from optimizer import kernels, parity, timing
 from optimizer.builder import blamed
-from optimizer.data.splits import Split
+from optimizer.data.splits import Samples, Split
 from optimizer.errors import ParityMismatch, TechniqueFailed
-from optimizer.kernels import KernelProof, fallback_reason, n_quantized, prove
-from optimizer.parity import check_parity, fixed_sizes
+from optimizer.kernels import KernelProof, fallback_reason, n_quantized, sum_up
+from optimizer.measuring import Measurer
+from optimizer.parity import check_engine_parity, fixed_sizes
 from optimizer.store import Key, Store, StoredVariant
-from optimizer.timing import Contender, Effort, Timing, measure
+from optimizer.timing import Contender, Effort, Timing
 from optimizer.variant import EngineModel, Model, OnnxModel
-from serve.engines import load_engine
 from serve.machine import Machine
 from serve.tensor import Array
 
 PROMISING = 0.5
 """Of the best speedup so far: a variant below it is timed in the first configuration only."""
+MEMORY_PROTOCOL_VERSION = 1
+ENERGY_PROTOCOL_VERSION = 1
+ENERGY_SECONDS = 5.0
+"""Of running; the counters move every millisecond or so."""
 
 
 @dataclass(frozen=True)
@@ -40,105 +48,130 @@ def configurations(cores: int) -> tuple[Configuration, ...]:
     return tuple(dict.fromkeys(found))
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """What is known of a variant. `correct` is None where the data has no labels."""
-
-    proof: KernelProof
-    timings: tuple[Timing, ...]
-    correct: Correctness | None
-
-
 @dataclass(frozen=True, eq=False)
 class Evaluator:
-    """Measures engines on this machine. `inputs` are samples to time with."""
+    """Measures engines by `measurer`. `inputs` are samples to time with, at least the largest
+    batch of them. Every step gives what the store has, and measures what it doesn't have."""
 
     store: Store
-    machine: Machine
+    measurer: Measurer
     cores: int
     batch_sizes: tuple[int, ...]
     inputs: Mapping[str, Array]
-    validation: Split
     seed: int
     effort: Effort = field(default_factory=Effort)
+    clock: Callable[[], float] = time.monotonic
+    spent_s: dict[str, float] = field(default_factory=dict)
+    """Seconds of measuring by metric, failures included; grows with use."""
+    saved_s: dict[str, float] = field(default_factory=dict)
+    """Likewise: what the measurements took that were in the store already."""
 
-    def evidence(
-        self,
-        variant: StoredVariant,
-        parent: Model,
-        baseline: StoredVariant,
-        best_speedup: float,
-    ) -> Evidence:
-        """Measure what the store doesn't have. Raises ParityMismatch, or TechniqueFailed for an
-        engine that fell back from int8."""
+    @property
+    def machine(self) -> Machine:
+        return self.measurer.machine
+
+    def check(self, variant: StoredVariant, parent: Model) -> KernelProof:
+        """Whether it computes what it should in the kernels that it should. Raises ParityMismatch,
+        or TechniqueFailed for an engine that fails, or fell back from int8."""
         with blamed(variant.step.technique):
-            return self._evidence(variant, parent, baseline, best_speedup)
+            self._check_parity(variant, parent)
+            proof = self._proof(variant)
+            if parent.precision == "int8" and isinstance(parent, OnnxModel):
+                reason = fallback_reason(proof, n_quantized(parent.path))
+                if reason is not None:
+                    raise TechniqueFailed(variant.step.technique, reason)
+        return proof
 
-    def _evidence(
-        self, variant: StoredVariant, parent: Model, baseline: StoredVariant, best_speedup: float
-    ) -> Evidence:
-        self._check_parity(variant, parent)
-        proof = self._proof(variant)
-        if parent.precision == "int8" and isinstance(parent, OnnxModel):
-            reason = fallback_reason(proof, n_quantized(parent.path))
-            if reason is not None:
-                raise TechniqueFailed(variant.step.technique, reason)
+    def timings(
+        self, variant: StoredVariant, baseline: StoredVariant, best_speedup: float
+    ) -> tuple[Timing, ...]:
+        """Service times by configuration. Only the first is timed against the baseline, for the
+        comparison; the others say how to serve the variant, and aren't timed for one that is far
+        from `best_speedup`. Raises TechniqueFailed."""
         first, *others = configurations(self.cores)
-        timings = [self._timing(variant, first, baseline)]
-        speedup = timings[0].speedup
-        if speedup is None or speedup.high >= PROMISING * best_speedup:
-            timings += [self._timing(variant, other) for other in others]
-        correct = (
-            None if self.validation.labels is None else self.correctness(variant, self.validation)
-        )
-        return Evidence(proof, tuple(timings), correct)
+        with blamed(variant.step.technique):
+            timings = [self._timing(variant, first, baseline)]
+            speedup = timings[0].speedup
+            if speedup is None or speedup.high >= PROMISING * best_speedup:
+                timings += [self._timing(variant, other) for other in others]
+        return tuple(timings)
 
-    def correctness(self, variant: StoredVariant, split: Split) -> Correctness:
-        key = self._key(variant, "correct", accuracy.PROTOCOL_VERSION, split=split.digest)
-        stored = self.store.recorded(key)
-        if stored is None:
-            largest = self.batch_sizes[-1]
-            sizes = fixed_sizes(_engine(variant).spec.name, (largest,))
-            model = _engine(variant)
-            engine = load_engine(model.directory, model.served(1, self.cores, sizes))
-            try:
-                stored = measure_correctness(engine, split, largest).to_dict()
-            finally:
-                engine.close()
-            self.store.record(key, stored)
-        return Correctness.from_dict(stored)
+    def outputs(
+        self, variant: StoredVariant, split: Split
+    ) -> Iterator[tuple[Samples, Mapping[str, Array]]]:
+        """Run the whole split, in its order: samples with their outputs, by name in the order of
+        the engine's signature, a batch of the largest size at a time. Nothing is kept. Raises
+        TechniqueFailed."""
+        largest = self.batch_sizes[-1]
+        contender = self._contender(variant, Configuration(1, self.cores), (largest,))
+        sent: deque[Samples] = deque()  # the measurer may take several batches at a time
+
+        def batches() -> Iterator[Mapping[str, Array]]:
+            for start in range(0, len(split), largest):
+                sent.append(split.read(np.arange(start, min(start + largest, len(split)))))
+                yield sent[-1].inputs
+
+        with blamed(variant.step.technique):
+            for outputs in self.measurer.outputs(contender, batches()):
+                yield sent.popleft(), outputs
+
+    def memory_bytes(self, variant: StoredVariant, instances: int, threads: int) -> int:
+        """Resident memory of its instances, each of which ran a batch of the largest size. Raises
+        TechniqueFailed."""
+        served = {"instances": instances, "threads": threads, "batch_sizes": [*self.batch_sizes]}
+        key = self._key(variant, "memory", MEMORY_PROTOCOL_VERSION, **served)
+        contender = self._contender(variant, Configuration(instances, threads), self.batch_sizes)
+        with blamed(variant.step.technique):
+            measure = self.measurer.memory_bytes
+            return int(self._kept(key, lambda: measure(contender, self._largest_batch())))
+
+    def joules(self, variant: StoredVariant, instances: int, threads: int) -> float | None:
+        """Energy of one inference (row) in batches of the largest size, all instances busy; None
+        where the machine doesn't say. Raises TechniqueFailed."""
+        largest = self.batch_sizes[-1]
+        served = {"instances": instances, "threads": threads, "batch_size": largest}
+        key = self._key(variant, "energy", ENERGY_PROTOCOL_VERSION, **served)
+        contender = self._contender(variant, Configuration(instances, threads), (largest,))
+
+        def measure() -> object:
+            spent = self.measurer.joules(contender, self._largest_batch(), ENERGY_SECONDS)
+            return {"joules": None if spent is None else spent / largest}
+
+        with blamed(variant.step.technique):
+            found: float | None = self._kept(key, measure)["joules"]
+        return found
 
     def _check_parity(self, variant: StoredVariant, parent: Model) -> None:
         largest = self.batch_sizes[-1]
-        key = self._key(variant, "parity", parity.PROTOCOL_VERSION, max_batch_size=largest)
-        stored = self.store.recorded(key)
-        if stored is None:
+
+        def measure() -> object:
             try:
-                check_parity(variant.model, parent, self.inputs, largest)
-                stored = {}
+                check_engine_parity(self.measurer, _engine(variant), parent, self.inputs, largest)
+                return {}
             except ParityMismatch as error:
-                stored = {
+                return {
                     "what": error.what,
                     "batch_size": error.batch_size,
                     # JSON has no infinity.
                     "max_difference": min(error.max_difference, 1e308),
                     "tolerance": error.tolerance,
                 }
-            self.store.record(key, stored)
-        if stored:
-            raise ParityMismatch(**stored)
+
+        key = self._key(variant, "parity", parity.PROTOCOL_VERSION, max_batch_size=largest)
+        found = self._kept(key, measure)
+        if found:
+            raise ParityMismatch(**found)
 
     def _proof(self, variant: StoredVariant) -> KernelProof:
         largest = self.batch_sizes[-1]
         key = self._key(variant, "kernels", kernels.PROTOCOL_VERSION, batch_size=largest)
-        stored = self.store.recorded(key)
-        if stored is None:
-            model = _engine(variant)
-            spec = model.served(1, 1, fixed_sizes(model.spec.name, (largest,)))
-            batch = {name: array[:largest] for name, array in self.inputs.items()}
-            stored = prove(model.directory, spec, batch).to_dict()
-            self.store.record(key, stored)
-        return KernelProof.from_dict(stored)
+        contender = self._contender(variant, Configuration(1, 1), (largest,))
+
+        def measure() -> object:
+            batch = self._largest_batch()
+            return sum_up(self.measurer.kernels(contender, batch, kernels.N_RUNS)).to_dict()
+
+        return KernelProof.from_dict(self._kept(key, measure))
 
     def _timing(
         self,
@@ -146,35 +179,57 @@ class Evaluator:
         configuration: Configuration,
         baseline: StoredVariant | None = None,
     ) -> Timing:
-        """Only the first configuration is timed against the baseline, for the comparison: the
-        others say how to serve the variant."""
+        sizes = self.batch_sizes
         key = self._key(
             variant,
             "timing",
             timing.PROTOCOL_VERSION,
             instances=configuration.instances,
             threads=configuration.threads,
-            batch_sizes=list(self.batch_sizes),
+            batch_sizes=list(sizes),
             baseline=baseline.id if baseline else "",
         )
-        stored = self.store.recorded(key)
-        if stored is None:
-            stored = measure(
-                self._contender(variant, configuration),
-                self._contender(baseline, configuration) if baseline else None,
+
+        def measure() -> object:
+            return self.measurer.time(
+                self._contender(variant, configuration, sizes),
+                self._contender(baseline, configuration, sizes) if baseline else None,
                 self.inputs,
-                self.batch_sizes,
+                sizes,
                 effort=self.effort,
                 seed=self.seed,
             ).to_dict()
-            self.store.record(key, stored)
-        return Timing.from_dict(stored)
 
-    def _contender(self, variant: StoredVariant, configuration: Configuration) -> Contender:
+        return Timing.from_dict(self._kept(key, measure))
+
+    def _kept(self, key: Key, measure: Callable[[], object]) -> Any:
+        """What the store has, or what `measure` gives it now, and how long that took."""
+        wall_key = replace(key, metric=f"{key.metric}.wall_s")
+        stored = self.store.recorded(key)
+        if stored is not None:
+            seconds = self.store.recorded(wall_key)
+            _add(self.saved_s, key.metric, float(seconds or 0.0))
+            return stored
+        start_s = self.clock()
+        try:
+            stored = measure()
+        finally:
+            seconds = self.clock() - start_s
+            _add(self.spent_s, key.metric, seconds)
+        self.store.record(wall_key, seconds)
+        self.store.record(key, stored)
+        return stored
+
+    def _contender(
+        self, variant: StoredVariant, configuration: Configuration, sizes: tuple[int, ...]
+    ) -> Contender:
         model = _engine(variant)
-        sizes = fixed_sizes(model.spec.name, self.batch_sizes)
-        spec = model.served(configuration.instances, configuration.threads, sizes)
+        fixed = fixed_sizes(model.spec.name, sizes)
+        spec = model.served(configuration.instances, configuration.threads, fixed)
         return Contender(model.directory, spec)
+
+    def _largest_batch(self) -> dict[str, Array]:
+        return {name: array[: self.batch_sizes[-1]] for name, array in self.inputs.items()}
 
     def _key(
         self, variant: StoredVariant, metric: str, protocol_version: int, **serving: Any
@@ -185,3 +240,7 @@ class Evaluator:
 def _engine(variant: StoredVariant) -> EngineModel:
     assert isinstance(variant.model, EngineModel)
     return variant.model
+
+
+def _add(seconds: dict[str, float], metric: str, more: float) -> None:
+    seconds[metric] = seconds.get(metric, 0.0) + more

@@ -11,10 +11,12 @@ PREDICTION_TOLERANCE = 0.15
 _LINE_COLOURS = ("accent", "series-1", "series-2", "series-3", "series-4")
 
 
-def latency_by_batch_size(result: StudyResult) -> Figure:
+def latency_by_batch_size(result: StudyResult) -> Figure | None:
     """Median seconds of a batch, and up to the 99th percentile as a band, of the best variants
-    in their serving configuration."""
+    in their serving configuration; None if nothing was timed."""
     measured = [variant for variant in result.variants if variant.service_times]
+    if not measured:
+        return None
     shown = sorted(measured, key=lambda variant: _rank(result, variant))[:MAX_LINES]
     data: list[Figure] = []
     for variant, colour in zip(shown, _LINE_COLOURS, strict=False):

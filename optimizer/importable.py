@@ -51,11 +51,11 @@ class Importable:
             found = getattr(found, part)
         return found
 
-    def call(self) -> Any:
-        """Import and call the attribute without arguments. Raises whatever that raises."""
+    def call(self, *arguments: Any) -> Any:
+        """Import and call the attribute. Raises whatever that raises."""
         function = self.load()
         with _first_in_path(self.directory):
-            return function()
+            return function(*arguments)
 
     def source_bytes(self) -> bytes:
         """The module's source where it lies in `directory`, else nothing: for digests."""

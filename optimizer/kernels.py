@@ -17,7 +17,8 @@ PROTOCOL_VERSION = 1
 MIN_INT8_SHARE = 0.8
 """Of the heavy operators that the graph has quantized: so many must have run in int8 kernels,
 else the variant isn't what it says. Fusing may hide one or the other."""
-_N_RUNS = 5
+N_RUNS = 5
+"""That a profile is the mean of."""
 _MAX_SHOWN = 12
 # Parts of the names that the engines give their heavy operators, in lower case.
 _HEAVY = ("conv", "matmul", "gemm", "fullyconnected", "attention")
@@ -44,7 +45,7 @@ class KernelProof:
 
 def prove(directory: Path, spec: EngineSpec, inputs: Mapping[str, Array]) -> KernelProof:
     """Profile a few runs on `inputs` and sum up the kernels."""
-    return sum_up(engine_module(spec.name).profile(directory, spec, inputs, _N_RUNS))
+    return sum_up(engine_module(spec.name).profile(directory, spec, inputs, N_RUNS))
 
 
 def sum_up(times: Sequence[KernelTime]) -> KernelProof:

@@ -1,11 +1,12 @@
 """The model that a study starts from: built or opened, and checked against the data.
 
-Torch is imported only by what needs it. Weights are read from safetensors, never unpickled;
-the factory, however, is the user's code and runs in this process.
+Building torch modules is `optimizer.torch_source`'s matter; torch is imported only by what needs
+it.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence, Set
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,22 @@ from numpy.typing import NDArray
 
 from optimizer.data.splits import Samples
 from optimizer.errors import SpecInvalid
-from optimizer.spec import Datatype, InputSpec, ModelSource, OnnxSource, OutputSpec, TorchSource
+from optimizer.exported import signature_of
+from optimizer.spec import (
+    Datatype,
+    ExportedSource,
+    InputSpec,
+    ModelSource,
+    ModuleSource,
+    OnnxSource,
+    OutputSpec,
+    TorchKind,
+    TorchSource,
+)
+from optimizer.torch_source import load_source, module_digest, named_outputs, shown
 
 if TYPE_CHECKING:
     import torch
-
-_MAX_NAMED = 5
 
 _ONNX_DATATYPES: Mapping[str, Datatype] = {
     "tensor(bool)": "BOOL",
@@ -64,12 +75,15 @@ class Signature:
 
 
 def read_signature(source: ModelSource) -> Signature:
-    """The signature: of a torch model as the spec states it, of an ONNX model from the file.
+    """The signature: of a factory or an object as it was stated, of an ONNX model or an exported
+    program from the file.
 
-    Raises SpecInvalid for an ONNX file that can't be opened or has a fixed batch axis.
+    Raises SpecInvalid for a file that can't be opened or has a fixed batch axis.
     """
-    if isinstance(source, TorchSource):
+    if isinstance(source, TorchSource | ModuleSource):
         return Signature(source.inputs, source.outputs)
+    if isinstance(source, ExportedSource):
+        return Signature(*signature_of(source))
     session = _onnx_session(source.path)
     inputs = tuple(_onnx_input(tensor, source.path) for tensor in session.get_inputs())
     return Signature(
@@ -81,8 +95,8 @@ def source_digest(source: ModelSource) -> str:
     """SHA-256 (hex) of what the model is made of.
 
     That is the ONNX file with the files of weights beside it that it names; or the weights, the
-    factory's name and the source of its module where that lies beside the spec. Modules that it
-    imports in turn are not covered.
+    factory's name and the source of its module where that lies beside the spec (modules that it
+    imports in turn are not covered); or the archive; or what `module_digest` says of an object.
     """
     digest = hashlib.sha256()
     if isinstance(source, OnnxSource):
@@ -90,19 +104,14 @@ def source_digest(source: ModelSource) -> str:
         for path in _external_files(source.path):
             digest.update(path.name.encode() + b"\0" + _file_digest(path))
         return digest.hexdigest()
+    if isinstance(source, ExportedSource):
+        digest.update(b"exported\0" + _file_digest(source.path))
+        return digest.hexdigest()
+    if isinstance(source, ModuleSource):
+        return module_digest(source.module)
     code = hashlib.sha256(source.factory.source_bytes()).digest()
     digest.update(b"torch\0" + _file_digest(source.weights) + code + str(source.factory).encode())
     return digest.hexdigest()
-
-
-def load_torch(source: TorchSource) -> "torch.nn.Module":
-    """Build the module by its factory and load the weights strictly; float32 CPU, eval mode.
-
-    Raises SpecInvalid where the factory fails or the weights don't fit it key by key.
-    """
-    module = _build(source)
-    _load_weights(module, source.weights)
-    return module.eval()
 
 
 def check_model(source: ModelSource, samples: Samples, n_classes: int) -> None:
@@ -114,84 +123,28 @@ def check_model(source: ModelSource, samples: Samples, n_classes: int) -> None:
     """
     signature = read_signature(source)
     _check_inputs(source, signature, samples)
-    if isinstance(source, TorchSource):
-        outputs = _run_torch(load_torch(source), source, samples)
-    else:
+    if isinstance(source, OnnxSource):
         outputs = _run_onnx(source, signature, samples)
+    else:
+        outputs = _run_torch(source, signature, samples)
     n_samples = len(next(iter(samples.inputs.values())))
     _check_outputs(source, signature, [output.shape for output in outputs], n_samples, n_classes)
+    _check_values(source, signature, outputs)
 
 
-def _build(source: TorchSource) -> "torch.nn.Module":
+def _run_torch(source: TorchKind, signature: Signature, samples: Samples) -> list[NDArray[Any]]:
     import torch
 
-    name = str(source.factory)
-    try:
-        module = source.factory.call()
-    except ModuleNotFoundError as error:
+    module = load_source(source)
+    name = shown(source)
+    keywords = _needed_keywords(module)
+    if keywords:
         raise _invalid(
             name,
-            f"model.factory: {error.msg}, want a module beside the spec "
-            f"({source.factory.directory}) or installed",
-        ) from error
-    except Exception as error:
-        raise _invalid(
-            name, f"model.factory: {name} failed: {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(module, torch.nn.Module):
-        raise _invalid(
-            name, f"model.factory: {name} returned {type(module).__name__}, want a torch.nn.Module"
+            f"model: forward of {name} needs {', '.join(keywords)} by keyword, want all inputs by "
+            "position: wrap it in a module whose forward passes them on",
         )
-    return module
-
-
-def _load_weights(module: "torch.nn.Module", path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        given = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise _invalid(str(path), f"model.weights: {path}: not safetensors: {error}") from error
-    # Tied tensors are one in the file, whichever of their names it bears there.
-    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    problems = [
-        *_named("missing", _untied(module, wanted.keys() - given.keys(), given.keys())),
-        *_named("unexpected", given.keys() - wanted.keys()),
-        *(
-            f"{key} is {list(given[key].shape)}, want {list(wanted[key])}"
-            for key in sorted(wanted.keys() & given.keys())
-            if tuple(given[key].shape) != wanted[key]
-        ),
-    ]
-    if problems:
-        shown = "; ".join(problems[:_MAX_NAMED])
-        raise _invalid(str(path), f"model.weights: {path} doesn't fit the factory: {shown}")
-    module.load_state_dict(given, strict=False)
-
-
-def _untied(module: "torch.nn.Module", missing: set[str], given: "Sequence[str] | Any") -> set[str]:
-    """The missing keys whose tensor isn't loaded under another name."""
-    state = module.state_dict()
-    loaded = {state[key].data_ptr() for key in given if key in state}
-    return {key for key in missing if state[key].data_ptr() not in loaded}
-
-
-def _named(what: str, keys: Set[str]) -> list[str]:
-    if not keys:
-        return []
-    shown = ", ".join(sorted(keys)[:_MAX_NAMED])
-    more = f" and {len(keys) - _MAX_NAMED} more" if len(keys) > _MAX_NAMED else ""
-    return [f"{what} {shown}{more}"]
-
-
-def _run_torch(
-    module: "torch.nn.Module", source: TorchSource, samples: Samples
-) -> list[NDArray[Any]]:
-    import torch
-
-    arguments = [torch.from_numpy(samples.inputs[tensor.name]) for tensor in source.inputs]
-    name = str(source.factory)
+    arguments = [torch.from_numpy(samples.inputs[tensor]) for tensor in signature.input_names]
     try:
         with torch.inference_mode():
             result = module(*arguments)
@@ -200,11 +153,18 @@ def _run_torch(
             name,
             f"model: {name} can't compute a batch of {[list(a.shape) for a in arguments]}: {error}",
         ) from error
-    outputs = list(result) if isinstance(result, tuple | list) else [result]
-    if not all(isinstance(output, torch.Tensor) for output in outputs):
-        shown = ", ".join(type(output).__name__ for output in outputs)
-        raise _invalid(name, f"model: {name} returned {shown}, want tensors or a tuple of them")
-    return [output.numpy() for output in outputs]
+    try:
+        outputs = named_outputs(result, signature.output_names)
+    except ValueError as error:
+        raise _invalid(name, f"model.outputs: {name} {error}") from error
+    return [output.numpy() for output in outputs.values()]
+
+
+def _needed_keywords(module: "torch.nn.Module") -> list[str]:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return [
+        one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.default is one.empty
+    ]
 
 
 def _onnx_session(path: Path) -> Any:
@@ -299,6 +259,22 @@ def _check_outputs(
         raise SpecInvalid(_shown(source), problems)
 
 
+def _check_values(
+    source: ModelSource, signature: Signature, outputs: Sequence[NDArray[Any]]
+) -> None:
+    problems = []
+    for name, output in zip(signature.output_names, outputs, strict=True):
+        n_bad = int(np.count_nonzero(~np.isfinite(output)))
+        if n_bad:
+            problems.append(
+                f"model: output {name} has {n_bad} of {output.size} values NaN or infinite for "
+                f"{len(output)} samples, want finite ones: are the weights and the preprocessing "
+                "of the data what the model was trained with?"
+            )
+    if problems:
+        raise SpecInvalid(_shown(source), problems)
+
+
 def _fits(given: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     return len(given) == len(wanted) and all(
         want in (-1, axis) for axis, want in zip(given, wanted, strict=True)
@@ -329,7 +305,7 @@ def _external_files(path: Path) -> list[Path]:
 
 
 def _shown(source: ModelSource) -> str:
-    return str(source.path if isinstance(source, OnnxSource) else source.factory)
+    return str(source.path) if isinstance(source, OnnxSource) else shown(source)
 
 
 def _invalid(source: str, problem: str) -> SpecInvalid:

@@ -6,7 +6,7 @@ Triton's `config.pbtxt` beside it. It chooses nothing.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from optimizer.parity import TOLERANCES, fixed_sizes
@@ -42,6 +42,7 @@ def make_candidate(
     machine: Machine,
     golden_inputs: Mapping[str, Array],
     scratch: Path,
+    command: tuple[str, ...] = (),
 ) -> Candidate:
     """The variant as it would be published; the golden input is written to `scratch`.
 
@@ -68,6 +69,11 @@ def make_candidate(
         profile=Profile(_times(variant, serving).times, machine),
         slo=spec.slo.to_dict(),
         golden=Golden(GOLDEN, TOLERANCES[model.precision]),
+        made_by=command,
+        evidence={
+            "verification": asdict(variant.verification) if variant.verification else None,
+            "serving": asdict(serving),
+        },
     )
     files = {
         file.relative_to(model.directory).as_posix(): file

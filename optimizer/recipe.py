@@ -13,7 +13,7 @@ from importlib import metadata
 from types import MappingProxyType
 
 from optimizer.space import Parameters, Value
-from optimizer.variant import Kind, Stage, variant_id
+from optimizer.variant import STRUCTURAL, Kind, Stage, variant_id
 from serve.artifact import Step
 
 
@@ -39,6 +39,16 @@ class Traits:
     packages: tuple[str, ...] = ()
     optional: bool = True
     """Whether a recipe can go without it; export and compilation can't be left out."""
+    preserves: bool = True
+    """Whether outputs stay equal where the precision does. False for what changes the structure
+    or the weights: accuracy judges that."""
+
+
+EFFORT = "effort"
+"""The parameter of a technique of stage RECOVER that says how much it trains: one of `EFFORTS`.
+It is no choice of the search's but the rung that a trial has come to."""
+EFFORTS = ("recalibrate", "short", "full")
+"""By rising cost: batch-norm statistics alone, a few epochs, all that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,26 @@ class Recipe:
         """The recipe with one step more. Raises ValueError for a step that can't come here."""
         return Recipe(self.starts_from, (*self.choices, Choice(traits, parameters)))
 
+    @property
+    def is_structural(self) -> bool:
+        """Whether it changes the network, whose accuracy then has to be won back."""
+        return any(choice.traits.stage in STRUCTURAL for choice in self.choices)
+
+    @property
+    def trains(self) -> bool:
+        """Whether a step of it trains, by how much is the ladder's matter."""
+        return any(EFFORT in choice.parameters for choice in self.choices)
+
+    def skeleton(self) -> "Recipe":
+        """The recipe without the steps that change the network or its weights."""
+        changing = (*STRUCTURAL, Stage.RECOVER)
+        kept = tuple(choice for choice in self.choices if choice.traits.stage not in changing)
+        return Recipe(self.starts_from, kept)
+
+    def with_effort(self, effort: str) -> "Recipe":
+        """The recipe with as much training as that in the steps that train."""
+        return Recipe(self.starts_from, tuple(_at(choice, effort) for choice in self.choices))
+
     def can_take(self, traits: Traits) -> bool:
         """Whether the technique can come next."""
         stages = [choice.traits.stage for choice in self.choices]
@@ -93,6 +123,12 @@ class Recipe:
 
     def __str__(self) -> str:
         return " → ".join(_shown(choice) for choice in self.choices) or "untouched"
+
+
+def _at(choice: Choice, effort: str) -> Choice:
+    if EFFORT not in choice.parameters:
+        return choice
+    return Choice(choice.traits, {**choice.parameters, EFFORT: effort})
 
 
 def step_of(choice: Choice, seed: int) -> Step:
@@ -108,15 +144,20 @@ def step_of(choice: Choice, seed: int) -> Step:
 
 
 def steps_with_ids(
-    recipe: Recipe, base_id: str, seed: int, data_digest: str
+    recipe: Recipe, base_id: str, seed: int, data_digest: str, train_digest: str = ""
 ) -> tuple[tuple[Step, str], ...]:
-    """Each step of the recipe with the id of the variant that it makes, in order."""
+    """Each step of the recipe with the id of the variant that it makes, in order.
+
+    `data_digest` is that of the calibration samples, which steps that use data have in their
+    ids; `train_digest` that of all of train, for steps that train.
+    """
     steps = []
     parent = base_id
     for choice in recipe.choices:
         step = step_of(choice, seed)
+        digest = train_digest if EFFORT in choice.parameters else data_digest
         uses_data = choice.traits.needs is not Needs.NOTHING
-        parent = variant_id(parent, asdict(step), data_digest if uses_data else "")
+        parent = variant_id(parent, asdict(step), digest if uses_data else "")
         steps.append((step, parent))
     return tuple(steps)
 

@@ -7,6 +7,7 @@ computed here that another reader of the JSON would miss.
 import json
 import math
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -16,11 +17,30 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loadtest.slo import Slo
 from optimizer.chart import Figure
+from optimizer.contribution import (
+    MAX_LAYERS,
+    contributions,
+    layer_rows,
+    layers_summary,
+    slowest_layers,
+)
 from optimizer.figures import latency_by_batch_size, predicted_against_measured
-from optimizer.pareto import drawn_points, pareto_chart, pareto_front
-from optimizer.result import Outcome, Reason, Status, StudyResult, Variant
+from optimizer.parallel import parallel_coordinates
+from optimizer.pareto import drawn_points, pareto_front, pareto_views
+from optimizer.quantities import bytes_, duration, milliseconds, number, percent, points, shape
+from optimizer.result import Outcome, Status, StudyResult, Variant
+from optimizer.wording import (
+    details,
+    explain,
+    guarantee,
+    headline,
+    ladder,
+    offer,
+    slo_latency_s,
+    slo_sentence,
+    sorted_variants,
+)
 
 TEMPLATE = "report.html"
 MARKS: dict[Status, tuple[str, str]] = {
@@ -31,6 +51,9 @@ MARKS: dict[Status, tuple[str, str]] = {
     "dropped": ("-", "dim"),
 }
 MAX_ROWS = 12
+"""Of the table on a terminal."""
+MAX_PAGE_ROWS = 20
+"""Of the table on the page, before the rest is folded away."""
 WIDE = 100
 """Columns of a terminal that have room for all of the table."""
 LEGEND = (
@@ -44,101 +67,6 @@ TITLES: dict[Outcome, str] = {
     "inconclusive": "inconclusive",
     "unverified": "unverified",
 }
-_ORDER: dict[Status, int] = {
-    "chosen": 0,
-    "verified": 1,
-    "unverified": 2,
-    "infeasible": 3,
-    "dropped": 4,
-}
-
-
-def headline(result: StudyResult) -> str:
-    """The answer in one sentence."""
-    promise, chosen = slo_sentence(result.slo), result.chosen
-    if chosen is not None and chosen.serving is not None and result.outcome == "met":
-        cost = number(chosen.serving.cost_per_million)
-        measured = f"measured {milliseconds(slo_latency_s(chosen))} ms"
-        return (
-            f"{result.model} as {chosen.label} keeps {promise} ({measured}), for {cost} per "
-            "million inferences."
-        )
-    if chosen is not None and chosen.serving is not None and result.outcome == "unverified":
-        cost = number(chosen.serving.cost_per_million)
-        return (
-            f"{result.model} as {chosen.label} should keep {promise}, for {cost} per million "
-            "inferences; nothing has checked it on the server."
-        )
-    if result.outcome == "inconclusive":
-        return f"Whether {result.model} can keep {promise} isn't decided."
-    return f"No variant of {result.model} keeps {promise}."
-
-
-def details(result: StudyResult) -> str:
-    """What else there is to say of the answer, in a sentence or two; empty where nothing is."""
-    chosen = result.chosen
-    if result.outcome in ("met", "unverified") and chosen is not None:
-        return " ".join(_accuracy_details(result, chosen) + _cost_details(result, chosen))
-    if result.outcome == "inconclusive" and (doubts := _doubts(result)):
-        return " ".join(f"{_capitalized(doubt)}." for doubt in doubts)
-    miss = result.nearest_miss
-    nearest = result.variant(miss.variant_id) if miss else None
-    if miss is None or nearest is None:
-        return ""
-    return f"The nearest is {nearest.label}: {explain(miss.binding)}."
-
-
-def slo_sentence(slo: Slo) -> str:
-    """What is promised, but for the accuracy."""
-    return (
-        f"p{slo.latency.quantile * 100:g} within {milliseconds(slo.latency.threshold_s)} ms at "
-        f"{number(slo.workload.rate_per_s)} requests/s"
-    )
-
-
-def explain(reason: Reason) -> str:
-    """A reason as a phrase that names both numbers."""
-    value, limit = quantity(reason.value, reason.unit), quantity(reason.limit, reason.unit)
-    phrases = {
-        "accuracy_drop": f"accuracy may be {_points(reason.value)} points lower, "
-        f"allowed are {_points(reason.limit)}",
-        "accuracy_samples": f"{value} show no bound of the accuracy, {limit} would",
-        "latency": f"latency {value}, allowed {limit}",
-        "rate": f"sustains {value}, wanted {limit}",
-        "success_ratio": f"{value} of the requests succeed, wanted {limit}",
-        "size": f"size {value}, allowed {limit}",
-        "memory": f"memory {value}, allowed {limit}",
-    }
-    if reason.value is not None and reason.constraint in phrases:
-        phrase = phrases[reason.constraint]
-        return f"{phrase} ({reason.detail})" if reason.detail else phrase
-    named = {"built": "couldn't be built", "parity": "computes something else"}
-    named |= {"applicable": "not applicable", "budget": "out of budget", "evidence": "unproven"}
-    words = named.get(reason.constraint, reason.constraint.replace("_", " "))
-    return f"{words}: {reason.detail}" if reason.detail else words
-
-
-def slo_latency_s(variant: Variant) -> float | None:
-    """At the SLO's quantile and rate: measured where it was, else predicted; None if unknown."""
-    if variant.verification is not None and variant.verification.slo_latency_s is not None:
-        return variant.verification.slo_latency_s
-    return variant.serving.prediction.slo_latency_s if variant.serving is not None else None
-
-
-def sorted_variants(result: StudyResult) -> list[Variant]:
-    """The chosen first, then by status, by what the study minimizes and by predicted latency."""
-
-    def key(variant: Variant) -> tuple[int, float, float]:
-        serving = variant.serving
-        latency_s = serving.prediction.slo_latency_s if serving else math.inf
-        values = {
-            "cost": serving.cost_per_million if serving else math.inf,
-            "latency": latency_s,
-            "size": float(variant.size_bytes or math.inf),
-        }
-        return _ORDER[variant.status], values[result.objective], latency_s
-
-    return sorted(result.variants, key=key)
 
 
 def print_table(result: StudyResult, console: Console) -> None:
@@ -156,7 +84,7 @@ def print_table(result: StudyResult, console: Console) -> None:
     table.add_column("technique", overflow="fold", min_width=12)
     for name in _columns(result, console):
         table.add_column(name, justify="right", no_wrap=True)
-    shown = _shown(result)
+    shown = _first(result, sorted_variants(result), MAX_ROWS)
     for variant in shown:
         mark, style = MARKS[variant.status]
         cells = _cells(result, variant)
@@ -177,8 +105,22 @@ def print_table(result: StudyResult, console: Console) -> None:
             console.print(Text(line, style=style), highlight=False)
     console.print()
     console.print(Text(headline(result), style="bold"))
-    if said := details(result):
-        console.print(Text(said))
+    for line in _remarks(result):
+        console.print(Text(line))
+
+
+def _remarks(result: StudyResult) -> list[str]:
+    """What stands below the answer, a line each."""
+    chosen, said = result.chosen, details(result)
+    lines = [said] if said else []
+    if chosen is not None and chosen.quality and chosen.quality.guarantee == "fidelity":
+        lines.append(f"Guarantee by fidelity. {guarantee(chosen.quality)}")
+    if chosen is None and result.relaxations:
+        lines.append("Giving way on one thing would be enough:")
+        lines += [f"  {offer(result, one)}" for one in result.relaxations]
+    if told := ladder(result):
+        lines.append(f"Ladder: {told}.")
+    return lines
 
 
 def remark(variant: Variant) -> str:
@@ -195,28 +137,43 @@ def render_html(result: StudyResult) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for filter_ in (bytes_, explain, milliseconds, number, percent):
+    for filter_ in (bytes_, duration, explain, guarantee, milliseconds, number, percent, shape):
         environment.filters[filter_.__name__.rstrip("_")] = filter_
-    figures: dict[str, Figure | None] = {
-        "pareto": pareto_chart(result),
-        "batches": latency_by_batch_size(result),
-        "predictions": predicted_against_measured(result),
-    }
     drawn = {point.variant.id for point in drawn_points(result)}
+    variants = sorted_variants(result)
     return environment.get_template(TEMPLATE).render(
         result=result,
         headline=headline(result),
         details=details(result),
         title=TITLES[result.outcome],
-        variants=sorted_variants(result),
+        variants=variants,
+        first=_first(result, variants, MAX_PAGE_ROWS),
         front=pareto_front(result.variants),
         latency_of=slo_latency_s,
-        undrawn=[variant for variant in result.variants if variant.id not in drawn],
+        undrawn=[variant for variant in variants if variant.id not in drawn],
+        offers=[offer(result, one) for one in result.relaxations],
+        contributions=contributions(result),
+        layers=layer_rows(result.layers),
+        slowest=slowest_layers(result.layers),
+        max_layers=MAX_LAYERS,
+        layers_summary=layers_summary(result.layers),
         command=shlex.join(result.command),
-        figures={name: figure for name, figure in figures.items() if figure is not None},
+        views=pareto_views(result),
+        figures=_figures(result),
         script_json=script_json,
         plotly=Markup(get_plotlyjs()),  # noqa: S704 - Plotly's own script, nothing of a result
     )
+
+
+def _figures(result: StudyResult) -> dict[str, Figure]:
+    """By the id of the element that they are drawn in; those that have nothing to show are
+    left out. The front is drawn in several views, which are apart."""
+    figures = {
+        "batches": latency_by_batch_size(result),
+        "predictions": predicted_against_measured(result),
+        "parallel": parallel_coordinates(result),
+    }
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def script_json(value: Any) -> Markup:
@@ -227,53 +184,9 @@ def script_json(value: Any) -> Markup:
     return Markup(text)  # noqa: S704 - escaped above
 
 
-def milliseconds(seconds: float | None) -> str:
-    """Three digits, without the unit; a dash for what isn't known, ∞ for infinity."""
-    return number(None if seconds is None else seconds * 1e3)
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Without an exponent where a reader can do without one."""
-    if value is None or math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞"
-    if value == 0 or 1e-4 <= abs(value) < 1e7:
-        rounded = float(f"{value:.{digits}g}") if abs(value) < 10**digits else round(value)
-        return f"{rounded:,.10f}".rstrip("0").rstrip(".")
-    return f"{value:.{digits}g}"
-
-
-def percent(share: float | None, decimals: int = 2) -> str:
-    return "–" if share is None else f"{share * 100:.{decimals}f}%"
-
-
-def bytes_(size: float | None) -> str:
-    """In the largest decimal unit of which there is at least one."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size is not None and size >= scale:
-            return f"{number(size / scale)} {unit}"
-    return "–" if size is None else f"{size:.0f} bytes"
-
-
-def quantity(value: float | None, unit: str) -> str:
-    """A reason's value or limit with its unit."""
-    if value is None:
-        return "–"
-    if unit == "s":
-        return f"{milliseconds(value)} ms"
-    if unit == "1":
-        return percent(value)
-    if unit == "bytes":
-        return bytes_(value)
-    return f"{number(value)} {unit.replace('1/s', 'requests/s')}".strip()
-
-
-def _shown(result: StudyResult) -> list[Variant]:
-    """The first rows of the table, with the baseline."""
-    ordered = sorted_variants(result)
-    first = ordered[:MAX_ROWS]
-    return first + [v for v in ordered[MAX_ROWS:] if v.id == result.baseline_id]
+def _first(result: StudyResult, ordered: Sequence[Variant], n: int) -> list[Variant]:
+    """The first `n` rows of a table, with the baseline."""
+    return [*ordered[:n], *(v for v in ordered[n:] if v.id == result.baseline_id)]
 
 
 def _columns(result: StudyResult, console: Console) -> list[str]:
@@ -311,51 +224,8 @@ def _drop_with_interval(variant: Variant) -> str:
     quality = variant.quality
     if quality is None:
         return "–"
-    low, high = _points(quality.drop_lower), _points(quality.drop_upper)
-    return f"{_points(quality.drop)} [{low}, {high}]"
-
-
-def _points(share: float | None) -> str:
-    return "–" if share is None else f"{share * 100 + 0.0:.2f}"
-
-
-def _accuracy_details(result: StudyResult, chosen: Variant) -> list[str]:
-    quality, objective = chosen.quality, result.slo.accuracy
-    if quality is None:
-        return []
-    lower = f"Its accuracy is {percent(quality.value)}, at most "
-    bound = f"{_points(max(0.0, quality.drop_bound))} points lower than the base's"
-    allowed = f", {objective.max_drop_points:g} allowed" if objective else ""
-    sentences = [f"{lower}{bound} ({quality.confidence * 100:g}% confidence{allowed})."]
-    if (test := chosen.test_quality) is not None:
-        sentences.append(
-            f"On the locked test split, looked at once, it is {percent(test.value)}, where the "
-            f"base has {percent(test.value + test.drop)}."
-        )
-    return sentences
-
-
-def _cost_details(result: StudyResult, chosen: Variant) -> list[str]:
-    """Against the baseline, where both have a cost."""
-    baseline = result.baseline
-    if baseline is None or baseline is chosen or not baseline.serving or not chosen.serving:
-        return []
-    cost = chosen.serving.cost_per_million
-    ratio = baseline.serving.cost_per_million / cost if cost > 0 else math.inf
-    if not math.isfinite(ratio) or ratio <= 1:
-        return []
-    return [f"That is {number(ratio)} times cheaper than {baseline.label}."]
-
-
-def _doubts(result: StudyResult) -> list[str]:
-    """Why nothing was decided: what the load tests said that came to no conclusion."""
-    loaded = [v.verification for v in sorted_variants(result) if v.verification is not None]
-    undecided = [verification for verification in loaded if verification.verdict == "inconclusive"]
-    return [reason for verification in undecided for reason in verification.reasons]
-
-
-def _capitalized(text: str) -> str:
-    return text[:1].upper() + text[1:].rstrip(".")
+    low, high = points(quality.drop_lower), points(quality.drop_upper)
+    return f"{points(quality.drop)} [{low}, {high}]"
 
 
 def _without_nan(value: Any) -> Any:

@@ -5,6 +5,7 @@ Plain values that survive a round trip through JSON. It knows neither how they w
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,14 +32,18 @@ be built, computed something else, or the budget ended)."""
 
 Constraint = Literal[
     "accuracy_drop", "accuracy_samples", "latency", "rate", "success_ratio", "size", "memory",
-    "applicable", "built", "parity", "budget", "evidence",
+    "outclassed", "applicable", "built", "parity", "budget", "evidence",
 ]  # fmt: skip
-"""What a variant failed. The last five have no number to compare: `detail` says what happened."""
+"""What a variant failed. The last five may have no number to compare: `detail` says what happened.
+`outclassed`: a candidate is so much better that nothing more was asked of it."""
 
 Unit = Literal["", "s", "1", "1/s", "bytes", "samples"]
 """Of a reason's value and limit; `1` is a share, 0 to 1."""
 
 Verdict = Literal["met", "violated", "inconclusive"]
+
+LEVELS = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975, 0.99, 0.995, 0.999, 1.0)
+"""Shares at which distributions of seconds are kept."""
 
 
 class ResultInvalid(OptimizerError):
@@ -81,12 +86,14 @@ class Speedup:
 class InstanceTimes:
     """Service times, by rising batch size, of one instance of `threads` threads while
     `instances` of them are busy. With `padded`, these are the only sizes that run: a batch is
-    padded to the next of them."""
+    padded to the next of them. `quantiles` are the seconds of each size at `LEVELS`, empty where
+    they weren't kept."""
 
     instances: int
     threads: int
     times: tuple[ServiceTime, ...]
     padded: bool = False
+    quantiles: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,8 +152,10 @@ class ServingChoice:
 class Verification:
     """A load test of the variant on the real server: one replica at its part of the SLO's rate.
 
-    `slo_latency_s` is at the quantile of the SLO. Figures are missing where the test ended
-    before it had them; `reasons` are the load test's own sentences.
+    `slo_latency_s` is at the quantile of the SLO, and `slo_latency_bound_s` its upper confidence
+    bound: the promise is kept where that is within the threshold. Figures are missing where the
+    test ended before it had them, the bound also where so few requests can't bound it; `reasons`
+    are the load test's own sentences.
     """
 
     verdict: Verdict
@@ -154,6 +163,8 @@ class Verification:
     p50_s: float | None = None
     p99_s: float | None = None
     slo_latency_s: float | None = None
+    slo_latency_bound_s: float | None = None
+    bound_confidence: float | None = None
     rate_per_s: float | None = None
     goodput_per_s: float | None = None
     success_ratio: float | None = None
@@ -184,6 +195,11 @@ class Variant:
     int8_share: float | None = None
     kernels: tuple[KernelShare, ...] = ()
     size_bytes: int | None = None
+    memory_bytes: int | None = None
+    joules: float | None = None
+    """Of one inference, in the mean over batches of the largest size."""
+    drop_bound_among_all: float | None = None
+    """The drop's upper bound, corrected for having picked the best of all variants compared."""
     build_s: float | None = None
     serving: ServingChoice | None = None
     verification: Verification | None = None
@@ -192,10 +208,15 @@ class Variant:
 
 @dataclass(frozen=True)
 class BudgetUsed:
+    """`screened` counts the recipes that were ruled out by estimate and are no trials."""
+
     wall_clock_s: float
     max_wall_clock_s: float
     trials: int
     max_trials: int
+    training_epochs: float = 0.0
+    max_training_epochs: float | None = None
+    screened: int = 0
 
 
 @dataclass(frozen=True)
@@ -284,7 +305,7 @@ class StudyResult:
 
     model: str
     slo: Slo
-    objective: Literal["cost", "latency", "size"]
+    objective: Literal["cost", "latency", "size", "energy"]
     outcome: Outcome
     variants: tuple[Variant, ...]
     baseline_id: str
@@ -322,7 +343,8 @@ class StudyResult:
 
 def to_json(result: StudyResult) -> str:
     """The result as JSON, infinite numbers as the string "Infinity"."""
-    return _adapter().dump_json(result, by_alias=True, indent=1).decode() + "\n"
+    document = _in_words(_adapter().dump_python(result, mode="json", by_alias=True))
+    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def from_json(text: str | bytes, source: str = "result") -> StudyResult:
@@ -347,6 +369,30 @@ def from_json(text: str | bytes, source: str = "result") -> StudyResult:
         raise ResultInvalid(source, f"{key}: {detail['msg']}") from error
 
 
+def variant_to_dict(variant: Variant) -> Any:
+    """The row as JSON can hold it, what isn't finite as a string."""
+    return _in_words(_rows().dump_python(variant, mode="json"))
+
+
+def variant_from_dict(stored: Any) -> Variant:
+    """What `variant_to_dict` gave. Raises ResultInvalid."""
+    try:
+        return _rows().validate_json(json.dumps(stored))
+    except pydantic.ValidationError as error:
+        raise ResultInvalid("trial log", str(error)) from error
+
+
+def _in_words(value: Any) -> Any:
+    """pydantic does it only in JSON text, and not for the dataclasses of other modules."""
+    if isinstance(value, dict):
+        return {name: _in_words(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_in_words(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
 _KINDS = (
     Reason, Speedup, InstanceTimes, KernelShare, Prediction, ServingChoice, Verification, Variant,
     BudgetUsed, NearestMiss, Relaxation, RungRecord, Ablation, Layer, Target, StudyResult,
@@ -359,3 +405,8 @@ for _kind in _KINDS:
 @cache
 def _adapter() -> pydantic.TypeAdapter[StudyResult]:
     return pydantic.TypeAdapter(StudyResult)
+
+
+@cache
+def _rows() -> pydantic.TypeAdapter[Variant]:
+    return pydantic.TypeAdapter(Variant)

@@ -1,25 +1,29 @@
 """Simulation: arrivals played through a replica, with simulated time.
 
 It calls `serve.batch_policy`, the very code that the server runs. It knows measured service
-times, not how they were measured, and no engine. The model, from a request's arrival to its
-answer:
+times and overheads, not how they were measured, and no engine. The model, from a request's
+intended send to its answer:
 
-1. The front end takes `serial_s` of one request at a time, first come, first served.
-2. The batching policy queues it, and batches it with others when an instance is idle.
-3. A batch of n rows takes the median service time of n, or longer: half of the batches take
-   just the median, the others exp(σ|z|) times it, z standard normal and σ such that the 99th
-   percentile is the measured one. No batch is faster than the median, and the tail beyond the
-   99th percentile is a log-normal's.
-4. Where instances and front end want more than the replica's cores, batches take longer in
-   proportion: the front end's work has its share, and the instances get what is left.
-5. The way there and back (network, thread wake-ups), for which nobody waits in line, takes
-   `delay_s` or longer, drawn like a batch's time with `delay_p99_s`.
+1. The front end, one thread, reads it (`receive_s`) and hands it to the batching policy. It does
+   one thing at a time, first come, first served, and `wakeup_s` longer after a sleep.
+2. The policy queues it, and batches it with others when an instance is idle.
+3. A batch takes `batch_s` and the engine's time, drawn from what was measured for its size.
+4. The front end writes the answers of a batch, `answer_s` each.
+5. Cores are shared. While the front end works where none is free, instances wait: it has slept,
+   so the kernel gives it the core. But it has to be given one: where it has to wake up while
+   the engines' threads have all cores, it waits until one of them sleeps, or for `wake`, until the
+   kernel interrupts one (a timer's tick, milliseconds). An instance that finds requests waiting
+   goes on at once, and answers of the batch before stay unsent for so long.
+6. The way there and back (client, network, wake-ups), for which nobody waits in line, takes
+   `way`.
 """
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from statistics import NormalDist
 from typing import Literal
 
@@ -27,29 +31,85 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loadtest.slo import Slo
-from optimizer.result import InstanceTimes
+from optimizer.result import LEVELS, InstanceTimes
 from serve.batch_policy import BatchQueue, Entry, Limits, ServiceTimes
 
 FloatArray = NDArray[np.float64]
 
 MAX_QUEUE_SIZE = 1024
+_MEDIAN = LEVELS.index(0.5)
 _Z99 = NormalDist().inv_cdf(0.99)
+_MAX_Z = NormalDist().inv_cdf(0.9999)
 _MAX_SPREAD = 3.0
 """The largest σ: a 99th percentile a thousand times the median, a broken measurement."""
 
 
 @dataclass(frozen=True)
-class FrontEnd:
-    """What a request costs outside of the engine: the front end's work on it, one request at a
-    time, and the median and 99th percentile of the way there and back.
+class Spread:
+    """A distribution of seconds, by its quantiles at `LEVELS`, rising and at least 0; between
+    them it is linear."""
 
-    The defaults were measured on `trimserve serve` at light load, with REST and gRPC in equal
-    parts over the loopback and tensors of some kilobytes; docs/experiments.md says how.
+    seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        rising = all(low <= high for low, high in zip(self.seconds, self.seconds[1:], strict=False))
+        if len(self.seconds) != len(LEVELS) or not rising or not 0 <= self.seconds[0] < math.inf:
+            raise ValueError(f"seconds: got {self.seconds}, want {len(LEVELS)} rising ones from 0")
+
+    @classmethod
+    def of(cls, samples: Sequence[float] | FloatArray) -> "Spread":
+        """That of measured seconds, at least one."""
+        return cls(tuple(np.quantile(np.asarray(samples, np.float64), LEVELS).tolist()))
+
+    @classmethod
+    def constant(cls, seconds: float) -> "Spread":
+        return cls((seconds,) * len(LEVELS))
+
+    @property
+    def median_s(self) -> float:
+        return self.seconds[_MEDIAN]
+
+    def draw(self, n: int, rng: np.random.Generator) -> FloatArray:
+        """[n] seconds."""
+        drawn: FloatArray = np.interp(rng.random(n), LEVELS, self.seconds)
+        return drawn
+
+    def stretched(self, factor: float) -> "Spread":
+        """What is above the median taken `factor` times as far from it."""
+        more = factor - 1
+        above = [one + more * (one - self.median_s) for one in self.seconds[_MEDIAN:]]
+        return Spread((*self.seconds[:_MEDIAN], *above))
+
+
+@dataclass(frozen=True)
+class FrontEnd:
+    """What serving costs beside the engine; the module's docstring says how each part acts.
+
+    `receive_s` and `answer_s` are the front end's work on one request, `wakeup_s` what it costs to
+    begin after a sleep, `batch_s` an instance's work on one batch, and `stretch` how many times
+    longer an engine takes in the server than timed alone. The defaults were measured by
+    `optimizer.overheads` on the machine of docs/experiments.md, for REST and gRPC in equal parts;
+    another machine has other ones.
     """
 
-    serial_s: float = 500e-6
-    delay_s: float = 500e-6
-    delay_p99_s: float = 1_200e-6
+    receive_s: float = 375e-6
+    answer_s: float = 375e-6
+    wakeup_s: float = 460e-6
+    batch_s: float = 180e-6
+    way: Spread = Spread(
+        (0.0, 0.0, 40e-6, 430e-6, 810e-6, 1_260e-6, 1_600e-6, 1_840e-6, 2_110e-6, 2_330e-6,
+         2_530e-6, 2_910e-6, 2_970e-6)
+    )  # fmt: skip
+    wake: Spread = Spread(
+        (60e-6, 60e-6, 65e-6, 75e-6, 95e-6, 110e-6, 130e-6, 150e-6, 3_390e-6, 3_870e-6,
+         3_910e-6, 4_990e-6, 5_550e-6)
+    )  # fmt: skip
+    stretch: float = 1.0
+
+    @property
+    def serial_s(self) -> float:
+        """Of each request, one request at a time, while it never sleeps."""
+        return self.receive_s + self.answer_s
 
 
 @dataclass(frozen=True)
@@ -64,9 +124,12 @@ class Replica:
     front_end: FrontEnd = FrontEnd()
 
     def highest_throughput(self, rows: int) -> float:
-        """Requests of `rows` a second that no policy could exceed."""
+        """Requests of `rows` a second that no policy could exceed, by the instances, by the front
+        end, and by the cores that both share."""
         rate, serial_s = self.engine_throughput(rows), self.front_end.serial_s
-        return min(rate, 1 / serial_s) if serial_s > 0 else rate
+        core_s = self.times.instances * self.times.threads / rate + serial_s
+        shared = self.cores / core_s
+        return min(rate, shared, 1 / serial_s) if serial_s > 0 else min(rate, shared)
 
     def engine_throughput(self, rows: int) -> float:
         """Requests of `rows` a second that the instances could answer at most, the front end
@@ -158,7 +221,8 @@ def simulate(
 
 
 class _Simulation:
-    """One run: an event loop over arrivals, finishing batches and the policy's wake-ups."""
+    """One run: an event loop over arrivals, the front end, finishing batches and the policy's
+    wake-ups."""
 
     def __init__(
         self, replica: Replica, load: Load, n_requests: int, seed: int, stop: TooLate
@@ -166,48 +230,75 @@ class _Simulation:
         if n_requests < 1 or not 0 < load.rate_per_s < math.inf:
             raise ValueError("want at least one request, and a finite rate above 0")
         rng = np.random.default_rng(seed)
-        self._replica = replica
         self._load = load
+        self._instances = replica.times.instances
         self._arrival_s = _arrivals(load, n_requests, rng)
-        self._queued_s = _through_front_end(self._arrival_s, replica.front_end.serial_s)
-        self._spread = np.maximum(rng.standard_normal(n_requests), 0.0).tolist()
-        self._delay_s = _delays(replica.front_end, n_requests, rng)
-        in_time_s = self._arrival_s + load.threshold_s - self._delay_s
-        self._in_time_s: list[float] = in_time_s.tolist()  # when a batch must have finished
-        self._seconds_of = _batch_seconds(replica, load)
+        self._seconds_of = _batch_seconds(replica)
+        self._luck = rng.random(n_requests).tolist()
+        self._way_s = replica.front_end.way.draw(n_requests, rng)
+        late_s = self._arrival_s + load.threshold_s - self._way_s
+        self._in_time_s: list[float] = late_s.tolist()  # when the front end must have answered
         self._queue: BatchQueue[int] = BatchQueue(
             Limits(
                 replica.max_batch_size,
                 replica.max_queue_size,
                 replica.max_queue_delay_s,
-                replica.times.instances,
+                self._instances,
             ),
             _medians(replica),
         )
-        self._finish_s = [math.inf] * n_requests
-        self._running: list[tuple[float, int, int]] = []  # finish, number of batch, rows
-        self._batches: list[Batch] = []
+        self._cores = _Cores(replica)
+        self._front_end = _FrontEndThread(
+            replica.front_end, self._cores, replica.front_end.wake.draw(n_requests, rng).tolist()
+        )
+        self._queued_s = [math.inf] * n_requests
+        self._answer_s = [math.inf] * n_requests
+        self._batches: list[_Running] = []
         self._first_counted = stop.first
         self._late_left = stop.max_late + 1
 
     def run(self) -> Trace:
-        queued_s = self._queued_s.tolist()
-        n, index, wake_s = len(queued_s), 0, math.inf
-        while self._late_left > 0 and (index < n or self._running or self._queue.n_requests):
-            next_arrival_s = queued_s[index] if index < n else math.inf
-            next_finish_s = self._running[0][0] if self._running else math.inf
-            now = min(next_arrival_s, next_finish_s, wake_s)
-            assert now < math.inf, "requests are queued, and nothing will happen"
+        arrival_s = self._arrival_s.tolist()
+        n, index, wake_s = len(arrival_s), 0, math.inf
+        front_end, cores = self._front_end, self._cores
+        while self._late_left > 0:
+            next_arrival_s = arrival_s[index] if index < n else math.inf
+            next_finish_s = cores.next_finish_s
+            now = min(next_arrival_s, next_finish_s, front_end.next_s, wake_s)
+            if now == math.inf:
+                assert not self._queue.n_requests, "requests are queued, and nothing will happen"
+                break
             if now == next_finish_s:
                 self._finish(now)
+            elif now == front_end.next_s:
+                self._step_front_end(now)
             elif now == next_arrival_s:
-                self._offer(index, now)
+                front_end.jobs.append(index)
                 index += 1
-            wake_s = self._dispatch(now)
-        answer_s = np.asarray(self._finish_s) + self._delay_s
-        return Trace(self._arrival_s, self._queued_s, answer_s, tuple(self._batches))
+            wake_s = self._dispatch(now) if self._queue.n_requests else math.inf
+            if front_end.jobs and not front_end.works:
+                front_end.look(now)
+        batches = tuple(Batch(one.start_s, one.finish_s, one.requests) for one in self._batches)
+        answer_s = np.asarray(self._answer_s) + self._way_s
+        return Trace(self._arrival_s, np.asarray(self._queued_s), answer_s, batches)
+
+    def _step_front_end(self, now: float) -> None:
+        done = self._front_end.step(now)
+        if isinstance(done, int):
+            self._offer(done, now)
+        elif done is not None:
+            self._answer(done, now)
+
+    def _answer(self, batch: "_Running", now: float) -> None:
+        """The front end is through with a batch's answers, of which the last went out now."""
+        each_s = self._front_end.answer_s
+        for n_after, index in enumerate(reversed(batch.requests)):
+            self._answer_s[index] = answered_s = now - n_after * each_s
+            if answered_s > self._in_time_s[index]:
+                self._count_late(index)
 
     def _offer(self, index: int, now: float) -> None:
+        self._queued_s[index] = now
         target_s = now + self._load.threshold_s
         admitted, evicted = self._queue.offer(Entry(index, self._load.rows, now, target_s), now)
         if not admitted:
@@ -217,7 +308,11 @@ class _Simulation:
 
     def _dispatch(self, now: float) -> float:
         """Give idle instances work; returns when to look again."""
-        while len(self._running) < self._replica.times.instances and self._queue.n_requests:
+        while (
+            self._queue.n_requests
+            and self._cores.n_busy < self._instances
+            and self._cores.has_one_for_an_instance()
+        ):
             decision = self._queue.decide(now)
             for entry in decision.expired:
                 self._count_late(entry.item)
@@ -229,22 +324,140 @@ class _Simulation:
 
     def _start(self, entries: Sequence[Entry[int]], now: float) -> None:
         n_rows = self._load.rows * len(entries)
-        number = len(self._batches)
-        seconds = self._seconds_of(n_rows, self._spread[number])
-        self._batches.append(Batch(now, now + seconds, tuple(entry.item for entry in entries)))
-        heapq.heappush(self._running, (now + seconds, number, n_rows))
+        seconds = self._seconds_of(n_rows, self._luck[len(self._batches)])
+        batch = _Running(len(self._batches), n_rows, now, tuple(entry.item for entry in entries))
+        self._batches.append(batch)
+        self._cores.start(batch, seconds, now)
 
     def _finish(self, now: float) -> None:
-        _, number, n_rows = heapq.heappop(self._running)
-        batch = self._batches[number]
-        self._queue.times.observe(n_rows, batch.finish_s - batch.start_s)
-        for index in batch.requests:
-            self._finish_s[index] = now
-            if now > self._in_time_s[index]:
-                self._count_late(index)
+        batch = self._cores.finish(now)
+        self._queue.times.observe(batch.n_rows, now - batch.start_s)
+        self._front_end.jobs.append(batch)
 
     def _count_late(self, index: int) -> None:
         self._late_left -= index >= self._first_counted
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """A batch in an instance."""
+
+    number: int
+    n_rows: int
+    start_s: float
+    requests: tuple[int, ...]
+    finish_s: float = math.inf
+
+
+class _Cores:
+    """The replica's cores, and the batches that run on what the front end leaves of them.
+
+    Busy instances share what they get evenly. So all of them have the same `done_s`, the seconds
+    of work that an instance would have done that was busy from the begin; a batch finishes when
+    it reaches a value that is known when it starts.
+    """
+
+    def __init__(self, replica: Replica) -> None:
+        self._n = replica.cores
+        self._threads = replica.times.threads
+        self._running: list[tuple[float, int, _Running]] = []
+        self._done_s = 0.0
+        self._since_s = 0.0
+        self._rate = 1.0
+        self._front_end_works = False
+        self.next_finish_s = math.inf
+        """When the next batch finishes if nothing changes."""
+
+    @property
+    def n_busy(self) -> int:
+        return len(self._running)
+
+    def are_taken(self) -> bool:
+        """Whether the instances' threads have them all."""
+        return len(self._running) * self._threads >= self._n
+
+    def has_one_for_an_instance(self) -> bool:
+        return not self._front_end_works or len(self._running) * self._threads + 1 < self._n
+
+    def start(self, batch: _Running, seconds: float, now: float) -> None:
+        self._advance(now)
+        heapq.heappush(self._running, (self._done_s + seconds, batch.number, batch))
+        self._set_rate()
+
+    def finish(self, now: float) -> _Running:
+        self._advance(now)
+        batch = heapq.heappop(self._running)[2]
+        batch.finish_s = now
+        self._set_rate()
+        return batch
+
+    def front_end_works(self, works: bool, now: float) -> None:
+        self._advance(now)
+        self._front_end_works = works
+        self._set_rate()
+
+    def _advance(self, now: float) -> None:
+        self._done_s += self._rate * (now - self._since_s)
+        self._since_s = now
+
+    def _set_rate(self) -> None:
+        left = self._n - self._front_end_works
+        runnable = left // self._threads
+        n_busy = len(self._running)
+        self._rate = min(1.0, runnable / n_busy) if n_busy else 1.0
+        self.next_finish_s = math.inf
+        if n_busy and self._rate > 0:
+            left_s = max(0.0, self._running[0][0] - self._done_s)
+            self.next_finish_s = self._since_s + left_s / self._rate
+
+
+class _FrontEndThread:
+    """The front end's thread: asleep, waiting for a core, or at work. `jobs` are requests to read
+    (their index) and batches to answer."""
+
+    def __init__(self, costs: FrontEnd, cores: _Cores, wake_s: list[float]) -> None:
+        self.jobs: deque[int | _Running] = deque()
+        self.next_s = math.inf
+        """When it gets a core or is through with a job; infinite while it sleeps."""
+        self.answer_s = costs.answer_s
+        self._receive_s = costs.receive_s
+        self._wakeup_s = costs.wakeup_s
+        self._cores = cores
+        self._wake_s = wake_s
+        self._n_waits = 0
+        self.works = False
+
+    def look(self, now: float) -> None:
+        """Asleep with something to do: wake up, at once if a core is free."""
+        if not self._cores.are_taken():
+            self._begin(now)
+        elif self.next_s == math.inf:
+            self.next_s = now + self._wake_s[self._n_waits % len(self._wake_s)]
+            self._n_waits += 1
+
+    def step(self, now: float) -> int | _Running | None:
+        """Get a core, or end a job, which is returned, and begin the next."""
+        if not self.works:
+            self._begin(now)
+            return None
+        done = self.jobs.popleft()
+        if self.jobs:
+            self._begin(now)
+        else:
+            self.works = False
+            self.next_s = math.inf
+            self._cores.front_end_works(False, now)
+        return done
+
+    def _begin(self, now: float) -> None:
+        seconds = 0.0
+        if not self.works:
+            self.works = True
+            self._cores.front_end_works(True, now)
+            seconds = self._wakeup_s
+        job = self.jobs[0]
+        seconds += self._receive_s if isinstance(job, int) else self.answer_s * len(job.requests)
+        self.next_s = now + seconds
 
 
 def _arrivals(load: Load, n: int, rng: np.random.Generator) -> FloatArray:
@@ -254,59 +467,62 @@ def _arrivals(load: Load, n: int, rng: np.random.Generator) -> FloatArray:
     return np.asarray(steps / load.rate_per_s, dtype=np.float64)
 
 
-def _through_front_end(arrival_s: FloatArray, serial_s: float) -> FloatArray:
-    """[n] when each leaves a server that takes `serial_s` a request, first come, first served.
+def _batch_seconds(replica: Replica) -> Callable[[int, float], float]:
+    """(rows, share) -> seconds of a batch at that quantile of its size."""
+    spreads = [_spread_of(replica.times, index) for index in range(len(replica.times.times))]
+    by_level = [_service_times(replica, seconds) for seconds in zip(*spreads, strict=True)]
+    costs = replica.front_end
 
-    Lindley's recursion d[i] = max(a[i], d[i-1]) + s, unrolled to a running maximum.
-    """
-    work_s = serial_s * np.arange(len(arrival_s))
-    left_s: FloatArray = np.maximum.accumulate(arrival_s - work_s) + work_s + serial_s
-    return left_s
+    @cache
+    def at_levels(n_rows: int) -> list[float]:
+        return [costs.batch_s + costs.stretch * times.of(n_rows) for times in by_level]
 
-
-def _delays(front_end: FrontEnd, n: int, rng: np.random.Generator) -> FloatArray:
-    """[n] seconds of the way there and back."""
-    if front_end.delay_s <= 0:
-        return np.zeros(n)
-    spread = _spread(front_end.delay_s, front_end.delay_p99_s)
-    delays: FloatArray = front_end.delay_s * np.exp(
-        spread * np.maximum(rng.standard_normal(n), 0.0)
-    )
-    return delays
-
-
-def _batch_seconds(replica: Replica, load: Load) -> Callable[[int, float], float]:
-    """(rows, z) -> seconds of a batch; z is a standard normal's positive part."""
-    medians = _medians(replica)
-    tails = _service_times(replica, [time.p99_s for time in replica.times.times])
-    contention = _contention(replica, load.rate_per_s)
-    known: dict[int, tuple[float, float]] = {}
-
-    def seconds(n_rows: int, z: float) -> float:
-        if n_rows not in known:
-            median = medians.of(n_rows)
-            known[n_rows] = median * contention, _spread(median, tails.of(n_rows))
-        median, spread = known[n_rows]
-        return median * math.exp(spread * z)
+    def seconds(n_rows: int, share: float) -> float:
+        known = at_levels(n_rows)
+        index = _level_below(share)
+        low, high = LEVELS[index], LEVELS[index + 1]
+        return known[index] + (known[index + 1] - known[index]) * (share - low) / (high - low)
 
     return seconds
 
 
-def _spread(median_s: float, p99_s: float) -> float:
-    """The σ with which the 99th percentile of median * exp(σ|z|), half of them, is `p99_s`."""
-    return min(math.log(max(1.0, p99_s / median_s)) / _Z99, _MAX_SPREAD)
+_STEPS = tuple(
+    max(index for index, level in enumerate(LEVELS[:-1]) if level <= step / 1000)
+    for step in range(1000)
+)
 
 
-def _contention(replica: Replica, rate_per_s: float) -> float:
-    """How many times longer batches take since the front end works on the same cores."""
-    wanted = replica.times.instances * replica.times.threads
-    front_end = min(1.0, rate_per_s * replica.front_end.serial_s)
-    left = max(replica.cores - front_end, 0.1)
-    return max(1.0, wanted / left)
+def _level_below(share: float) -> int:
+    """Index of the last of `LEVELS` but one that is at most `share`, which is below 1."""
+    return _STEPS[int(share * 1000)]
+
+
+def _spread_of(times: InstanceTimes, index: int) -> Sequence[float]:
+    """Seconds at `LEVELS` of the size of that index: as measured, else by median and p99."""
+    if times.quantiles:
+        return times.quantiles[index]
+    return _half_log_normal(times.times[index].p50_s, times.times[index].p99_s)
+
+
+def _half_log_normal(median_s: float, p99_s: float) -> list[float]:
+    """Where only two quantiles are known: half of it just the median, the others exp(σ|z|) times
+    it, z standard normal, σ such that the 99th percentile fits."""
+    sigma = min(math.log(max(1.0, p99_s / median_s)) / _Z99, _MAX_SPREAD)
+    return [median_s * math.exp(sigma * z) for z in _normal_scores()]
+
+
+@cache
+def _normal_scores() -> tuple[float, ...]:
+    normal = NormalDist()
+    scores = (normal.inv_cdf(level) if 0.5 < level < 1 else _MAX_Z * level for level in LEVELS)
+    return tuple(0.0 if level <= 0.5 else z for level, z in zip(LEVELS, scores, strict=True))
 
 
 def _medians(replica: Replica) -> ServiceTimes:
-    return _service_times(replica, [time.p50_s for time in replica.times.times])
+    """What the policy expects of a batch: the server measures what it takes there."""
+    costs = replica.front_end
+    medians = [costs.batch_s + costs.stretch * time.p50_s for time in replica.times.times]
+    return _service_times(replica, medians)
 
 
 def _service_times(replica: Replica, seconds: Sequence[float]) -> ServiceTimes:

@@ -4,14 +4,15 @@ Reading resolves paths and checks that the files are there; it imports no user c
 neither model nor data (`optimizer.model_source` and `optimizer.data` do that).
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -19,7 +20,12 @@ from loadtest.document import DocumentInvalid, Strict, read_document
 from loadtest.slo import PositiveFloat, Slo, read_slo
 from optimizer.errors import SpecInvalid
 from optimizer.importable import Importable
+from serve.transform.text import MAX_LENGTH
 
+if TYPE_CHECKING:
+    import torch
+
+Objective = Literal["cost", "latency", "size", "energy"]
 TechniqueName = Literal["quantization", "compilation"]
 TECHNIQUES: tuple[TechniqueName, ...] = ("quantization", "compilation")
 """Those that a spec can name, in the order of a recipe's stages."""
@@ -68,15 +74,27 @@ def _expanded(text: str, environ: Mapping[str, str]) -> str:
 
 def _existing_file(value: object) -> object:
     """Expand `${VAR}`, make absolute against the spec's directory; the file must exist."""
+    path = _absolute(value)
+    if not isinstance(value, Path) and not path.is_file():
+        raise ValueError(f"want an existing file, {path} is none")
+    return path
+
+
+def _existing_path(value: object) -> object:
+    """The same for a file or a folder."""
+    path = _absolute(value)
+    if not isinstance(value, Path) and not path.exists():
+        raise ValueError(f"want an existing file or folder, {path} is none")
+    return path
+
+
+def _absolute(value: object) -> Path:
     if isinstance(value, Path):
         return value
     if not isinstance(value, str) or not value:
-        raise ValueError("want the path of a file")
+        raise ValueError("want a path")
     here = _here()
-    path = Path(os.path.abspath(here.directory / _expanded(value, here.environ)))
-    if not path.is_file():
-        raise ValueError(f"want an existing file, {path} is none")
-    return path
+    return Path(os.path.abspath(here.directory / _expanded(value, here.environ)))
 
 
 def _importable(value: object) -> object:
@@ -94,6 +112,7 @@ def _listed(value: object) -> object:
 
 
 ExistingFile = Annotated[Path, BeforeValidator(_existing_file)]
+ExistingPath = Annotated[Path, BeforeValidator(_existing_path)]
 FunctionName = Annotated[Importable, BeforeValidator(_importable)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -130,22 +149,52 @@ class TorchSource:
 
 
 @dataclass(frozen=True)
+class ExportedSource:
+    """A torch model as an archive of `torch.export`. Empty `inputs` or `outputs` mean those of
+    the program; read them by `optimizer.model_source.read_signature`."""
+
+    path: Path
+    inputs: tuple[InputSpec, ...] = ()
+    outputs: tuple[OutputSpec, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleSource:
+    """A torch model given as an object from Python; it is copied before anything is done to it.
+    Only this process has it: NOT_RESUMABLE is what the result has to say."""
+
+    module: "torch.nn.Module"
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[OutputSpec, ...]
+
+
+NOT_RESUMABLE = (
+    "the model was given as an object: the study can't be resumed in another process; name a "
+    "factory in the spec for that"
+)
+
+
+@dataclass(frozen=True)
 class OnnxSource:
     """A model that exists only as ONNX; its signature is read from the file."""
 
     path: Path
 
 
-ModelSource = TorchSource | OnnxSource
+TorchKind = TorchSource | ExportedSource | ModuleSource
+ModelSource = TorchKind | OnnxSource
 
 
 class ModelSection(Strict):
-    """The key `model`: either `factory`, `weights`, `inputs`, `outputs`, or `onnx` alone."""
+    """The key `model`: `factory`, `weights`, `inputs`, `outputs`; or `exported`, with `inputs`
+    and `outputs` to name them otherwise; or `onnx` alone."""
 
     factory: FunctionName | None = None
     weights: ExistingFile | None = None
     inputs: Annotated[tuple[InputSpec, ...], BeforeValidator(_listed)] = ()
     outputs: Annotated[tuple[OutputSpec, ...], BeforeValidator(_listed)] = ()
+    exported: ExistingFile | None = None
+    """It can carry code and is trusted as the factory is."""
     onnx: ExistingFile | None = None
 
     @field_validator("weights")
@@ -168,30 +217,41 @@ class ModelSection(Strict):
             raise ValueError("want every tensor name once")
         return value
 
+    @field_validator("exported")
+    @classmethod
+    def _is_an_archive(cls, value: Path | None) -> Path | None:
+        if value is not None and value.suffix != ".pt2":
+            raise ValueError("want a .pt2 file, as torch.export.save(program, path) writes it")
+        return value
+
     @model_validator(mode="after")
     def _is_one_kind(self) -> Self:
         torch_keys = ("factory", "weights", "inputs", "outputs")
         given = [key for key in torch_keys if getattr(self, key)]
-        if self.onnx is not None and given:
-            raise ValueError(f"want either onnx or {', '.join(torch_keys)}, not both")
+        if self.onnx is not None and (given or self.exported is not None):
+            raise ValueError(f"want either onnx or exported or {', '.join(torch_keys)}, not both")
+        if self.exported is not None and {"factory", "weights"} & set(given):
+            raise ValueError("want either exported or factory and weights, not both")
         missing = [key for key in torch_keys if key not in given]
-        if self.onnx is None and missing:
-            raise ValueError(f"want {', '.join(missing)} (or onnx alone)")
+        if self.onnx is None and self.exported is None and missing:
+            raise ValueError(f"want {', '.join(missing)} (or exported, or onnx alone)")
         return self
 
     def source(self) -> ModelSource:
-        """The model as one of the two kinds."""
+        """The model as one of the kinds that a file can name."""
         if self.onnx is not None:
             return OnnxSource(self.onnx)
+        if self.exported is not None:
+            return ExportedSource(self.exported, self.inputs, self.outputs)
         assert self.factory is not None
         assert self.weights is not None
         return TorchSource(self.factory, self.weights, self.inputs, self.outputs)
 
 
 class SplitSpec(Strict):
-    """Where the samples of one split are: a file or a function, and which of its rows."""
+    """Where the samples of one split are: a file, a folder or a function, and which of its rows."""
 
-    path: ExistingFile | None = None
+    path: ExistingPath | None = None
     call: FunctionName | None = None
     rows: Annotated[tuple[int, int], BeforeValidator(_listed)] | None = None
     """Half-open [start, stop), counted from 0; without it all rows."""
@@ -216,7 +276,8 @@ class Columns(Strict):
     inputs: dict[str, str] = Field(default_factory=dict)
     """Model input → column. An input that isn't listed is read from the column of its name."""
     label: str | None = "label"
-    """Integer class labels. None: the data has no labels, accuracy can't be judged."""
+    """Integer class labels; of an image folder they are its subfolders, whatever the name. None:
+    the data has no labels, and variants are judged by how faithful they are to the base."""
 
     def of_input(self, name: str) -> str:
         return self.inputs.get(name, name)
@@ -258,20 +319,55 @@ class ImageSpec(Strict):
         return self
 
 
+class TextSpec(Strict):
+    """How texts become inputs: by a tokenizer, as the server tokenizes them
+    (`serve.transform.text.TextInput`)."""
+
+    tokenizer: ExistingFile
+    """A tokenizer.json of the `tokenizers` library."""
+    max_length: int = Field(ge=1, le=MAX_LENGTH)
+    """Tokens, special ones included; longer texts are truncated."""
+    column: Name = "text"
+    ids: Name = "input_ids"
+    """The model's input that takes the numbers of tokens."""
+    mask: Name | None = None
+    """The one that takes 1 for tokens and 0 for what was filled in."""
+    types: Name | None = None
+    """The one that takes segments."""
+    datatype: Literal["INT64", "INT32"] = "INT64"
+    """Of those inputs."""
+    padding: Literal["longest", "max_length"] = "longest"
+    """Texts that are read together are filled up to the longest of them, or always to
+    `max_length`, for models with a fixed length."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The model's inputs that are made of a text."""
+        return tuple(name for name in (self.ids, self.mask, self.types) if name is not None)
+
+    @model_validator(mode="after")
+    def _inputs_are_distinct(self) -> Self:
+        if len(set(self.inputs)) < len(self.inputs):
+            raise ValueError("want different inputs in ids, mask and types")
+        return self
+
+
 class DataSpec(Strict):
     """Three disjoint sets of samples: to learn from, to choose by, and to report once."""
 
-    format: Literal["parquet", "numpy", "importable"]
+    format: Literal["parquet", "numpy", "image_folder", "importable"]
     train: SplitSpec
     validation: SplitSpec
     test: SplitSpec
     columns: Columns = Columns()
     image: ImageSpec | None = None
-    """How images become inputs. Must for parquet, where images are encoded; arrays are taken as
+    """How images become inputs. Columns of a parquet file are images with it; arrays are taken as
     they are without it, and as uint8 [n, y, x] or [n, y, x, channel] images with it."""
+    text: TextSpec | None = None
+    """How texts of a parquet file become inputs."""
     n_classes: int | None = Field(default=None, ge=2, le=1_000_000)
-    """Without it: the names of the label's classes in the file, or the largest label of train
-    and one."""
+    """Without it: the names of the label's classes in the file, the subfolders of train, or the
+    largest label of train and one."""
     calibration_samples: int | None = Field(default=None, ge=1)
     """Drawn from train by the spec's seed. Without it 512, or all of a smaller train split."""
     overlap: Literal["refuse", "drop"] = "refuse"
@@ -281,15 +377,51 @@ class DataSpec(Strict):
     @model_validator(mode="after")
     def _origins_fit_the_format(self) -> Self:
         wanted = "call" if self.format == "importable" else "path"
+        kind = "folder" if self.format == "image_folder" else "file"
         for name in ("train", "validation", "test"):
-            if getattr(getattr(self, name), wanted) is None:
+            split: SplitSpec = getattr(self, name)
+            if getattr(split, wanted) is None:
                 raise ValueError(f"want {wanted} in {name} for the format {self.format}")
+            if split.path is not None and split.path.is_dir() != (kind == "folder"):
+                raise ValueError(f"want a {kind} as {name}.path for the format {self.format}")
         return self
 
     @model_validator(mode="after")
-    def _images_have_a_preprocessing(self) -> Self:
-        if self.format == "parquet" and self.image is None:
-            raise ValueError("want image (mean, std) for the format parquet")
+    def _preprocessing_fits_the_format(self) -> Self:
+        if self.format == "image_folder" and self.image is None:
+            raise ValueError("want image (mean, std) for the format image_folder")
+        if self.text is not None and self.format != "parquet":
+            raise ValueError(f"want no text for the format {self.format}: it is parquet's")
+        if self.text is not None and self.image is not None:
+            raise ValueError("want either image or text, not both")
+        return self
+
+
+class TaskSpec(Strict):
+    """What accuracy means: see `optimizer.tasks`."""
+
+    kind: Literal["classification", "embedding", "custom"] = "classification"
+    metric: FunctionName | None = None
+    """With custom: a function of outputs and labels that scores each sample."""
+    output: Name | None = None
+    """The output that is scored. Without it the model's first; a custom metric gets all."""
+    range: Annotated[tuple[float, float], BeforeValidator(_listed)] = (0.0, 1.0)
+    """With custom: the lowest and the highest score that the metric can give."""
+
+    @field_validator("range")
+    @classmethod
+    def _range_is_finite(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not -math.inf < value[0] < value[1] < math.inf:
+            raise ValueError("want [low, high], finite numbers with low < high")
+        return value
+
+    @model_validator(mode="after")
+    def _metric_fits_the_kind(self) -> Self:
+        if self.kind == "custom" and self.metric is None:
+            raise ValueError("want metric for the kind custom: 'module:function'")
+        given = [name for name in ("metric", "range") if name in self.model_fields_set]
+        if self.kind != "custom" and given:
+            raise ValueError(f"want {' and '.join(given)} only for the kind custom")
         return self
 
 
@@ -298,6 +430,9 @@ class Budget(Strict):
 
     wall_clock_s: PositiveFloat
     trials: int = Field(ge=1, le=1_000_000)
+    training_epochs: float | None = Field(default=None, ge=0)
+    """Passes over the train split that techniques may spend on training. Without it as many as
+    the time allows."""
 
 
 class Techniques(Strict):
@@ -305,6 +440,8 @@ class Techniques(Strict):
 
     include: Annotated[tuple[TechniqueName, ...], BeforeValidator(_listed)] = TECHNIQUES
     exclude: Annotated[tuple[TechniqueName, ...], BeforeValidator(_listed)] = ()
+    plugins: Annotated[tuple[FunctionName, ...], BeforeValidator(_listed)] = ()
+    """Techniques of the user's own, `module:Class` by the contract of `optimizer.techniques`."""
 
     @property
     def enabled(self) -> tuple[TechniqueName, ...]:
@@ -323,12 +460,29 @@ class Techniques(Strict):
         return self
 
 
+class Constraints(Strict):
+    """What a variant must not exceed, beside the SLO."""
+
+    size_bytes: int | None = Field(default=None, ge=1)
+    """Of the artifact."""
+    memory_bytes: int | None = Field(default=None, ge=1)
+    """Resident memory of a replica's instances, beyond the bare process."""
+
+
+class Search(Strict):
+    """How recipes are proposed."""
+
+    sampler: Literal["tpe", "random", "nsga2", "grid"] = "tpe"
+
+
 class Target(Strict):
     """The machine to serve on; measurements are taken on it."""
 
     device: Literal["cpu"] = "cpu"
     cores: int | None = Field(default=None, ge=1, le=4096)
-    """Cores of one replica. Without it, all that this process may use."""
+    """Cores of one replica. Without it, all that the measuring process may use."""
+    agent: str | None = Field(default=None, pattern=r"^https?://[^\s/@]+/?$")
+    """URL of the `trimserve measure` that measures on the target, where it isn't this machine."""
     price_per_core_hour: PositiveFloat
     """In any currency: the cost is reported in it."""
 
@@ -341,11 +495,15 @@ class SpecDocument(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
     slo: ExistingFile
     seed: int = Field(default=0, ge=0, lt=2**32)
-    model: ModelSection
+    model: ModelSection | None = None
+    """Must, unless the model is given as an object."""
     data: DataSpec
-    objective: Literal["cost", "latency", "size"] = "cost"
+    objective: Objective = "cost"
+    constraints: Constraints = Constraints()
+    task: TaskSpec = TaskSpec()
     budget: Budget
     techniques: Techniques = Techniques()
+    search: Search = Search()
     target: Target
 
 
@@ -362,16 +520,21 @@ class Spec:
     seed: int
     model: ModelSource
     data: DataSpec
-    objective: Literal["cost", "latency", "size"]
+    objective: Objective
     """What to minimize among the variants that keep the SLO: money per million inferences,
-    the SLO's quantile of latency, or the bytes of the artifact."""
+    the SLO's quantile of latency, the bytes of the artifact, or joules per inference."""
     budget: Budget
     techniques: Techniques
     target: Target
+    constraints: Constraints = field(default_factory=Constraints)
+    search: Search = field(default_factory=Search)
+    task: TaskSpec = field(default_factory=TaskSpec)
 
 
-def read_spec(path: Path, environ: Mapping[str, str] | None = None) -> Spec:
-    """Read the spec at `path`, and the SLO that it names.
+def read_spec(
+    path: Path, environ: Mapping[str, str] | None = None, model: ModuleSource | None = None
+) -> Spec:
+    """Read the spec at `path`, and the SLO that it names; `model` stands in for the key.
 
     Relative paths count from the spec's directory; `${VAR}` in them is taken from `environ`
     (the process's own by default). Raises SpecInvalid with every problem found.
@@ -383,16 +546,23 @@ def read_spec(path: Path, environ: Mapping[str, str] | None = None) -> Spec:
         slo = read_slo(document.slo)
     except DocumentInvalid as error:
         raise SpecInvalid(error.source, error.problems) from error
+    named = document.model.source() if document.model is not None else None
+    chosen = named if model is None else model
+    if chosen is None:
+        raise SpecInvalid(str(path), [f"{path}:1: model: missing, it must be given"])
     return Spec(
         source=path,
         name=document.name,
         slo=slo,
         slo_path=document.slo,
         seed=document.seed,
-        model=document.model.source(),
+        model=chosen,
         data=document.data,
         objective=document.objective,
         budget=document.budget,
         techniques=document.techniques,
         target=document.target,
+        constraints=document.constraints,
+        search=document.search,
+        task=document.task,
     )

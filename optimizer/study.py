@@ -6,70 +6,84 @@ reported by name and the rest goes on. Everything measured is in the store, so a
 started again continues, and the same records end in the same choice.
 """
 
-import hashlib
+import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
-from loadtest.slo import Slo
-from optimizer.builder import Builder
 from optimizer.choice import nearest_miss, ranked
-from optimizer.data.splits import DataSplits, Samples, Split, load_splits
+from optimizer.data.splits import DataSplits
 from optimizer.errors import SpecInvalid
+from optimizer.estimates import Estimates
 from optimizer.evaluator import Evaluator
+from optimizer.execution.delegation import DelegatingBuilder
+from optimizer.execution.inline import InlineExecutor
+from optimizer.execution.processes import ProcessExecutor, setup_of
+from optimizer.execution.setup import (
+    MAX_BATCH_SIZE,
+    Surroundings,
+    enabled_techniques,
+    first,
+    read_data,
+)
 from optimizer.finals import Finals
-from optimizer.kernels import n_quantized
-from optimizer.model_source import check_model, read_signature, source_digest
+from optimizer.findings import Findings
+from optimizer.front_end import front_end_from, measured_front_end
+from optimizer.identity import package_versions, spec_digest, study_id
+from optimizer.judgement import Judgement
+from optimizer.measuring import Measurer
+from optimizer.measuring.bearer import TokenInvalid, read_token
+from optimizer.measuring.child import ChildMeasurer
+from optimizer.measuring.local import LocalMeasurer
+from optimizer.measuring.remote import RemoteMeasurer
 from optimizer.observer import Observer, Silent, Standing
 from optimizer.pareto import pareto_front
-from optimizer.result import (
-    BudgetUsed,
-    NearestMiss,
-    Outcome,
-    StudyResult,
-    Target,
-    Variant,
-)
-from optimizer.search.coordinator import Coordinator
+from optimizer.preflight import refuse_contradictions, refuse_lost_output, why_undecidable
+from optimizer.result import BudgetUsed, Outcome, StudyResult, Target, Variant
+from optimizer.search.coordinator import Answer, Coordinator, Trial
+from optimizer.search.ladder import Rung, rung_records
 from optimizer.search.landscape import remembered
-from optimizer.spec import OnnxSource, Spec, read_spec
+from optimizer.serving import Serving
+from optimizer.simulation import FrontEnd
+from optimizer.spec import NOT_RESUMABLE, ModuleSource, Spec, read_spec
 from optimizer.store import DEFAULT_PATH, Store
-from optimizer.techniques import TECHNIQUES, Context, Technique, load_technique
+from optimizer.tasks import make_task
+from optimizer.techniques import Technique
 from optimizer.timing import Effort
 from optimizer.trials import Trials
-from optimizer.variant import source_model
+from optimizer.variant import STRUCTURAL
 from optimizer.verify import ServerVerifier, Verifier
-from serve.artifact import check_model_name
-from serve.machine import allowed_cores, this_machine
+from optimizer.warm_start import first_decisions
 from serve.tensor import Array
 
-MAX_BATCH_SIZE = 32
-"""The largest batch that is measured and served. Throughput is flat beyond it on CPUs."""
 N_GOLDEN = 3
-N_TIMED_SAMPLES = 256
-_N_CHECKED = 8
+DEFAULT_CONFIDENCE = 0.95
+"""Of the drop's interval, where the SLO has no accuracy objective."""
 BATCH_SIZES = (1, 2, 4, 8, 16, MAX_BATCH_SIZE)
-_PACKAGES = ("trimserve", "torch", "onnx", "onnxruntime", "openvino", "optuna", "numpy")
-_ALWAYS = ("export",)
-"""Techniques that are steps of every recipe and no optimization, so a spec can't leave them out."""
+MAX_RULED_OUT = 2_000
+"""Recipes in a row that are ruled out by estimate, after which the space counts as exhausted."""
 
 
 @dataclass(frozen=True)
 class Options:
     """How a study is run, beside what the spec asks.
 
-    `verifier` None means the real server and load test of this machine; `verify` False leaves
-    the answer unverified. `techniques` are those of the table without it.
+    `store` is a SQLite file or a URL, `artifacts` the folder of its artifacts where that isn't
+    beside it. `verifier` None means the real server and load test of this machine; `verify` False
+    leaves the answer unverified. `techniques` are those of the table without it. With `isolate`,
+    building and measuring are done in processes of their own, which a study can have that was
+    given as a file, with techniques that the spec names.
     """
 
-    store: Path = DEFAULT_PATH
+    store: Path | str = DEFAULT_PATH
+    artifacts: Path | None = None
     verify: bool = True
     verifier: Verifier | None = None
     observer: Observer = field(default_factory=Silent)
@@ -77,22 +91,33 @@ class Options:
     effort: Effort = field(default_factory=Effort)
     command: tuple[str, ...] = ()
     clock: Callable[[], float] = time.monotonic
+    isolate: bool = True
+    from_report: Path | None = None
+    """A load test's violated report, from which the model of the overheads is corrected."""
 
 
 def optimize(
-    spec: Path | str | Spec, repository: Path | str, options: Options | None = None
+    spec: Path | str | Spec,
+    repository: Path | str,
+    options: Options | None = None,
+    model: ModuleSource | None = None,
 ) -> StudyResult:
     """Find the cheapest variant that keeps the spec's SLO, and publish it to `repository`.
 
+    `model` is an object that stands in for the spec's; such a study can't be resumed elsewhere.
     Nothing is written there unless the outcome is met, or unverified where that was asked for.
-    Raises SpecInvalid for what the spec's author has to change, StoreInvalid, and
-    serve.errors.ArtifactInvalid where the repository can't take the version.
+    Raises SpecInvalid for what the spec's author has to change, StoreInvalid,
+    MeasurerUnavailable where the target's agent can't be used, and serve.errors.ArtifactInvalid
+    where the repository can't take the version.
     """
     options = options or Options()
-    spec = spec if isinstance(spec, Spec) else read_spec(Path(spec))
+    if isinstance(spec, Spec) or model is not None or options.techniques is not None:
+        options = replace(options, isolate=False)
+    spec = spec if isinstance(spec, Spec) else read_spec(Path(spec), model=model)
+    if model is not None:
+        spec = replace(spec, model=model)
     with tempfile.TemporaryDirectory(prefix="trimserve-study-") as scratch:
-        study = _Study(spec, Path(repository), options, Path(scratch))
-        return study.run()
+        return _Study(spec, Path(repository), options, Path(scratch)).run()
 
 
 class _Study:
@@ -104,84 +129,148 @@ class _Study:
         self._options = options
         self._observer = options.observer
         self._scratch = scratch
-        self._machine = this_machine()
-        self._cores = spec.target.cores or allowed_cores()
         self._start_s = options.clock()
         self._notes: list[str] = []
 
     def run(self) -> StudyResult:
-        self._check_surroundings()
-        self._observer.phase("reading model and data")
-        splits = self._read_data()
-        too_few = _too_few_samples(self._spec, splits.validation)
-        if not too_few and self._options.verify:
-            too_few = _too_few_requests(self._spec.slo)
-        if too_few:
-            self._note(too_few)
-            return self._result("inconclusive", splits, [])
-        with Store(self._options.store) as store:
-            trials = self._trials(store, splits)
+        with _measurer(self._spec, self._options.isolate) as measurer:
+            self._measurer = measurer
+            self._machine = measurer.machine
+            self._cores = self._spec.target.cores or self._machine.cores
+            refuse_contradictions(self._spec, self._repository, self._measurer)
+            self._observer.phase("reading model and data")
+            splits = read_data(self._spec)
+            has_labels = splits.validation.labels is not None
+            self._task = make_task(self._spec.task, has_labels=has_labels)
+            refuse_lost_output(self._spec, self._task)
+            undecidable = why_undecidable(self._spec, self._task, splits, self._options.verify)
+            if undecidable:
+                self._note(undecidable)
+                return self._result("inconclusive", splits, [], None)
+            if isinstance(self._spec.model, ModuleSource):
+                self._note(NOT_RESUMABLE)
+            if self._spec.target.agent is not None and self._options.verify:
+                self._note(
+                    "the load test runs on this machine, not on target.agent: a verdict says "
+                    "nothing of the target"
+                )
+            with Store(self._options.store, self._options.artifacts) as store:
+                return self._led(store, splits)
+
+    def _led(self, store: Store, splits: DataSplits) -> StudyResult:
+        with self._builder(store, splits) as builder:
+            trials = self._trials(store, splits, builder)
             complete = self._search(trials)
             return self._conclude(trials, splits, complete)
 
-    def _check_surroundings(self) -> None:
-        """What would otherwise fail only after the budget was spent."""
-        if self._cores > allowed_cores():
-            raise SpecInvalid(
-                str(self._spec.source),
-                [f"target.cores: got {self._cores}, want at most {allowed_cores()}: variants are "
-                 "timed on this machine"],
-            )  # fmt: skip
-        check_model_name(self._spec.name)
-        if self._repository.exists() and not self._repository.is_dir():
-            raise NotADirectoryError(f"{self._repository}: want a directory for the repository")
+    @contextmanager
+    def _builder(self, store: Store, splits: DataSplits) -> Iterator[DelegatingBuilder]:
+        spec, options = self._spec, self._options
+        techniques = options.techniques or enabled_techniques(spec)
+        shared = Surroundings(spec, splits, self._machine, techniques)
+        executor: InlineExecutor | ProcessExecutor
+        if options.isolate:
+            setup = setup_of(spec.source, options.store, options.artifacts, self._machine)
+            executor = ProcessExecutor(setup, self._measurer)
+        else:
+            executor = InlineExecutor(shared, store, self._measurer)
+        try:
+            executor.start()
+            yield DelegatingBuilder(
+                store, shared.base, techniques, shared.context, shared.inputs, executor=executor
+            )
+        finally:
+            executor.close()
 
-    def _read_data(self) -> DataSplits:
+    def _trials(self, store: Store, splits: DataSplits, builder: DelegatingBuilder) -> Trials:
         spec = self._spec
-        splits = load_splits(spec.data, read_signature(spec.model).input_names, spec.seed)
-        check_model(spec.model, _first(splits.validation, _N_CHECKED), splits.n_classes)
-        if spec.slo.accuracy is not None and splits.validation.labels is None:
-            raise SpecInvalid(
-                str(spec.source),
-                ["data: has no labels, but the SLO has an accuracy objective: "
-                 "want labels (data.columns.label), or an SLO without it"],
-            )  # fmt: skip
-        return splits
-
-    def _trials(self, store: Store, splits: DataSplits) -> Trials:
-        spec = self._spec
-        inputs = _first(splits.validation, N_TIMED_SAMPLES).inputs
-        techniques = self._options.techniques or _enabled_techniques(spec)
-        context = Context(splits.calibration, self._machine, spec.seed, MAX_BATCH_SIZE)
-        base = source_model(spec.model, source_digest(spec.model), _precision(spec))
-        builder = Builder(store, base, techniques, context, inputs)
         evaluator = Evaluator(
             store=store,
-            machine=self._machine,
+            measurer=self._measurer,
             cores=self._cores,
             batch_sizes=BATCH_SIZES,
-            inputs=inputs,
-            validation=splits.validation,
+            inputs=builder.inputs,
             seed=spec.seed,
             effort=self._options.effort,
         )
-        return Trials(spec, builder, evaluator)
+        serving = Serving(spec, self._cores, self._front_end(store, builder.inputs))
+        name = study_id(spec, builder, splits, self._machine, serving)
+        base_id = builder.base.digest
+        stages = {technique.traits.stage for technique in builder.techniques.values()}
+        estimates = (
+            Estimates(spec, store, self._measurer, base_id, self._cores, builder.blocks)
+            if stages & set(STRUCTURAL)
+            else None
+        )
+        accuracy = spec.slo.accuracy
+        judgement = Judgement(
+            evaluator,
+            self._task,
+            accuracy.confidence if accuracy else DEFAULT_CONFIDENCE,
+            spec.seed,
+        )
+        trials = Trials(
+            spec, builder, evaluator, judgement, serving, splits.validation, name, estimates,
+            self._options.clock,
+        )  # fmt: skip
+        trials.recall()
+        return trials
+
+    def _front_end(self, store: Store, inputs: Mapping[str, Array]) -> FrontEnd:
+        """The model of what serving costs beside the engine."""
+        options, front_end = self._options, FrontEnd()
+        if options.verify and options.verifier is None and self._spec.target.agent is None:
+            self._observer.phase("measuring the server's own cost")
+            n_values = sum(array[0].size for array in inputs.values())
+            front_end = measured_front_end(store, self._machine, self._cores, self._spec, n_values)
+        if options.from_report is None:
+            return front_end
+        self._observer.phase("learning from the load test")
+        return front_end_from(
+            options.from_report, self._repository, self._machine, self._cores, front_end
+        )
 
     def _search(self, trials: Trials) -> bool:
         """Run trials until the budget or the space is exhausted; whether all baselines were
         tried."""
-        budget, builder = self._spec.budget, trials.builder
+        builder, budget = trials.builder, self._spec.budget
         coordinator = Coordinator(
-            remembered(builder.options), builder.base.kind, builder.variant_id, self._spec.seed
+            remembered(builder.options),
+            builder.base.kind,
+            builder.ids,
+            self._spec.seed,
+            self._spec.search.sampler,
+            first=first_decisions(builder.store, trials.study_id, builder.base.digest, self._spec),
         )
         self._observer.phase("searching")
+        n_ruled_out = 0
         for trial in coordinator.trials():
             if len(trials.rows) >= budget.trials or self._spent_s() >= budget.wall_clock_s:
                 return not trial.is_baseline
-            self._observer.trial_began(budget.trials, builder.label(trial.recipe))
-            coordinator.tell(trial, trials.run(trial))
-            self._observer.trial_ended(trials.rows[-1], self._standing(trials))
+            n_before = len(trials.rows)
+            coordinator.tell(trial, self._answer(trial, trials))
+            n_ruled_out = 0 if len(trials.rows) > n_before else n_ruled_out + 1
+            if n_ruled_out >= MAX_RULED_OUT:
+                self._note(f"the last {n_ruled_out} recipes were ruled out by estimate")
+                return True
         return True
+
+    def _answer(self, trial: Trial, trials: Trials) -> Answer:
+        """Of the log where it has the trial, else by running it."""
+        entry = trials.logged(trial)
+        if entry is not None:
+            answer = trials.replay(entry)
+            self._start_s = self._options.clock() - entry["spent_s"]
+        else:
+            label = trials.builder.label(trial.recipe)
+            self._observer.trial_began(self._spec.budget.trials, label)
+            answer = trials.run(trial, self._climbed, self._spent_s)
+        if trials.climbs[-1].last is not Rung.ESTIMATED:
+            self._observer.trial_ended(trials.rows[-1], self._standing(trials))
+        return answer
+
+    def _climbed(self, rung: Rung) -> None:
+        self._observer.trial_climbed(rung.number, rung.title)
 
     def _standing(self, trials: Trials) -> Standing:
         rows = trials.rows
@@ -189,15 +278,22 @@ class _Study:
         dropped = Counter[str](reason.constraint for row in rows for reason in row.reasons[:1])
         ids = pareto_front(rows)
         front = [row for row in rows if row.id in ids]
-        return Standing(self._budget(len(rows)), best[0] if best else None, front, dropped)
+        return Standing(self._budget(trials), best[0] if best else None, front, dropped)
 
-    def _budget(self, n_trials: int) -> BudgetUsed:
+    def _budget(self, trials: Trials | None) -> BudgetUsed:
         budget = self._spec.budget
-        return BudgetUsed(self._spent_s(), budget.wall_clock_s, n_trials, budget.trials)
+        return BudgetUsed(
+            self._spent_s(),
+            budget.wall_clock_s,
+            len(trials.rows) if trials else 0,
+            budget.trials,
+            trials.epochs if trials else 0.0,
+            budget.training_epochs,
+            trials.n_screened if trials else 0,
+        )
 
     def _conclude(self, trials: Trials, splits: DataSplits, complete: bool) -> StudyResult:
-        rows = trials.rows
-        if any(row.speedup is not None and row.speedup.noisy for row in rows):
+        if any(row.speedup is not None and row.speedup.noisy for row in trials.rows):
             self._note("the machine was too noisy to rank some variants by their speed")
         for name, reason in trials.builder.refusals.items():
             self._note(f"{name} was left out: {reason}")
@@ -207,18 +303,29 @@ class _Study:
             spec=self._spec,
             trials=trials,
             test=splits.test,
-            golden_inputs=_first(splits.validation, N_GOLDEN).inputs,
+            golden_inputs=first(splits.validation, N_GOLDEN).inputs,
             repository=self._repository,
             scratch=self._scratch,
             verifier=self._verifier(trials.builder.inputs),
             observer=self._observer,
+            command=self._options.command,
         )
         outcome = finals.run()
         self._notes += finals.notes
         if outcome == "infeasible" and not complete:
             outcome = "inconclusive"
-        baseline_id = trials.baseline.id if trials.baseline else ""
-        return self._result(outcome, splits, finals.rows, baseline_id, len(rows))
+        self._observer.phase("what each step contributed")
+        has_time = self._spent_s() < self._spec.budget.wall_clock_s
+        findings = Findings(self._spec, trials, finals.rows, self._measurer)
+        found = findings.found(outcome, has_time)
+        result = self._result(outcome, splits, found.rows, trials)
+        return replace(
+            result,
+            rungs=(*result.rungs, *finals.rungs),
+            relaxations=found.relaxations,
+            ablations=found.ablations,
+            layers=found.layers,
+        )
 
     def _verifier(self, inputs: Mapping[str, Array]) -> Verifier | None:
         options = self._options
@@ -233,33 +340,31 @@ class _Study:
         outcome: Outcome,
         splits: DataSplits,
         rows: list[Variant],
-        baseline_id: str = "",
-        n_trials: int = 0,
+        trials: Trials | None,
     ) -> StudyResult:
         spec = self._spec
-        miss: NearestMiss | None = None
-        if outcome in ("infeasible", "inconclusive"):
-            miss = nearest_miss(rows)
+        missed = outcome in ("infeasible", "inconclusive")
         return StudyResult(
             model=spec.name,
             slo=spec.slo,
             objective=spec.objective,
             outcome=outcome,
             variants=tuple(rows),
-            baseline_id=baseline_id,
+            baseline_id=trials.baseline.id if trials and trials.baseline else "",
             target=Target(spec.target.device, self._cores, spec.target.price_per_core_hour),
             machine=self._machine,
-            spec_digest=_spec_digest(spec),
+            spec_digest=spec_digest(spec),
             data_digests={
                 split.name: split.digest
                 for split in (splits.train, splits.calibration, splits.validation, splits.test)
             },
             seeds={"study": spec.seed},
-            budget=self._budget(n_trials),
-            versions={name: version for name in _PACKAGES if (version := _version(name))},
+            budget=self._budget(trials),
+            rungs=rung_records(trials.climbs) if trials else (),
+            versions=package_versions(),
             command=self._options.command,
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            nearest_miss=miss,
+            nearest_miss=nearest_miss(rows) if missed else None,
             notes=tuple(self._notes),
         )
 
@@ -271,57 +376,20 @@ class _Study:
         self._observer.note(message)
 
 
-def _too_few_samples(spec: Spec, validation: Split) -> str:
-    """Why no variant could be shown to keep its accuracy, however good; empty otherwise."""
-    accuracy = spec.slo.accuracy
-    if accuracy is None or len(validation) >= accuracy.min_samples():
-        return ""
-    drop = f"{accuracy.max_drop_points:g} points"
-    return (
-        f"data.validation has {len(validation)} samples, but a drop of at most {drop} "
-        f"can't be shown by a bound at {accuracy.confidence:.0%} with fewer than "
-        f"{accuracy.min_samples()}: give more, allow a larger drop, or set judged_by: estimate"
-    )
+@contextmanager
+def _measurer(spec: Spec, isolate: bool) -> Iterator[Measurer]:
+    """Of the target that the spec names: another machine by its agent, or this one."""
+    if spec.target.agent is not None:
+        yield RemoteMeasurer(spec.target.agent, _token(spec))
+    elif isolate:
+        with ChildMeasurer() as child:
+            yield child
+    else:
+        yield LocalMeasurer()
 
 
-def _too_few_requests(slo: Slo) -> str:
-    """Why no load test could show the latency quantile; empty otherwise. With several replicas it
-    takes more: then the load test says so."""
-    if slo.planned_requests() >= slo.min_requests():
-        return ""
-    return (
-        f"workload.rate_per_s x window_s of the SLO are {slo.planned_requests():.4g} requests, but "
-        f"a quantile of {slo.latency.quantile:g} can't be shown with fewer than "
-        f"{slo.min_requests()}: want a longer window_s"
-    )
-
-
-def _precision(spec: Spec) -> str:
-    """Of the model as it is given: an ONNX file may be quantized already."""
-    given = spec.model
-    return "int8" if isinstance(given, OnnxSource) and n_quantized(given.path) else "fp32"
-
-
-def _enabled_techniques(spec: Spec) -> dict[str, Technique]:
-    """Those of the table that the spec enables, and those that every recipe needs."""
-    names = [name for name in TECHNIQUES if name in (*_ALWAYS, *spec.techniques.enabled)]
-    return {name: load_technique(name) for name in names}
-
-
-def _first(split: Split, n: int) -> Samples:
-    """The first `n` samples, over and over where there are fewer."""
-    return split.read(np.arange(n) % len(split))
-
-
-def _spec_digest(spec: Spec) -> str:
-    digest = hashlib.sha256()
-    for path in (spec.source, spec.slo_path):
-        digest.update(path.read_bytes() if path.is_file() else repr(spec).encode())
-    return digest.hexdigest()
-
-
-def _version(distribution: str) -> str:
+def _token(spec: Spec) -> str:
     try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return ""
+        return read_token(os.environ)
+    except TokenInvalid as error:
+        raise SpecInvalid(str(spec.source), [f"target.agent: {error}"]) from error

@@ -4,10 +4,12 @@ All instances run at once, each in its thread. Batch sizes and inputs change fro
 since some engines plan anew for a new shape and caches flatter a repeated input. Variant and
 baseline take turns (A B A B), so that what slows the machine slows both, and their ratio can be
 trusted where seconds can't: these machines drift by a factor of two within the hour. It measures;
-it stores nothing and judges nothing.
+it stores nothing and judges nothing, and who else is on the cores is `optimizer.measuring.cores`'
+matter.
 """
 
 import gc
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,25 +17,27 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from optimizer.result import InstanceTimes, Speedup
+from optimizer.result import LEVELS, InstanceTimes, Speedup
 from optimizer.stats import ratio_interval
+from optimizer.surroundings import Surroundings, observe
 from serve.artifact import ServiceTime
 from serve.engines import Engine, EngineSpec, load_engine
 from serve.tensor import Array
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 CONFIDENCE = 0.95
 _WINDOW = 5
 """Passes of the rolling median by which the warm-up is judged."""
 _STEADY = 0.05
 """Largest relative change of that median from one window to the next when warm."""
 
-Seconds = NDArray[np.float64]
+Result = TypeVar("Result")
+Places = Sequence[frozenset[int]]
+"""For each instance the processors that its threads are kept to; empty for no such bound."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Timing:
 
     times: InstanceTimes
     speedup: Speedup | None = None
+    surroundings: Surroundings = field(default_factory=Surroundings)
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -75,8 +80,13 @@ class Timing:
     def from_dict(cls, stored: Mapping[str, Any]) -> "Timing":
         times = dict(stored["times"])
         times["times"] = tuple(ServiceTime(**one) for one in times["times"])
+        times["quantiles"] = tuple(tuple(one) for one in times.get("quantiles", ()))
         speedup = stored["speedup"]
-        return cls(InstanceTimes(**times), Speedup(**speedup) if speedup else None)
+        return cls(
+            InstanceTimes(**times),
+            Speedup(**speedup) if speedup else None,
+            Surroundings(**stored.get("surroundings", {})),
+        )
 
 
 @dataclass
@@ -103,6 +113,7 @@ def measure(
     effort: Effort | None = None,
     seed: int = 0,
     clock: Callable[[], int] = time.perf_counter_ns,
+    places: Places = (),
 ) -> Timing:
     """Time the variant, against the baseline where there is one, both in the configuration that
     their specs name.
@@ -115,9 +126,10 @@ def measure(
     calls = _Calls(inputs, sizes, seed)
     measured = [_Samples() for _ in range(1 if baseline is None else 2)]
     speedup = None
+    surroundings = observe()
     with ExitStack() as stack:
         given = [variant] if baseline is None else [variant, baseline]
-        contenders = [stack.enter_context(_Instances(one)) for one in given]
+        contenders = [stack.enter_context(Instances(one, places)) for one in given]
         stack.enter_context(_no_collection())
         for instances in contenders:
             _warm_up(instances, calls, effort, clock)
@@ -130,7 +142,9 @@ def measure(
     times = tuple(_service_time(size, measured[0].calls[size]) for size in sizes)
     spec = variant.spec
     padded = bool(spec.batch_sizes)
-    return Timing(InstanceTimes(spec.instances, spec.threads, times, padded), speedup)
+    quantiles = tuple(_quantiles(measured[0].calls[size]) for size in sizes)
+    instance_times = InstanceTimes(spec.instances, spec.threads, times, padded, quantiles)
+    return Timing(instance_times, speedup, surroundings())
 
 
 class _Calls:
@@ -153,34 +167,57 @@ class _Calls:
         return calls
 
 
-class _Instances:
-    """All instances of a contender, each with its thread, and a barrier that starts them."""
+class Instances:
+    """All instances of a contender, each with its thread, and a barrier that starts them.
 
-    def __init__(self, contender: Contender) -> None:
+    An instance is loaded in its thread and under its place, since the threads that engines make
+    then inherit it.
+    """
+
+    def __init__(self, contender: Contender, places: Places = ()) -> None:
+        """Raises ValueError where there are places, but not one for each instance."""
         self._contender = contender
+        self._places = places
         self.n = contender.spec.instances
+        if places and len(places) < self.n:
+            raise ValueError(f"got {len(places)} places, want one for each of {self.n} instances")
 
-    def __enter__(self) -> "_Instances":
+    def __enter__(self) -> Self:
         with ExitStack() as stack:
+            self._threads = [
+                stack.enter_context(ThreadPoolExecutor(1, "instance")) for _ in range(self.n)
+            ]
+            for thread, place in zip(self._threads, self._places, strict=False):
+                thread.submit(os.sched_setaffinity, 0, place).result()
             self._engines: list[Engine] = []
-            for _ in range(self.n):
-                engine = load_engine(self._contender.directory, self._contender.spec)
+            for thread in self._threads:
+                engine = thread.submit(
+                    load_engine, self._contender.directory, self._contender.spec
+                ).result()
                 stack.callback(engine.close)
                 self._engines.append(engine)
-            self._pool = stack.enter_context(ThreadPoolExecutor(self.n))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def each(self, work: Callable[[Engine], Result]) -> list[Result]:
+        """Do the work with every engine at once, each in its thread."""
+        pairs = zip(self._threads, self._engines, strict=True)
+        futures = [thread.submit(work, engine) for thread, engine in pairs]
+        return [future.result() for future in futures]
+
     def run(
         self, passes: Sequence[list[tuple[int, dict[str, Array]]]], clock: Callable[[], int]
     ) -> list[dict[int, float]]:
         """Run a pass in each instance at once: seconds by batch size, by instance."""
         barrier = threading.Barrier(self.n)
-        work = zip(self._engines, passes, strict=True)
-        futures = [self._pool.submit(_run_pass, *one, barrier, clock) for one in work]
+        work = zip(self._threads, self._engines, passes, strict=True)
+        futures = [
+            thread.submit(_run_pass, engine, calls, barrier, clock)
+            for thread, engine, calls in work
+        ]
         return [future.result() for future in futures]
 
 
@@ -203,9 +240,7 @@ def _run_pass(
     return seconds
 
 
-def _warm_up(
-    instances: _Instances, calls: _Calls, effort: Effort, clock: Callable[[], int]
-) -> None:
+def _warm_up(instances: Instances, calls: _Calls, effort: Effort, clock: Callable[[], int]) -> None:
     """Run until the rolling median of a pass is steady, or the bounds are reached."""
     totals: list[float] = []
     start = clock()
@@ -226,7 +261,7 @@ def is_steady(seconds: Sequence[float]) -> bool:
 
 
 def _take_turns(
-    contenders: Sequence[_Instances],
+    contenders: Sequence[Instances],
     measured: Sequence[_Samples],
     calls: _Calls,
     effort: Effort,
@@ -261,6 +296,10 @@ def _speedup(measured: Sequence[_Samples], batch_size: int, effort: Effort, seed
 def _service_time(batch_size: int, seconds: Sequence[float]) -> ServiceTime:
     p50, p99 = np.quantile(seconds, [0.5, 0.99], method="inverted_cdf")
     return ServiceTime(batch_size, float(p50), float(p99), len(seconds))
+
+
+def _quantiles(seconds: Sequence[float]) -> tuple[float, ...]:
+    return tuple(np.quantile(seconds, LEVELS, method="inverted_cdf").tolist())
 
 
 @contextmanager

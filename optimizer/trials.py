@@ -1,36 +1,37 @@
-"""Trials: one recipe after the other, built, measured and judged.
+"""Trials: what came of them so far, what the next one meets, and the log by which a study that
+was killed goes on.
 
-A trial never ends the study: what goes wrong becomes a dropped variant with its reason.
+The climbing is `optimizer.ascent`'s matter. A trial is written to the log when it has ended, with
+its answer, so that a study that is started again tells the search the same and decides the same,
+whatever else the store has learned in between.
 """
 
 import hashlib
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from optimizer.accuracy import quality
+from optimizer.ascent import Ascent, Ended, Surroundings
 from optimizer.builder import Builder
-from optimizer.capacity import choose_serving
-from optimizer.choice import constraint_values, reasons_against, value_of, with_margin
+from optimizer.choice import ranked, value_of
 from optimizer.data.splits import Split
-from optimizer.errors import ParityMismatch, TechniqueFailed, TechniqueNotApplicable
-from optimizer.evaluator import Evaluator, Evidence
+from optimizer.estimates import Estimates
+from optimizer.evaluator import Evaluator
+from optimizer.judgement import Judgement
 from optimizer.recipe import Recipe
-from optimizer.result import Constraint, Reason, Variant
+from optimizer.result import Variant, variant_from_dict, variant_to_dict
+from optimizer.search import recovery
 from optimizer.search.coordinator import Answer, Trial
-from optimizer.search.landscape import Unbuildable
+from optimizer.search.ladder import Climb, Rung
+from optimizer.search.recovery import RecoveryRecord
+from optimizer.serving import Serving
 from optimizer.spec import Spec
-from optimizer.store import StoredVariant
-from optimizer.variant import EngineModel, Model
+from optimizer.store import Key, StoredVariant
 from serve.artifact import Quality
 
-DEFAULT_CONFIDENCE = 0.95
-"""Of the drop's interval, where the SLO has no accuracy objective."""
-_CONSTRAINTS: Mapping[type[Exception], Constraint] = {
-    TechniqueNotApplicable: "applicable",
-    TechniqueFailed: "built",
-    ParityMismatch: "parity",
-}
+_RECOVERY = "recovery"
 
 
 @dataclass(eq=False)
@@ -40,103 +41,167 @@ class Trials:
     spec: Spec
     builder: Builder
     evaluator: Evaluator
+    judgement: Judgement
+    serving: Serving
+    validation: Split
+    study_id: str
+    estimates: Estimates | None = None
+    clock: Callable[[], float] = time.monotonic
     rows: list[Variant] = field(default_factory=list)
+    climbs: list[Climb] = field(default_factory=list)
+    recoveries: list[RecoveryRecord] = field(default_factory=list)
+    epochs: float = 0.0
+    log: Sequence[Mapping[str, Any]] = ()
     baseline: StoredVariant | None = None
     """The first variant in the base's own precision that could be measured: what others are
     timed and compared with."""
-    _best_speedup: float = 0.0
 
-    def run(self, trial: Trial) -> Answer:
-        """Build, measure and judge; returns what the search should learn from it."""
-        try:
-            if trial.decisions.failure is not None:
-                raise trial.decisions.failure
-            row = self._measured(trial.recipe)
-        except (TechniqueNotApplicable, TechniqueFailed, ParityMismatch) as error:
-            self.rows.append(self._dropped(trial.recipe, error))
-            return Answer()
-        self.rows.append(row)
-        value = value_of(row, self.spec.objective)
-        constraints = constraint_values(self.spec.slo, row.reasons)
-        return Answer(value if math.isfinite(value) else None, constraints)
+    @property
+    def n_screened(self) -> int:
+        """Recipes that were ruled out by estimate: trials without a row."""
+        return len(self.climbs) - len(self.rows)
 
-    def quality_of(self, variant: StoredVariant, split: Split) -> Quality | None:
-        """Accuracy on the split against the baseline's; None without labels."""
-        if split.labels is None:
-            return None
+    def recall(self) -> None:
+        """Take this study's log from the store, and what others of the same base learned."""
+        self.log = self.builder.store.trials(self.study_id)
+        version = recovery.PROTOCOL_VERSION
+        for _, serving, stored in self.builder.store.values(_RECOVERY, version):
+            value: Any = stored
+            if serving["base"] == self.builder.base.digest:
+                self.recoveries.append(RecoveryRecord.from_dict(value))
+        if self.estimates is not None:
+            self.estimates.recall()
+
+    def run(
+        self, trial: Trial, climbed: Callable[[Rung], None], spent_s: Callable[[], float]
+    ) -> Answer:
+        """Build, measure and judge; returns what the search should learn from it. `spent_s` gives
+        the seconds of the study so far."""
+        given = self.surroundings(climbed)
+        ascent = self.ascent(trial, given)
+        ended = ascent.run()
+        self._learn(trial.recipe, ascent, ended)
+        self._take(ended, ascent.variant)
+        entry = self._entry(trial, ended, spent_s())
+        self.builder.store.log_trial(self.study_id, trial.number, entry)
+        return ended.answer
+
+    def ascent(self, trial: Trial, given: Surroundings) -> Ascent:
+        """The trial at the foot of the ladder."""
+        return Ascent(
+            trial, self.spec, self.builder, self.evaluator, self.serving, given, self.clock
+        )
+
+    def logged(self, trial: Trial) -> Mapping[str, Any] | None:
+        """The trial's end as the log has it; None where it is still to be run.
+
+        Where the log is of other trials from here on (the code has changed, or a file is gone),
+        the study goes on under an id of its own, with the log so far.
+        """
+        index = trial.number - 1
+        while index < len(self.log):
+            entry = self.log[index]
+            if entry["recipe"] == recipe_key(trial.recipe) and self._has_baseline(entry):
+                return entry
+            self._fork(index)
+        return None
+
+    def replay(self, entry: Mapping[str, Any]) -> Answer:
+        """Take a logged end instead of running the trial."""
+        row = entry["row"]
+        ended = Ended(
+            Answer(**entry["answer"]),
+            _climb_from(entry["climb"]),
+            None if row is None else variant_from_dict(row),
+            entry["epochs"],
+        )
+        baseline = self.builder.store.find(entry["baseline"]) if entry["baseline"] else None
+        self._take(ended, baseline)
+        return ended.answer
+
+    def _has_baseline(self, entry: Mapping[str, Any]) -> bool:
+        """Nothing can be compared with a baseline whose files are gone."""
+        return not entry["baseline"] or self.builder.store.find(entry["baseline"]) is not None
+
+    def _fork(self, n_kept: int) -> None:
+        kept = self.log[:n_kept]
+        content = f"{self.study_id} after {n_kept}"
+        self.study_id = hashlib.sha256(content.encode()).hexdigest()
+        store = self.builder.store
+        # Whole even where a fork was killed while it copied: what is there already stays.
+        for number, entry in enumerate(kept, 1):
+            store.log_trial(self.study_id, number, entry)
+        self.log = store.trials(self.study_id)
+
+    def quality_of(self, variant: StoredVariant, split: Split) -> Quality:
+        """How well it does on the split against the baseline."""
         assert self.baseline is not None
-        accuracy = self.spec.slo.accuracy
-        return quality(
-            self.evaluator.correctness(variant, split),
-            self.evaluator.correctness(self.baseline, split),
-            accuracy.confidence if accuracy else DEFAULT_CONFIDENCE,
-            split.name,
-            split.digest,
+        return self.judgement.quality(variant, self.baseline, split)
+
+    def surroundings(self, climbed: Callable[[Rung], None] = lambda _rung: None) -> Surroundings:
+        """What the next trial meets."""
+        best = ranked(self.rows, self.spec.objective)
+        speedups = [row.speedup.estimate for row in self.rows if row.speedup is not None]
+        return Surroundings(
+            baseline=self.baseline,
+            best=value_of(best[0], self.spec.objective) if best else None,
+            best_speedup=max(speedups, default=0.0),
+            epochs_spent=self.epochs,
+            recoveries=self.recoveries,
+            bound=self.estimates.bound if self.estimates is not None else lambda _recipe: None,
+            judge=lambda variant, base: self.judgement.quality(variant, base, self.validation),
+            climbed=climbed,
         )
 
-    def _measured(self, recipe: Recipe) -> Variant:
-        variant = self.builder.build(recipe)
-        if self.baseline is None and variant.model.precision != self.builder.base.precision:
-            raise TechniqueNotApplicable(
-                recipe.choices[-1].traits.name,
-                "no variant in the base's own precision could be measured, so there is nothing "
-                "to compare it with",
-            )
-        baseline = self.baseline or variant
-        evidence = self.evaluator.evidence(
-            variant, self._parent(variant), baseline, self._best_speedup
-        )
-        self.baseline = baseline
-        speedup = evidence.timings[0].speedup
-        if speedup is not None:
-            self._best_speedup = max(self._best_speedup, speedup.estimate)
-        return self._judged(recipe, variant, evidence)
+    def _take(self, ended: Ended, variant: StoredVariant | None) -> None:
+        self.climbs.append(ended.climb)
+        self.epochs += ended.epochs
+        if ended.row is not None:
+            self.rows.append(ended.row)
+            if self.baseline is None and ended.row.service_times:
+                self.baseline = variant
 
-    def _judged(self, recipe: Recipe, variant: StoredVariant, evidence: Evidence) -> Variant:
-        spec, model = self.spec, variant.model
-        assert isinstance(model, EngineModel)
-        service_times = tuple(timing.times for timing in evidence.timings)
-        serving = choose_serving(
-            service_times,
-            with_margin(spec.slo),
-            self.evaluator.cores,
-            spec.target.price_per_core_hour,
-            objective=spec.objective,
-            seed=spec.seed,
-        )
-        measured = self.quality_of(variant, self.evaluator.validation)
-        reasons = tuple(reasons_against(spec.slo, measured, serving))
-        return Variant(
-            id=variant.id,
-            label=self.builder.label(recipe),
-            status="infeasible" if reasons else "unverified",
-            recipe=self.builder.steps(recipe),
-            reasons=reasons,
-            engine=model.spec.name,
-            precision=model.precision,
-            quality=measured,
-            service_times=service_times,
-            speedup=evidence.timings[0].speedup,
-            int8_share=evidence.proof.int8_time_share,
-            kernels=evidence.proof.kernels,
-            size_bytes=model.size_bytes(),
-            build_s=variant.build_s,
-            serving=serving,
-        )
+    def _learn(self, recipe: Recipe, ascent: Ascent, ended: Ended) -> None:
+        """Keep what later trials and studies can learn from this one."""
+        if ended.row is not None and ended.row.service_times and self.estimates is not None:
+            self.estimates.learn(recipe, ended.row)
+        if ended.recovery is None or ascent.variant is None:
+            return
+        self.recoveries.append(ended.recovery)
+        serving = {"base": self.builder.base.digest}
+        machine, version = self.evaluator.machine, recovery.PROTOCOL_VERSION
+        key = Key(ascent.variant.id, machine, _RECOVERY, version, serving)
+        if self.builder.store.recorded(key) is None:
+            self.builder.store.record(key, ended.recovery.to_dict())
 
-    def _dropped(self, recipe: Recipe, error: Unbuildable) -> Variant:
-        # The recipe may have got no further than another's; the reason tells them apart.
-        variant_id = self.builder.variant_id(recipe)
-        digest = hashlib.sha256(f"{variant_id} {error}".encode()).hexdigest()
-        reason = Reason(_CONSTRAINTS[type(error)], detail=str(error))
-        return Variant(
-            id=digest,
-            label=self.builder.label(recipe),
-            status="dropped",
-            recipe=self.builder.steps(recipe),
-            reasons=(reason,),
-        )
+    def _entry(self, trial: Trial, ended: Ended, spent_s: float) -> dict[str, Any]:
+        answer = asdict(ended.answer)
+        if answer["constraints"] is not None:
+            answer["constraints"] = dict(answer["constraints"])
+        return {
+            "recipe": recipe_key(trial.recipe),
+            "decisions": dict(trial.decisions.values),
+            "answer": answer,
+            "climb": _climb_to(ended.climb),
+            "row": None if ended.row is None else variant_to_dict(ended.row),
+            "epochs": ended.epochs,
+            "baseline": self.baseline.id if self.baseline else "",
+            "spent_s": spent_s,
+        }
 
-    def _parent(self, variant: StoredVariant) -> Model:
-        parent = self.builder.store.find(variant.parent_id)
-        return parent.model if parent is not None else self.builder.base
+
+def recipe_key(recipe: Recipe) -> list[Any]:
+    """The recipe as JSON holds it."""
+    steps = [[choice.traits.name, dict(choice.parameters)] for choice in recipe.choices]
+    plain: list[Any] = json.loads(json.dumps(steps))
+    return plain
+
+
+def _climb_to(climb: Climb) -> dict[str, Any]:
+    seconds = [[rung.name, seconds] for rung, seconds in climb.seconds]
+    return {"seconds": seconds, "dropped": climb.dropped, "trains": climb.trains}
+
+
+def _climb_from(stored: Mapping[str, Any]) -> Climb:
+    seconds = tuple((Rung[name], float(seconds)) for name, seconds in stored["seconds"])
+    return Climb(seconds, bool(stored["dropped"]), bool(stored["trains"]))

@@ -7,13 +7,19 @@ how it was made (`optimizer.recipe`) or where it is kept (`optimizer.store`).
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum, StrEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from optimizer.spec import OnnxSource, TorchSource
+from optimizer.spec import ModelSource, OnnxSource, TorchKind
 from serve.engines import EngineSpec
+
+if TYPE_CHECKING:
+    from optimizer.techniques import Restructuring
+
+Json = Any
+"""A value that JSON can hold."""
 
 
 class Kind(StrEnum):
@@ -41,6 +47,8 @@ class Stage(Enum):
         return _RANKS[self]
 
 
+STRUCTURAL = (Stage.ARCHITECTURE, Stage.PRUNE, Stage.DECOMPOSE)
+"""Stages that change a network's structure, so that its latency changes and its accuracy falls."""
 _RANKS = {
     Stage.ARCHITECTURE: 0,
     Stage.PRUNE: 1,
@@ -54,10 +62,32 @@ _RANKS = {
 
 @dataclass(frozen=True)
 class TorchModel:
-    """A factory and its weights."""
+    """A module that can be built again, by `optimizer.torch_variant.load_torch`. This one is as
+    its source gives it."""
 
     kind: ClassVar[Kind] = Kind.TORCH
-    source: TorchSource
+    source: TorchKind
+    digest: str
+    precision: str = "fp32"
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchVariant(TorchModel):
+    """The source's module after the structural plan in `directory`, with the weights there.
+    `techniques` replay the plan, by their names."""
+
+    directory: Path
+    techniques: Mapping[str, "Restructuring"] = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class StoredTorch:
+    """A torch variant as the store gives it: source and techniques are the study's, and not
+    stored. `optimizer.torch_variant.bound` makes a `TorchVariant` of it."""
+
+    kind: ClassVar[Kind] = Kind.TORCH
+    directory: Path
     digest: str
     precision: str = "fp32"
     notes: tuple[str, ...] = ()
@@ -102,7 +132,7 @@ class EngineModel:
         return sum(file.stat().st_size for file in self.directory.iterdir() if file.is_file())
 
 
-StoredModel = OnnxModel | EngineModel
+StoredModel = TorchVariant | StoredTorch | OnnxModel | EngineModel
 Model = TorchModel | StoredModel
 
 
@@ -120,12 +150,12 @@ def engine_model(directory: Path, spec: EngineSpec, notes: tuple[str, ...] = ())
 
 
 def source_model(
-    source: TorchSource | OnnxSource, digest: str, precision: str = "fp32"
+    source: ModelSource, digest: str, precision: str = "fp32"
 ) -> TorchModel | OnnxModel:
     """The model that a study starts from; `digest` as `optimizer.model_source.source_digest`."""
-    if isinstance(source, TorchSource):
-        return TorchModel(source, digest, precision)
-    return OnnxModel(source.path.parent, source.path.name, digest, precision)
+    if isinstance(source, OnnxSource):
+        return OnnxModel(source.path.parent, source.path.name, digest, precision)
+    return TorchModel(source, digest, precision)
 
 
 def digest_of(model: StoredModel, directory: Path) -> str:
@@ -134,17 +164,16 @@ def digest_of(model: StoredModel, directory: Path) -> str:
         return ""
     if isinstance(model, EngineModel):
         return engine_model(directory, model.spec).digest
-    return onnx_model(directory, model.file).digest
+    return directory_digest(directory)
 
 
 def model_to_dict(model: StoredModel) -> dict[str, object]:
     """The handle as JSON can hold it, without its folder and digest."""
+    stored: dict[str, object] = {"kind": model.kind, "notes": model.notes}
     if isinstance(model, EngineModel):
-        return {"kind": model.kind, "spec": asdict(model.spec), "notes": model.notes}
-    return {
-        "kind": model.kind, "file": model.file, "precision": model.precision,
-        "notes": model.notes,
-    }  # fmt: skip
+        return stored | {"spec": asdict(model.spec)}
+    stored["precision"] = model.precision
+    return stored | {"file": model.file} if isinstance(model, OnnxModel) else stored
 
 
 def model_from_dict(stored: dict[str, Any], directory: Path, digest: str) -> StoredModel:
@@ -154,6 +183,8 @@ def model_from_dict(stored: dict[str, Any], directory: Path, digest: str) -> Sto
         spec = dict(stored["spec"])
         spec["batch_sizes"] = tuple(spec["batch_sizes"])
         return EngineModel(directory, EngineSpec(**spec), digest, notes)
+    if stored["kind"] == StoredTorch.kind:
+        return StoredTorch(directory, digest, stored["precision"], notes)
     return OnnxModel(directory, stored["file"], digest, stored["precision"], notes)
 
 

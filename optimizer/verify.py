@@ -22,6 +22,7 @@ import pydantic
 
 from loadtest.slo import Slo
 from optimizer.errors import OptimizerError
+from optimizer.loadtest_report import LoadTestReport, read_bytes
 from optimizer.result import Verdict, Verification
 from serve.artifact import Manifest, write_version
 
@@ -29,7 +30,6 @@ EXIT_CODES: Mapping[Verdict, int] = {"met": 0, "violated": 1, "inconclusive": 3}
 GENERATOR_REASONS = frozenset({"generator_lagged", "generator_busy", "rate_not_reached"})
 """Kinds of a load test's reasons that are about itself."""
 HOST = "127.0.0.1"
-_MAX_REPORT_BYTES = 64_000_000
 _MAX_STDERR_BYTES = 2_000
 _MAX_STDERR_LINES = 8
 
@@ -125,7 +125,7 @@ class ServerVerifier:
         manifest = replace(candidate.manifest, version="1")
         write_version(repository, manifest, candidate.files)
         slo_path.write_text(json.dumps(slo.to_dict()), "utf-8")  # JSON is YAML
-        server_cores, generator_cores = _split_cores(self.cores)
+        server_cores, generator_cores = split_cores(self.cores)
         serve = [*self.program, "serve", "--repository", str(repository), "--slo", str(slo_path)]
         with running_server(serve, self.timeouts, server_cores) as ports:
             report = scratch / "report.json"
@@ -179,14 +179,16 @@ def read_report(path: Path, exit_code: int, quantile: float, stderr: str = "") -
     if EXIT_CODES[report.verdict] != exit_code:
         what = f"reported {report.verdict} and ended with exit code {exit_code}"
         raise ProcessFailed("loadtest", what, stderr)
-    latency = {entry.quantile: entry.latency_s for entry in report.latency}
+    bound_s = report.latency_bound_s(quantile)
     requests = report.requests
     return Verification(
         verdict=report.verdict,
         reasons=tuple(reason.message for reason in report.reasons),
-        p50_s=latency.get(0.5),
-        p99_s=latency.get(0.99),
-        slo_latency_s=latency.get(quantile),
+        p50_s=report.latency_s(0.5),
+        p99_s=report.latency_s(0.99),
+        slo_latency_s=report.latency_s(quantile),
+        slo_latency_bound_s=bound_s,
+        bound_confidence=report.good_share.confidence if report.good_share and bound_s else None,
         rate_per_s=requests.achieved_per_s,
         goodput_per_s=requests.goodput_per_s,
         success_ratio=requests.n_ok / requests.n if requests.n else None,
@@ -202,42 +204,11 @@ def is_spoiled(path: Path) -> bool:
     return report.verdict == "inconclusive" and not kinds.isdisjoint(GENERATOR_REASONS)
 
 
-def _read(path: Path) -> "_Report":
+def _read(path: Path) -> LoadTestReport:
     try:
-        with path.open("rb") as file:
-            return _Report.model_validate_json(file.read(_MAX_REPORT_BYTES))
+        return LoadTestReport.model_validate_json(read_bytes(path))
     except (OSError, pydantic.ValidationError) as error:
         raise ProcessFailed("loadtest", "wrote no report that can be read", str(error)) from error
-
-
-class _Kind(pydantic.BaseModel):
-    kind: str = ""
-
-
-class _Reason(pydantic.BaseModel):
-    message: str
-    reason: _Kind = _Kind()
-
-
-class _Requests(pydantic.BaseModel):
-    n: int
-    n_ok: int
-    achieved_per_s: float
-    goodput_per_s: float
-
-
-class _Latency(pydantic.BaseModel):
-    quantile: float
-    latency_s: float | None
-
-
-class _Report(pydantic.BaseModel):
-    """What is read of a load test's report; the rest of it is for people."""
-
-    verdict: Verdict
-    reasons: tuple[_Reason, ...]
-    requests: _Requests
-    latency: tuple[_Latency, ...]
 
 
 class _Process:
@@ -248,7 +219,7 @@ class _Process:
     ) -> None:
         self._name = name
         self._stderr = stderr
-        with _on_cores(cores):
+        with on_cores(cores):
             self._child = subprocess.Popen(  # noqa: S603 - our own commands, as lists
                 command,
                 stdin=subprocess.DEVNULL,
@@ -329,7 +300,7 @@ def _started(
 
 
 @contextlib.contextmanager
-def _on_cores(cores: frozenset[int] | None) -> Iterator[None]:
+def on_cores(cores: frozenset[int] | None) -> Iterator[None]:
     """Restrict this thread to `cores`, which a process that it starts inherits."""
     if cores is None:
         yield
@@ -349,7 +320,7 @@ def _share_of(slo: Slo, replicas: int) -> Slo:
     return slo.model_copy(update={"workload": workload})
 
 
-def _split_cores(wanted: int | None) -> tuple[frozenset[int] | None, frozenset[int] | None]:
+def split_cores(wanted: int | None) -> tuple[frozenset[int] | None, frozenset[int] | None]:
     """(server's, load generator's) cores; None where there aren't enough to keep them apart."""
     if wanted is None or not hasattr(os, "sched_setaffinity"):
         return None, None

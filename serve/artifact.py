@@ -84,9 +84,9 @@ class Quality:
     n_samples: int
     split: str
     data_digest: str
-    guarantee: Literal["labels", "fidelity"] = "labels"
+    guarantee: Literal["labels", "fidelity", "metric"] = "labels"
     """What the drop says: measured against labels, or bounded without any by how faithfully the
-    variant answers what its base does."""
+    variant answers what its base does, or measured without any by a metric of the user's."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """Further measures by name, such as the mean KL divergence from the base."""
 
@@ -120,7 +120,9 @@ class Golden:
 @dataclass(frozen=True)
 class Manifest:
     """One version: what serves it and how. `signature` is the engine's. `labels` names, for an
-    output, the file with its classes' names, one a line."""
+    output, the file with its classes' names, one a line. `made_by` is the command that publishes
+    such a version again, and `evidence` what the study that published it knew of it (how it was
+    loaded, what it costs), both for people: nothing is served by them."""
 
     model: str
     version: str
@@ -138,6 +140,8 @@ class Manifest:
     padding: Padding | None = None
     transform: TransformSpec | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    made_by: tuple[str, ...] = ()
+    evidence: Mapping[str, Any] | None = None
     schema_version: int = SCHEMA_VERSION
 
 

@@ -1,10 +1,15 @@
-"""The machine that a measurement belongs to: its processor, cores allowed, and runtimes."""
+"""The machine that a measurement belongs to: its processor, cores allowed, and runtimes.
+
+Only what stays from one run to the next is in it; how busy the machine was isn't.
+"""
 
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any, Self
 
 # Flags that decide which kernels a CPU engine can choose.
 RELEVANT_FLAGS = (
@@ -13,28 +18,50 @@ RELEVANT_FLAGS = (
 )  # fmt: skip
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "openvino", "torch", "numpy")
 _MAX_CGROUP_DEPTH = 64
+_CPUS = Path("/sys/devices/system/cpu")
+_UNKNOWN = ("", None)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What makes timings comparable; two equal ones may still differ by their neighbours."""
+    """What makes timings comparable; two equal ones may still differ by their neighbours.
+
+    The last four are "" or None where the system doesn't say, as in records made before there
+    were any.
+    """
 
     processor: str
     flags: tuple[str, ...]
     cores: int
     system: str
     runtimes: dict[str, str]
+    governor: str = ""
+    """Of frequencies, of the allowed cores; several are joined by commas."""
+    smt: str = ""
+    """Whether threads share cores: the kernel's "on", "off", "forceoff", "notsupported", ..."""
+    turbo: str = ""
+    """Whether the processor may exceed its base frequency: "on" or "off"."""
+    quota_cores: float | None = None
+    """Of the cgroup; None for no quota too."""
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
+        """What `to_dict` gave, lists in place of tuples where it passed through JSON."""
+        return cls(**{**stored, "flags": tuple(stored["flags"])})
+
     def differences(self, other: "Machine") -> list[str]:
-        """One line for each field in which `other` differs, itself first."""
+        """One line for each field in which `other` differs, itself first. What one of the two
+        doesn't know is no difference."""
         mine, theirs = asdict(self), asdict(other)
         return [
             f"{name}: {mine[name]} here, {theirs[name]} there"
             for name in mine
             if list_like(mine[name]) != list_like(theirs[name])
+            and mine[name] not in _UNKNOWN
+            and theirs[name] not in _UNKNOWN
         ]
 
 
@@ -51,15 +78,49 @@ def this_machine() -> Machine:
         cores=allowed_cores(),
         system=f"{platform.system()} {platform.machine()} Python {platform.python_version()}",
         runtimes={name: version for name in RUNTIMES if (version := _version(name))},
+        governor=governor(_CPUS, allowed_cpus()),
+        smt=_read(_CPUS / "smt" / "control"),
+        turbo=turbo(_CPUS),
+        quota_cores=_own_quota(),
     )
+
+
+def allowed_cpus() -> tuple[int, ...]:
+    """The numbers of the processors that this thread may run on, lowest first."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
 
 
 def allowed_cores() -> int:
     """Whole cores that this process may use: the affinity mask, capped by the cgroup's quota."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    cores = affinity or os.cpu_count() or 1
-    quota = _cgroup_quota(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+    cores, quota = len(allowed_cpus()), _own_quota()
     return max(1, min(cores, int(quota) if quota is not None else cores))
+
+
+def governor(root: Path, cpus: Sequence[int]) -> str:
+    """The frequency governors of `cpus` below `root`, /sys/devices/system/cpu; "" for none."""
+    found = {_read(root / f"cpu{cpu}" / "cpufreq" / "scaling_governor") for cpu in cpus}
+    return ",".join(sorted(found - {""}))
+
+
+def turbo(root: Path) -> str:
+    """ "on" or "off" as the driver of frequencies says below `root`; "" where none does."""
+    without = _read(root / "intel_pstate" / "no_turbo")
+    boost = _read(root / "cpufreq" / "boost")
+    return {"0": "on", "1": "off"}.get(without) or {"1": "on", "0": "off"}.get(boost, "")
+
+
+def _own_quota() -> float | None:
+    return _cgroup_quota(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+
+
+def _read(path: Path) -> str:
+    """What the system says there, "" for nothing."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _cgroup_quota(root: Path, own: Path) -> float | None:

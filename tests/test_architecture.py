@@ -37,7 +37,7 @@ SERVE_LAYERS: tuple[frozenset[str], ...] = (
 OPTIMIZER_MAY_USE = frozenset(
     f"serve.{name}"
     for name in (
-        "artifact", "engines", "transform", "batch_policy", "machine", "tensor", "errors"
+        "artifact", "engines", "transform", "batch_policy", "machine", "tensor", "errors", "logs"
     )
 )  # fmt: skip
 SHARED = frozenset({"loadtest.slo", "loadtest.document"})

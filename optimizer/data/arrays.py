@@ -9,6 +9,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from optimizer.data.pairs import PairTable, is_dataset, read_pairs
 from optimizer.data.table import ArrayTable, Labels, row_range
 from optimizer.errors import SpecInvalid
 from optimizer.importable import Importable
@@ -33,7 +34,7 @@ def read_npz(
     arrays = _arrays(path, wanted)
     inputs = {name: arrays[column] for name, column in names.items()}
     labels = arrays[columns.label] if columns.label is not None else None
-    return _table(str(path), inputs, labels, rows, image)
+    return table_of(str(path), inputs, labels, rows, image)
 
 
 def _arrays(path: Path, wanted: Sequence[str]) -> dict[str, NDArray[Any]]:
@@ -61,11 +62,12 @@ def call_importable(
     rows: Rows,
     image: ImageSpec | None,
     input_names: Sequence[str],
-) -> ArrayTable:
-    """Call the user's function, which returns (inputs, labels).
+) -> ArrayTable | PairTable:
+    """Call the user's function, which returns (inputs, labels) or a dataset of pairs.
 
-    `inputs` is an array, or a mapping of one for each model input; `labels` may be None.
-    Raises SpecInvalid for whatever the function raises.
+    `inputs` is an array, or a mapping of one for each model input; `labels` may be None. A
+    dataset has a length and gives (input, label) for a number, as PyTorch's do; it is read a
+    sample at a time. Raises SpecInvalid for whatever the function raises.
     """
     source = str(function)
     try:
@@ -74,9 +76,15 @@ def call_importable(
         raise SpecInvalid(
             source, [f"{source}: the function failed: {type(error).__name__}: {error}"]
         ) from error
+    if is_dataset(result):
+        return read_pairs(result, source, rows, image, input_names)
     if not isinstance(result, tuple) or len(result) != 2:
         raise SpecInvalid(
-            source, [f"{source}: got {type(result).__name__}, want a tuple (inputs, labels)"]
+            source,
+            [
+                f"{source}: got {type(result).__name__}, want a tuple (inputs, labels), or a "
+                "dataset of pairs (input, label)"
+            ],
         )
     given, labels = result
     if not isinstance(given, Mapping):
@@ -85,16 +93,18 @@ def call_importable(
     if missing:
         raise SpecInvalid(source, [f"{source}: no inputs for {', '.join(missing)}"])
     inputs = {name: np.asarray(given[name]) for name in input_names}
-    return _table(source, inputs, None if labels is None else np.asarray(labels), rows, image)
+    return table_of(source, inputs, None if labels is None else np.asarray(labels), rows, image)
 
 
-def _table(
+def table_of(
     source: str,
     inputs: dict[str, NDArray[Any]],
     labels: NDArray[Any] | None,
     rows: Rows,
     image: ImageSpec | None,
+    n_classes: int | None = None,
 ) -> ArrayTable:
+    """Checked arrays as a table. Raises SpecInvalid with all that is wrong with them."""
     problems = [
         problem
         for name, array in inputs.items()
@@ -115,6 +125,7 @@ def _table(
         inputs={name: array[first:stop] for name, array in inputs.items()},
         labels=None if labels is None else _sliced(labels, first, stop),
         image=image,
+        n_classes=n_classes,
     )
 
 

@@ -7,19 +7,23 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from optimizer.data.arrays import call_importable, read_npz
-from optimizer.data.parquet import read_parquet
+from optimizer.data.image_folder import read_folder
+from optimizer.data.parquet import read_columns, read_images, read_texts
 from optimizer.data.table import Indices, Labels, Table
+from optimizer.data.text import preprocessing_of
 from optimizer.errors import SpecInvalid
-from optimizer.spec import DataSpec, SplitSpec
+from optimizer.spec import DataSpec, SplitSpec, TextSpec
 
 DEFAULT_CALIBRATION_SAMPLES = 512
 _SOURCE = "data"
+_ORDER = ("train", "calibration", "validation", "test")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +79,7 @@ class TableSplit:
     def labels(self) -> Labels | None:
         return None if self.table.labels is None else self.table.labels[self.rows]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         return self._digest(np.arange(len(self)))
 
@@ -131,24 +135,21 @@ def load_splits(data: DataSpec, input_names: Sequence[str], seed: int) -> DataSp
     Raises SpecInvalid for files that can't be read, labels that don't fit, or overlap.
     """
     _check_inputs(data, input_names)
-    splits = {
-        name: _whole(name, _table(spec, data, input_names), data)
-        for name, spec in (
-            ("train", data.train),
-            ("validation", data.validation),
-            ("test", data.test),
-        )
+    train = _table(data.train, data, input_names, None)
+    tables = {
+        "train": train,
+        "validation": _table(data.validation, data, input_names, train.classes),
+        "test": _table(data.test, data, input_names, train.classes),
     }
+    preprocessing = _preprocessing(data)
+    splits = {name: _whole(name, table, preprocessing) for name, table in tables.items()}
     n_classes = _n_classes(splits, data.n_classes)
     separate, n_dropped = _separated(splits, data.overlap)
-    train, validation, test = (separate[name] for name in ("train", "validation", "test"))
-    calibration = _calibration(train, data.calibration_samples, seed)
-    combined = "".join(split.digest for split in (train, calibration, validation, test))
+    calibration = _calibration(separate["train"], data.calibration_samples, seed)
+    named = {**separate, "calibration": calibration}
+    combined = "".join(named[name].digest for name in _ORDER)
     return DataSplits(
-        train=train,
-        calibration=calibration,
-        validation=validation,
-        test=test,
+        **{name: named[name] for name in _ORDER},
         digest=hashlib.sha256(combined.encode()).hexdigest(),
         n_classes=n_classes,
         n_dropped=n_dropped,
@@ -167,23 +168,54 @@ def _check_inputs(data: DataSpec, input_names: Sequence[str]) -> None:
     ]
     if data.image is not None and len(input_names) != 1:
         problems.append(f"data.image: want a model with one input, it has {known}")
+    if data.text is not None:
+        problems += _text_problems(data.text, input_names)
     if problems:
         raise SpecInvalid(_SOURCE, problems)
 
 
-def _table(spec: SplitSpec, data: DataSpec, input_names: Sequence[str]) -> Table:
+def _text_problems(text: TextSpec, input_names: Sequence[str]) -> list[str]:
+    """Every input is made of the text, and nothing else is."""
+    made, known = ", ".join(text.inputs), ", ".join(input_names)
+    if set(text.inputs) == set(input_names):
+        return []
+    return [
+        f"data.text: makes {made}, want all inputs of the model and no other ({known}): "
+        "set ids, mask and types"
+    ]
+
+
+def _table(
+    spec: SplitSpec, data: DataSpec, input_names: Sequence[str], classes: Sequence[str] | None
+) -> Table:
+    """`classes` are train's, where it names any."""
     if spec.call is not None:
         return call_importable(spec.call, spec.rows, data.image, input_names)
     assert spec.path is not None
+    path, rows, columns = spec.path, spec.rows, data.columns
     if data.format == "numpy":
-        return read_npz(spec.path, spec.rows, data.columns, data.image, input_names)
-    assert data.image is not None
-    return read_parquet(spec.path, spec.rows, data.columns, data.image, input_names[0])
+        return read_npz(path, rows, columns, data.image, input_names)
+    if data.format == "image_folder":
+        assert data.image is not None
+        has_labels = columns.label is not None
+        return read_folder(
+            path, rows, data.image, input_names[0], has_labels=has_labels, classes=classes
+        )
+    if data.image is not None:
+        return read_images(path, rows, columns, data.image, input_names[0])
+    if data.text is not None:
+        return read_texts(path, rows, columns, data.text)
+    return read_columns(path, rows, columns, input_names)
 
 
-def _whole(name: str, table: Table, data: DataSpec) -> TableSplit:
+def _preprocessing(data: DataSpec) -> str:
+    if data.text is not None:
+        return preprocessing_of(data.text)
+    return data.image.model_dump_json() if data.image is not None else ""
+
+
+def _whole(name: str, table: Table, preprocessing: str) -> TableSplit:
     hashes = tuple(table.hashes)
-    preprocessing = data.image.model_dump_json() if data.image is not None else ""
     return TableSplit(name, table, np.arange(len(hashes), dtype=np.intp), hashes, preprocessing)
 
 

@@ -39,6 +39,10 @@ class Table(Protocol):
     def n_classes(self) -> int | None:
         """How many classes the file itself names, None where it doesn't."""
 
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of the classes, where labels are made of them."""
+
     def read(self, indices: Indices) -> dict[str, NDArray[Any]]:
         """Model input → preprocessed array [len(indices), *shape]."""
 
@@ -58,6 +62,9 @@ class EncodedImages:
     image: ImageSpec
     first_row: int
     """Row of the first sample in its file, for errors."""
+    names: Sequence[str] | None = None
+    """What errors call each, where it isn't the row of a file."""
+    classes: tuple[str, ...] | None = None
 
     @property
     def hashes(self) -> Sequence[bytes]:
@@ -65,14 +72,20 @@ class EncodedImages:
 
     def read(self, indices: Indices) -> dict[str, NDArray[Any]]:
         decoded = [self._decoded(int(index)) for index in indices]
-        return {self.input_name: _stacked(decoded, self.source)}
+        if not decoded:
+            return {self.input_name: np.empty((0, 0, 0, 0), dtype=np.float32)}
+        return {self.input_name: stacked(decoded, self.source)}
 
     def _decoded(self, index: int) -> NDArray[np.float32]:
         try:
             return decode(self.encoded[index], self.image)
         except ImageUnreadable as error:
-            row = self.first_row + index
-            raise SpecInvalid(self.source, [f"{self.source}: row {row}: {error}"]) from error
+            raise SpecInvalid(self.source, [f"{self._place(index)}: {error}"]) from error
+
+    def _place(self, index: int) -> str:
+        if self.names is not None:
+            return self.names[index]
+        return f"{self.source}: row {self.first_row + index}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +101,7 @@ class ArrayTable:
     labels: Labels | None
     image: ImageSpec | None
     n_classes: int | None = None
+    classes: tuple[str, ...] | None = None
 
     @property
     def hashes(self) -> Sequence[bytes]:
@@ -100,16 +114,26 @@ class ArrayTable:
     def _converted(self, rows: NDArray[Any]) -> NDArray[Any]:
         if self.image is not None and len(rows):
             image = self.image
-            return _stacked([from_pixels(pixels, image) for pixels in rows], self.source)
-        return rows.astype(np.float32) if rows.dtype.kind == "f" else rows
+            return stacked([from_pixels(pixels, image) for pixels in rows], self.source)
+        return converted(rows)
 
     def _hash(self, row: int) -> bytes:
-        digest = hashlib.sha256()
-        for name in sorted(self.inputs):
-            value = np.ascontiguousarray(self.inputs[name][row])
-            digest.update(f"{name} {value.dtype.str} {value.shape} ".encode())
-            digest.update(value.tobytes())
-        return digest.digest()
+        return hash_of({name: array[row] for name, array in self.inputs.items()})
+
+
+def converted(array: NDArray[Any]) -> NDArray[Any]:
+    """As models take it: floats as float32, all else as it is."""
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
+
+
+def hash_of(inputs: Mapping[str, NDArray[Any]]) -> bytes:
+    """SHA-256 of one sample's type, shape and bytes in every input."""
+    digest = hashlib.sha256()
+    for name in sorted(inputs):
+        value = np.ascontiguousarray(inputs[name])
+        digest.update(f"{name} {value.dtype.str} {value.shape} ".encode())
+        digest.update(value.tobytes())
+    return digest.digest()
 
 
 def row_range(source: str, n_rows: int, rows: tuple[int, int] | None) -> tuple[int, int]:
@@ -122,14 +146,13 @@ def row_range(source: str, n_rows: int, rows: tuple[int, int] | None) -> tuple[i
     return first, stop
 
 
-def _stacked(images: Sequence[NDArray[np.float32]], source: str) -> NDArray[np.float32]:
-    """Images to [n, channel, y, x]. Raises SpecInvalid where their sizes differ."""
-    if not images:
-        return np.empty((0, 0, 0, 0), dtype=np.float32)
-    shapes = sorted({image.shape for image in images})
+def stacked(samples: Sequence[NDArray[Any]], source: str) -> NDArray[Any]:
+    """At least one sample to [n, *shape]. Raises SpecInvalid where their shapes differ."""
+    shapes = sorted({sample.shape for sample in samples})
     if len(shapes) > 1:
         shown = " and ".join(str(list(shape)) for shape in shapes[:2])
         raise SpecInvalid(
-            source, [f"{source}: got images of {shown}, want one size: set data.image.size"]
+            source,
+            [f"{source}: got samples of {shown}, want one size: set data.image.size"],
         )
-    return np.stack(images)
+    return np.stack(samples)

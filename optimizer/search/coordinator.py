@@ -1,4 +1,4 @@
-"""The coordinator: baselines first, then Optuna's proposals, each recipe once.
+"""The coordinator: baselines first, then what an earlier study found, then proposals.
 
 Optuna is used by ask and tell in this one place. Its constraints are soft, so what breaks one is
 filtered by whoever chooses, too. Nothing is kept of the sampler: given the same seed and the same
@@ -6,15 +6,15 @@ answers it proposes the same again, which is how a study resumes.
 """
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
 
 from optimizer.recipe import Recipe
-from optimizer.search.landscape import Decisions, Landscape, baselines, walk
+from optimizer.search.landscape import Decisions, Landscape, baselines, grid, walk
+from optimizer.search.samplers import new_study
 from optimizer.space import Categorical, Distribution, Value
 from optimizer.variant import Kind
 
@@ -24,11 +24,15 @@ MAX_DUPLICATES = 50
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a trial: the value to minimize, and constraints, kept where at most 0. A trial
-    that ended early has no value."""
+    """What came of a trial: the value to minimize, and constraints, kept where at most 0.
+
+    A trial that came to nothing has no value; where a step couldn't be built, `failed_id` is the
+    id of what it would have made, and no recipe that begins with the same steps is proposed again.
+    """
 
     value: float | None = None
     constraints: Mapping[str, float] | None = None
+    failed_id: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,25 +57,43 @@ class Coordinator:
         self,
         landscape: Landscape,
         starts_from: Kind,
-        identify: Callable[[Recipe], str],
+        identify: Callable[[Recipe], Sequence[str]],
         seed: int,
+        sampler: str = "tpe",
+        first: Sequence[Mapping[str, Value]] = (),
     ) -> None:
-        """`identify` gives the id of the variant that a recipe makes."""
+        """`identify` gives the ids of what a recipe's steps make, in order. `first` are decisions
+        by name that are tried after the baselines, such as those that did well before."""
         self._landscape = landscape
         self._starts_from = starts_from
         self._identify = identify
-        self._study = _new_study(seed)
+        self._sampler = sampler
+        self._first = first
+        self._study = new_study(sampler, seed)
         self._answers: dict[str, Answer] = {}
+        self._failed: set[str] = set()
         self._n_trials = 0
 
     def trials(self) -> Iterator[Trial]:
         """The trials, one after the other; each must be told before the next is drawn. Ends when
         the space is exhausted."""
         for decisions in baselines(self._landscape, self._starts_from):
-            self._study.enqueue_trial(dict(decisions.values))
-            trial = self._ask(is_baseline=True)
-            if trial is not None:
-                yield trial
+            yield from self._enqueued(decisions.values, is_baseline=True)
+        for values in self._first:
+            yield from self._enqueued(values)
+        if self._sampler == "grid":
+            for decisions in grid(self._landscape, self._starts_from):
+                yield from self._enqueued(decisions.values)
+        else:
+            yield from self._proposed()
+
+    def tell(self, trial: Trial, answer: Answer) -> None:
+        self._answers[self._key(trial.decisions)] = answer
+        if answer.failed_id:
+            self._failed.add(answer.failed_id)
+        self._tell(trial.handle, answer)
+
+    def _proposed(self) -> Iterator[Trial]:
         n_duplicates = 0
         while n_duplicates < MAX_DUPLICATES:
             trial = self._ask(is_baseline=False)
@@ -79,24 +101,31 @@ class Coordinator:
             if trial is not None:
                 yield trial
 
-    def tell(self, trial: Trial, answer: Answer) -> None:
-        self._answers[self._key(trial.decisions)] = answer
-        self._tell(trial.handle, answer)
+    def _enqueued(self, values: Mapping[str, Value], is_baseline: bool = False) -> Iterator[Trial]:
+        self._study.enqueue_trial(dict(values))
+        trial = self._ask(is_baseline)
+        if trial is not None:
+            yield trial
 
     def _ask(self, is_baseline: bool) -> Trial | None:
         """The next trial, or None where its recipe was tried: then Optuna gets the same answer."""
         handle = self._study.ask()
         decisions = walk(self._landscape, self._starts_from, _by_optuna(handle))
-        known = self._answers.get(self._key(decisions))
+        known = self._known(decisions)
         if known is not None:
             self._tell(handle, known)
             return None
         self._n_trials += 1
         return Trial(self._n_trials, decisions, is_baseline, handle)
 
+    def _known(self, decisions: Decisions) -> Answer | None:
+        if not self._failed.isdisjoint(self._identify(decisions.recipe)):
+            return Answer()
+        return self._answers.get(self._key(decisions))
+
     def _key(self, decisions: Decisions) -> str:
         failure = f" {decisions.failure}" if decisions.failure else ""
-        return self._identify(decisions.recipe) + failure
+        return " ".join(self._identify(decisions.recipe)[-1:]) + failure
 
     def _tell(self, handle: Any, answer: Answer) -> None:
         for name, value in (answer.constraints or {}).items():
@@ -105,15 +134,6 @@ class Coordinator:
             self._study.tell(handle, state=optuna.trial.TrialState.FAIL)
         else:
             self._study.tell(handle, answer.value)
-
-
-def _new_study(seed: int) -> Any:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with warnings.catch_warnings():
-        # `group` splits a conditional space into parts that are always sampled together.
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = optuna.samplers.TPESampler(seed=seed, group=True)
-    return optuna.create_study(sampler=sampler, direction="minimize")
 
 
 def _by_optuna(handle: Any) -> Callable[[str, Distribution], Value]:

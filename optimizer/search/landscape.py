@@ -4,16 +4,20 @@ Walking it makes one complete recipe, with each decision taken by whoever walks:
 the enumeration of baselines. Which decisions there are depends on the ones before.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from optimizer.errors import ParityMismatch, TechniqueFailed, TechniqueNotApplicable
-from optimizer.recipe import Recipe, Traits
+from optimizer.recipe import EFFORT, EFFORTS, Recipe, Traits
 from optimizer.space import Categorical, Distribution, Space, Value, exists
-from optimizer.variant import Kind, Stage
+from optimizer.variant import STRUCTURAL, Kind, Stage
 
 NONE = "none"
 """The choice of going without an optional stage."""
+GRID_POINTS = 5
+"""Of a number, where every combination is tried."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,9 @@ class Option:
 Unbuildable = TechniqueNotApplicable | TechniqueFailed | ParityMismatch
 
 Landscape = Callable[[Recipe], Sequence[Option]]
-"""The techniques that can come after a recipe. It may have to build the recipe to know, and
-raises one of Unbuildable where that fails."""
+"""The techniques that can come after a recipe, with their spaces for the base model as far as the
+recipe's other steps go: what changes the network has yet to be built, and isn't for this. It may
+have to build those other steps to know, and raises one of Unbuildable where that fails."""
 
 Chooser = Callable[[str, Distribution], Value]
 """Takes the decision of that name."""
@@ -79,22 +84,65 @@ def walk(landscape: Landscape, starts_from: Kind, choose: Chooser) -> Decisions:
         return values[key]
 
     try:
-        for stage in sorted(Stage, key=lambda stage: stage.rank):
-            options = [o for o in landscape(recipe) if o.traits.stage is stage]
-            option = _decide_option(stage, options, decide)
-            if option is not None:
-                recipe = recipe.then(option.traits, _decide_parameters(option, decide))
+        for stages in _by_rank():
+            options = landscape(recipe)
+            chosen = [one for stage in stages if (one := _decide_step(stage, options, decide))]
+            if len(chosen) > 1:  # of one rank, so either may come first
+                names = tuple(traits.name for traits, _ in chosen)
+                first = decide("first", Categorical(names))
+                chosen.sort(key=lambda step, first=first: step[0].name != first)  # type: ignore[misc]
+            for traits, parameters in chosen:
+                recipe = recipe.then(traits, parameters)
     except (TechniqueNotApplicable, TechniqueFailed, ParityMismatch) as error:
         return Decisions(recipe, values, error)
     return Decisions(recipe, values)
 
 
+def _by_rank() -> list[list[Stage]]:
+    stages = sorted(Stage, key=lambda stage: stage.rank)
+    return [list(group) for _, group in groupby(stages, key=lambda stage: stage.rank)]
+
+
 def baselines(landscape: Landscape, starts_from: Kind) -> Iterator[Decisions]:
     """Every combination of the choices that are marked as baselines, with defaults for the rest:
     what a user gets off the shelf. The first is the plainest."""
-    pending: list[dict[str, Value]] = [{}]
+
+    def others(distribution: Distribution) -> Sequence[Value]:
+        marked = isinstance(distribution, Categorical) and distribution.is_baseline
+        return distribution.choices[1:] if marked else ()  # type: ignore[union-attr]
+
+    return _combinations(landscape, starts_from, others)
+
+
+def grid(landscape: Landscape, starts_from: Kind) -> Iterator[Decisions]:
+    """Every combination of choices, numbers at `GRID_POINTS` steps between their ends."""
+    return _combinations(landscape, starts_from, _others_on_grid)
+
+
+def _others_on_grid(distribution: Distribution) -> Sequence[Value]:
+    if isinstance(distribution, Categorical):
+        return distribution.choices[1:]
+    low, high = distribution.low, distribution.high
+    shares = [index / (GRID_POINTS - 1) for index in range(GRID_POINTS)]
+    if distribution.logarithmic:
+        points = [low * (high / low) ** share for share in shares]
+    else:
+        points = [low + (high - low) * share for share in shares]
+    if distribution.whole:
+        step = distribution.step
+        points = [int(low) + round((point - low) / step) * step for point in points]
+    return [point for point in dict.fromkeys(points) if point != distribution.default]
+
+
+def _combinations(
+    landscape: Landscape,
+    starts_from: Kind,
+    others: Callable[[Distribution], Sequence[Value]],
+) -> Iterator[Decisions]:
+    """Walks with every combination of defaults and `others`, breadth first."""
+    pending: deque[dict[str, Value]] = deque([{}])
     while pending:
-        given = pending.pop(0)
+        given = pending.popleft()
         taken: dict[str, Value] = {}
 
         def choose(
@@ -106,12 +154,18 @@ def baselines(landscape: Landscape, starts_from: Kind) -> Iterator[Decisions]:
             if name in given:
                 taken[name] = given[name]
                 return given[name]
-            if isinstance(distribution, Categorical) and distribution.is_baseline:
-                pending.extend({**taken, name: other} for other in distribution.choices[1:])
+            pending.extend({**taken, name: other} for other in others(distribution))
             taken[name] = distribution.default
             return distribution.default
 
         yield walk(landscape, starts_from, choose)
+
+
+def _decide_step(
+    stage: Stage, options: Sequence[Option], decide: Callable[[str, Distribution], Value]
+) -> tuple[Traits, dict[str, Value]] | None:
+    option = _decide_option(stage, [o for o in options if o.traits.stage is stage], decide)
+    return None if option is None else (option.traits, _decide_parameters(option, decide))
 
 
 def _decide_option(
@@ -122,7 +176,9 @@ def _decide_option(
     by_name = {option.traits.name: option for option in options}
     optional = all(option.traits.optional for option in options)
     names = ((NONE,) if optional else ()) + tuple(by_name)
-    chosen = decide(stage.value, Categorical(names, is_baseline=True))
+    # What changes the network isn't had off the shelf.
+    off_the_shelf = stage not in (*STRUCTURAL, Stage.RECOVER)
+    chosen = decide(stage.value, Categorical(names, is_baseline=off_the_shelf))
     return by_name.get(str(chosen))
 
 
@@ -131,7 +187,9 @@ def _decide_parameters(
 ) -> dict[str, Value]:
     parameters: dict[str, Value] = {}
     for name, distribution in option.space.items():
-        if exists(distribution, parameters):
+        if name == EFFORT:
+            parameters[name] = EFFORTS[-1]
+        elif exists(distribution, parameters):
             parameters[name] = decide(f"{option.traits.name}.{name}", distribution)
     return parameters
 

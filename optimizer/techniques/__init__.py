@@ -8,13 +8,16 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from optimizer.data.splits import Split
 from optimizer.recipe import Traits
 from optimizer.space import Parameters, Space
-from optimizer.variant import Model, StoredModel
+from optimizer.variant import Json, Model, StoredModel
 from serve.machine import Machine
+
+if TYPE_CHECKING:
+    import torch
 
 # technique name -> (module, attribute)
 TECHNIQUES: Mapping[str, tuple[str, str]] = {
@@ -35,6 +38,8 @@ class Context:
     parameters alone, so that a variant's id covers them."""
     seed: int
     max_batch_size: int
+    train: Split | None = None
+    """All of train, for techniques that train; their id covers its digest."""
 
 
 class Technique(Protocol):
@@ -61,6 +66,32 @@ class Technique(Protocol):
 
     def describe(self, parameters: Parameters) -> str:
         """The choice in a few words, for tables; empty where there is nothing to tell."""
+        ...
+
+
+@runtime_checkable
+class Training(Protocol):
+    """What a technique of stage RECOVER offers beside the contract: it has the parameter
+    `recipe.EFFORT`, and says what it costs."""
+
+    def epochs(self, parameters: Parameters, context: Context) -> float:
+        """Passes over the training split that applying it takes with these parameters."""
+        ...
+
+
+@runtime_checkable
+class Restructuring(Protocol):
+    """What a technique can do beside, if it changes the structure of torch models: do it again.
+
+    Its variants are kept as weights and a plan (`optimizer.torch_variant.torch_model`).
+    """
+
+    @property
+    def traits(self) -> Traits: ...
+
+    def restructure(self, module: "torch.nn.Module", operations: Json) -> "torch.nn.Module":
+        """Do to the module what `apply` decided to do, as `operations` say; values of weights
+        don't matter. It may be edited in place: nobody else holds it. Pure otherwise."""
         ...
 
 

@@ -8,17 +8,21 @@ the variant then notes. What the file computes is compared with torch by whoever
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimizer.errors import TechniqueFailed
-from optimizer.model_source import load_torch
+import numpy as np
+
+from optimizer.errors import ParityMismatch, TechniqueFailed
+from optimizer.model_source import Signature, read_signature
+from optimizer.parity import check_parity
 from optimizer.recipe import Needs, Traits
 from optimizer.space import Parameters, Space
-from optimizer.spec import TorchSource
 from optimizer.techniques import Context
+from optimizer.torch_source import named_outputs
+from optimizer.torch_variant import load_torch
 from optimizer.variant import Kind, Model, OnnxModel, Stage, TorchModel, onnx_model
 
 if TYPE_CHECKING:
@@ -60,15 +64,17 @@ class Export:
         self, model: Model, parameters: Parameters, context: Context, directory: Path
     ) -> OnnxModel:
         assert isinstance(model, TorchModel)
-        module = load_torch(model.source)
-        example = _example(model.source)
+        signature = read_signature(model.source)
+        example = _example(signature)
+        module = _in_order(load_torch(model), example, signature.output_names)
         notes: tuple[str, ...] = ()
+        first = ""
         try:
-            exported = _by_dynamo(module, example, model.source)
+            exported = _by_dynamo(module, example, signature)
         except Exception as dynamo_error:  # noqa: BLE001  the exporter raises whatever it meets
             first = _first_line(dynamo_error)
             try:
-                exported = _by_torchscript(module, example, model.source, directory)
+                exported = _by_torchscript(module, example, signature, directory)
             except Exception as error:
                 raise TechniqueFailed(
                     _NAME,
@@ -79,10 +85,51 @@ class Export:
             notes = (f"exported by the TorchScript exporter, since dynamo's failed: {first}",)
         _strip_origin(exported)
         (directory / _FILE).write_bytes(exported.SerializeToString(deterministic=True))
-        return onnx_model(directory, _FILE, model.precision, notes)
+        made = onnx_model(directory, _FILE, model.precision, notes)
+        if notes:
+            _check_trace(made, model, context, first)
+        return made
 
 
-def _example(source: TorchSource) -> tuple["torch.Tensor", ...]:
+def _in_order(
+    module: "torch.nn.Module", example: tuple["torch.Tensor", ...], names: tuple[str, ...]
+) -> "torch.nn.Module":
+    """Of a module that returns a dict, one that returns a tuple in the signature's order: the
+    exporters number outputs as they come. Any other as it is."""
+    import torch
+
+    with torch.inference_mode():
+        if not isinstance(module(*example), Mapping):
+            return module
+
+    class InOrder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(named_outputs(self.module(*arguments), names).values())
+
+    return InOrder().eval()
+
+
+def _check_trace(made: OnnxModel, model: TorchModel, context: Context, first: str) -> None:
+    """A trace holds the one path that the example took: other samples may need another."""
+    indices = np.arange(context.max_batch_size) % len(context.calibration)
+    inputs = context.calibration.read(indices).inputs
+    try:
+        check_parity(made, model, inputs, context.max_batch_size)
+    except ParityMismatch as error:
+        raise TechniqueFailed(
+            _NAME,
+            f"the dynamo exporter says: {first}; what the TorchScript exporter traced computes "
+            f"something else ({error}). Where forward decides by values of tensors, write it with "
+            "torch.where or torch.cond; or export the model to ONNX by other means and name the "
+            "file as model.onnx in the spec",
+        ) from error
+
+
+def _example(signature: Signature) -> tuple["torch.Tensor", ...]:
     import torch
 
     types = {"BOOL": torch.bool, "FP16": torch.float16, "FP32": torch.float32,
@@ -93,12 +140,12 @@ def _example(source: TorchSource) -> tuple["torch.Tensor", ...]:
             (_EXAMPLE_BATCH, *(_EXAMPLE_LENGTH if axis == -1 else axis for axis in tensor.shape)),
             dtype=types[tensor.datatype],
         )
-        for tensor in source.inputs
+        for tensor in signature.inputs
     )
 
 
 def _by_dynamo(
-    module: "torch.nn.Module", example: tuple["torch.Tensor", ...], source: TorchSource
+    module: "torch.nn.Module", example: tuple["torch.Tensor", ...], signature: Signature
 ) -> "onnx.ModelProto":
     import torch
 
@@ -111,7 +158,7 @@ def _by_dynamo(
             for axis, size in enumerate(tensor.shape)
             if size == -1
         }
-        for tensor in source.inputs
+        for tensor in signature.inputs
     )
     with _quiet():
         program = torch.onnx.export(
@@ -119,8 +166,8 @@ def _by_dynamo(
             example,
             dynamo=True,
             dynamic_shapes=shapes,
-            input_names=[tensor.name for tensor in source.inputs],
-            output_names=[tensor.name for tensor in source.outputs],
+            input_names=[tensor.name for tensor in signature.inputs],
+            output_names=[tensor.name for tensor in signature.outputs],
             optimize=True,
             verbose=False,
         )
@@ -135,7 +182,7 @@ def _by_dynamo(
 def _by_torchscript(
     module: "torch.nn.Module",
     example: tuple["torch.Tensor", ...],
-    source: TorchSource,
+    signature: Signature,
     directory: Path,
 ) -> "onnx.ModelProto":
     import onnx
@@ -144,9 +191,9 @@ def _by_torchscript(
     axes = {
         tensor.name: {0: "batch"}
         | {axis + 1: f"length_{axis + 1}" for axis, size in enumerate(tensor.shape) if size == -1}
-        for tensor in source.inputs
+        for tensor in signature.inputs
     }
-    axes |= {tensor.name: {0: "batch"} for tensor in source.outputs}
+    axes |= {tensor.name: {0: "batch"} for tensor in signature.outputs}
     path = directory / "torchscript.onnx"
     with _quiet():
         torch.onnx.export(
@@ -155,8 +202,8 @@ def _by_torchscript(
             path,
             dynamo=False,
             dynamic_axes=axes,
-            input_names=[tensor.name for tensor in source.inputs],
-            output_names=[tensor.name for tensor in source.outputs],
+            input_names=[tensor.name for tensor in signature.inputs],
+            output_names=[tensor.name for tensor in signature.outputs],
             opset_version=_FALLBACK_OPSET,
             verbose=False,
         )

@@ -4,10 +4,17 @@ from collections.abc import Callable
 
 from loadtest.slo import Slo
 from optimizer.result import InstanceTimes
-from optimizer.simulation import FrontEnd, Replica
+from optimizer.simulation import FrontEnd, Replica, Spread
 from serve.artifact import ServiceTime
 
-NO_FRONT_END = FrontEnd(serial_s=0.0, delay_s=0.0, delay_p99_s=0.0)
+NO_FRONT_END = FrontEnd(
+    receive_s=0.0,
+    answer_s=0.0,
+    wakeup_s=0.0,
+    batch_s=0.0,
+    way=Spread.constant(0.0),
+    wake=Spread.constant(0.0),
+)
 SIZES = (1, 2, 4, 8, 16, 32)
 
 

@@ -517,7 +517,10 @@ def test_importable_finds_installed_modules_when_the_folder_has_none(tmp_path: P
     ("body", "message"),
     [
         pytest.param("raise RuntimeError('no disk')", "RuntimeError: no disk", id="raises"),
-        pytest.param("return [1, 2, 3]", "got list, want a tuple (inputs, labels)", id="no tuple"),
+        pytest.param("return 'x'", "got str, want a tuple (inputs, labels), or", id="no tuple"),
+        pytest.param(
+            "return [1, 2, 3]", "item 0 is int, want a pair (input, label)", id="no pairs"
+        ),
         pytest.param("return {'y': [1]}, None", "no inputs for x", id="lacks an input"),
     ],
 )

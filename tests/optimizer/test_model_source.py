@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from optimizer.data.splits import Samples, load_splits
 from optimizer.errors import SpecInvalid
 from optimizer.importable import Importable
-from optimizer.model_source import check_model, load_torch, read_signature, source_digest
+from optimizer.model_source import check_model, read_signature, source_digest
 from optimizer.spec import InputSpec, OnnxSource, OutputSpec, TorchSource, read_spec
+from optimizer.torch_source import load_source
 
 MODEL = """\
 import torch
@@ -42,6 +43,23 @@ class Pair(nn.Module):
 class Mapping(nn.Module):
     def forward(self, x):
         return {"logits": x}
+
+class Number(nn.Module):
+    def forward(self, x):
+        return len(x)
+
+class Keyword(nn.Module):
+    def forward(self, x, *, mask):
+        return x
+
+class Infinite(nn.Module):
+    def forward(self, x):
+        return x[:, :3] / 0
+
+class Half(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1, dtype=torch.float16))
 
 class Pooled(nn.Module):
     def forward(self, x):
@@ -117,7 +135,7 @@ def write_onnx(path: Path, batch: str | int = "batch", n_classes: int = 3) -> On
 
 
 def test_torch_model_has_the_weights_and_is_in_eval_mode(source: TorchSource) -> None:
-    module = load_torch(source)
+    module = load_source(source)
     assert not any(part.training for part in module.modules())
     assert torch.equal(module.state_dict()["0.weight"], WEIGHTS["0.weight"])
     check_model(source, samples(), n_classes=3)
@@ -128,7 +146,7 @@ def test_torch_model_names_keys_when_weights_do_not_fit(source: TorchSource) -> 
     weights |= {"0.weight": torch.ones(3, 5), "head.bias": torch.ones(1)}
     bad = torch_source(source.factory.directory, "build", weights)
     with pytest.raises(SpecInvalid) as caught:
-        load_torch(bad)
+        load_source(bad)
     assert str(caught.value) == (
         f"model.weights: {bad.weights} doesn't fit the factory: missing 1.bias; "
         "unexpected head.bias; 0.weight is [3, 5], want [3, 4]"
@@ -137,14 +155,14 @@ def test_torch_model_names_keys_when_weights_do_not_fit(source: TorchSource) -> 
 
 def test_torch_model_loads_when_tied_weights_are_stored_once(source: TorchSource) -> None:
     tied = torch_source(source.factory.directory, "Tied", {"second.weight": torch.eye(4)})
-    module = load_torch(tied)
+    module = load_source(tied)
     assert torch.equal(module.state_dict()["first.weight"], torch.eye(4))
 
 
 def test_torch_model_is_refused_when_weights_are_no_safetensors(source: TorchSource) -> None:
     source.weights.write_bytes(b"PK\x03\x04pickled")
     with pytest.raises(SpecInvalid, match="not safetensors"):
-        load_torch(source)
+        load_source(source)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +180,7 @@ def test_torch_model_is_refused_when_the_factory(
     factory = Importable(module, function, source.factory.directory)
     bad = TorchSource(factory, source.weights, source.inputs, source.outputs)
     with pytest.raises(SpecInvalid, match=message) as caught:
-        load_torch(bad)
+        load_source(bad)
     assert str(caught.value).startswith("model.factory: ")
 
 
@@ -185,7 +203,10 @@ def test_model_is_accepted_when_data_has_no_labels(source: TorchSource) -> None:
     ("function", "outputs", "message"),
     [
         pytest.param("Pair", ("logits",), "returned 2 tensors, the spec names 1: logits"),
-        pytest.param("Mapping", ("logits",), "want tensors or a tuple of them"),
+        pytest.param("Mapping", ("probs",), "returned the keys logits; model.outputs names probs"),
+        pytest.param("Number", ("logits",), "returned int, want tensors, a tuple or a dict of"),
+        pytest.param("Keyword", ("logits",), "needs mask by keyword, want all inputs by position"),
+        pytest.param("Infinite", ("logits",), "has 6 of 6 values NaN or infinite for 2 samples"),
         pytest.param("Pooled", ("logits",), "the shape [4] for 2 samples, want [2, ...]"),
     ],
 )
@@ -194,6 +215,19 @@ def test_model_is_refused_when_it_returns(
 ) -> None:
     bad = torch_source(source.factory.directory, function, {}, outputs)
     assert message in refusal(bad, samples(), n_classes=3)
+
+
+def test_model_is_accepted_when_it_returns_a_dict_with_the_names_of_the_spec(
+    source: TorchSource,
+) -> None:
+    check_model(torch_source(source.factory.directory, "Mapping", {}), samples(), n_classes=4)
+
+
+def test_model_is_refused_when_it_is_half_precision(source: TorchSource) -> None:
+    weights = {"scale": torch.ones(1, dtype=torch.float16)}
+    half = torch_source(source.factory.directory, "Half", weights)
+    with pytest.raises(SpecInvalid, match=r"has scale in float16, want float32"):
+        load_source(half)
 
 
 def test_model_takes_its_first_output_for_logits_when_it_has_several(source: TorchSource) -> None:
@@ -298,7 +332,7 @@ def test_cifar10_network_has_its_accuracy_on_test(network: str, n_correct: int) 
         spec.model.outputs,
     )
     test = load_splits(spec.data, ["image"], spec.seed).test.read()
-    module = load_torch(source)
+    module = load_source(source)
     with torch.inference_mode():
         batches = torch.from_numpy(test.inputs["image"]).split(250)
         predicted = torch.cat([module(batch) for batch in batches]).argmax(dim=1).numpy()

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from optimizer.pareto import drawn_points, pareto_chart, pareto_front
+from optimizer.pareto import VIEWS, drawn_points, pareto_chart, pareto_front, pareto_views
 from optimizer.result import Variant
-from tests.optimizer.study_result import met, variant
+from tests.optimizer.study_result import large, met, variant
 
 
 def test_front_leaves_out_what_another_variant_beats() -> None:
@@ -72,3 +72,32 @@ def test_chart_draws_what_was_measured_beside_the_prediction() -> None:
     [trace] = [t for t in pareto_chart(met())["data"] if t["name"] == "measured under load"]
 
     assert trace["x"] == [pytest.approx(27.92), 31.5, None, pytest.approx(12.24), 13.4, None]
+
+
+def test_views_show_the_same_variants_in_other_planes() -> None:
+    views = pareto_views(met())
+
+    assert list(views) == [view.name for view in VIEWS]
+    [chosen] = [t for t in views["accuracy and size"]["data"] if t["name"] == "chosen"]
+    assert (chosen["x"], chosen["y"]) == ([0.93], [pytest.approx(93.86)])
+    [chosen] = [t for t in views["cost and latency"]["data"] if t["name"] == "chosen"]
+    assert (chosen["x"], chosen["y"]) == (
+        [pytest.approx(12.24)],
+        [pytest.approx(22.2 / (1300 / 3.2))],
+    )
+
+
+def test_views_are_without_accuracy_when_none_was_measured() -> None:
+    rows = tuple(replace(row, quality=None) for row in met().variants)
+    unjudged = replace(met(), variants=rows)
+
+    assert list(pareto_views(unjudged)) == ["cost and latency"]
+    assert pareto_front(rows) == {rows[4].id}
+
+
+def test_chart_draws_few_intervals_when_it_is_crowded() -> None:
+    few = pareto_chart(met())["data"][2]["error_y"]["array"]
+    many = pareto_chart(large(200))["data"][2]["error_y"]["array"]
+
+    assert all(few)
+    assert [bool(length) for length in many].count(True) == 1

@@ -1,13 +1,18 @@
 """Parity at batch 1, 2, 3 and the largest."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from optimizer.errors import ParityMismatch
-from optimizer.parity import batch_sizes, compare, one_by_one
+from optimizer.measuring.local import LocalMeasurer
+from optimizer.parity import batch_sizes, check_engine_parity, compare, one_by_one
+from optimizer.variant import engine_model, onnx_model
+from serve.engines import EngineSpec
 from serve.tensor import Array
+from tests.serve.onnx_models import linear
 
 INPUTS = {"x": np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)}
 
@@ -60,3 +65,23 @@ def test_rows_one_by_one_show_a_row_that_depends_on_its_neighbours() -> None:
     with pytest.raises(ParityMismatch):
         compare("a batch", leaking, one_by_one(leaking), INPUTS, 8, 1e-3)
     compare("a batch", double, one_by_one(double), INPUTS, 8, 1e-6)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_engine_passes_when_it_computes_what_its_parent_does(
+    engine: str, precision: str, tmp_path: Path
+) -> None:
+    parent = onnx_model(linear(tmp_path / "model.onnx").parent, "model.onnx")
+    child = engine_model(tmp_path, EngineSpec(engine, "model.onnx", precision))
+    check_engine_parity(LocalMeasurer(), child, parent, INPUTS, 8)
+
+
+def test_engine_is_refused_when_it_computes_something_else_than_its_parent(tmp_path: Path) -> None:
+    for seed, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        linear(tmp_path / name / "model.onnx", seed)
+    parent = onnx_model(tmp_path / "a", "model.onnx")
+    child = engine_model(tmp_path / "b", EngineSpec("onnxruntime", "model.onnx"))
+    with pytest.raises(ParityMismatch, match="the engine model against the onnx model"):
+        check_engine_parity(LocalMeasurer(), child, parent, INPUTS, 8)

@@ -88,3 +88,10 @@ def test_step_id_ignores_data_when_the_technique_uses_none() -> None:
     other = steps_with_ids(recipe_of(EXPORT, INT8), "base", 0, "other data")
     assert one[0][1] == other[0][1]
     assert one[1][1] != other[1][1]
+
+
+def test_step_id_covers_all_of_train_when_the_technique_trains() -> None:
+    tune = Traits("tune", "1", Stage.RECOVER, Kind.TORCH, Kind.TORCH, Needs.UNLABELLED)
+    recipe = Recipe(Kind.TORCH).then(tune, {"effort": "full"})
+    ids = {steps_with_ids(recipe, "base", 0, "data", train)[0][1] for train in ("one", "other")}
+    assert len(ids) == 2

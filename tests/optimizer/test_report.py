@@ -12,19 +12,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from optimizer.report import (
-    bytes_,
-    details,
-    explain,
-    headline,
-    number,
-    print_table,
-    render_html,
-    script_json,
-    sorted_variants,
-)
-from optimizer.result import NearestMiss, Reason, StudyResult, Verification
-from tests.optimizer.study_result import met, variant
+from optimizer.quantities import bytes_, duration, number
+from optimizer.report import print_table, render_html, script_json
+from optimizer.result import NearestMiss, Reason, Relaxation, StudyResult, Verification
+from optimizer.wording import details, explain, headline, offer, sorted_variants
+from tests.optimizer.study_result import by_fidelity, large, layers, met, variant
 
 Edit = Callable[[StudyResult], StudyResult]
 
@@ -236,11 +228,11 @@ def test_page_shows_names_as_text_when_they_look_like_html() -> None:
 
     assert hostile not in page
     assert "<img" not in page
-    assert figures_of(page)["pareto"]["data"]
+    assert figures_of(page, "views")["accuracy and latency"]["data"]
 
 
-def figures_of(page: str) -> dict[str, Any]:
-    match = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page)
+def figures_of(page: str, name: str = "figures") -> dict[str, Any]:
+    match = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', page)
     assert match is not None
     figures = json.loads(match[1])
     assert isinstance(figures, dict)
@@ -269,3 +261,136 @@ def test_details_report_the_locked_test_split_when_it_was_looked_at() -> None:
     assert "On the locked test split, looked at once, it is 89.30%, where the base has 89.70%." in (
         said
     )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0.4 s"), (96.0, "96 s"), (210.0, "3.5 min"), (9000.0, "2.5 h")],
+)
+def test_duration_is_in_the_largest_unit_of_which_there_are_two(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("relaxation", "phrase"),
+    [
+        pytest.param(
+            Relaxation("latency", 0.02, 0.0231, "s", "", 0.0124),
+            "raise the threshold from 20 ms to 23.1 ms: openvino int8 (percentile) would do, at "
+            "0.0124 per million",
+            id="latency",
+        ),
+        pytest.param(
+            Relaxation("accuracy_drop", 0.01, 0.0214, "1", "", 0.0124),
+            "allow a drop of 2.14 points instead of 1: openvino int8 (percentile) would do, at "
+            "0.0124 per million",
+            id="accuracy",
+        ),
+        pytest.param(
+            Relaxation("memory", 1e9, 1.5e9, "bytes", "", math.inf),
+            "allow 1.5 GB of memory instead of 1 GB: openvino int8 (percentile) would do",
+            id="memory, at a price that isn't known",
+        ),
+    ],
+)
+def test_offer_names_the_step_the_variant_and_its_price(
+    relaxation: Relaxation, phrase: str
+) -> None:
+    chosen = met().variants[4]
+
+    assert offer(met(), replace(relaxation, variant_id=chosen.id)) == phrase
+
+
+def relaxing(result: StudyResult) -> StudyResult:
+    row = result.variants[3]
+    step = Relaxation("latency", 0.05, 0.0531, "s", row.id, 0.0697)
+    return replace(infeasible(result), relaxations=(step,))
+
+
+def test_table_says_what_relaxing_would_buy_when_nothing_is_feasible() -> None:
+    text = printed(relaxing(met()), 200)
+
+    assert "raise the threshold from 50 ms to 53.1 ms: onnxruntime int8 (percentile)" in text
+
+
+def test_table_has_a_line_of_the_ladder_and_of_a_guarantee_that_is_not_of_labels() -> None:
+    assert "rung 1 (timing) took 58, dropped 31, saved ~12 min; rung 2 (accuracy) took 27" in (
+        printed(met(), 300)
+    )
+    assert "Guarantee by fidelity. Without labels: the share of 5,000 samples" in (
+        printed(by_fidelity(), 300)
+    )
+    assert "Guarantee" not in printed(met(), 300)
+
+
+@pytest.mark.parametrize(
+    ("edit", "heading"),
+    [
+        pytest.param(lambda r: replace(r, ablations=()), "What each technique contributed",
+                     id="ablations"),
+        pytest.param(lambda r: replace(r, rungs=()), "The ladder", id="rungs"),
+        pytest.param(lambda r: replace(r, layers=()), "What changed, layer by layer", id="layers"),
+        pytest.param(lambda r: replace(r, variants=r.variants[4:5]),
+                     "Every variant across its parameters", id="one variant"),
+        pytest.param(empty, "Latency by batch size", id="no variant"),
+    ],
+)  # fmt: skip
+def test_page_leaves_out_a_section_that_has_nothing_to_show(edit: Edit, heading: str) -> None:
+    assert f"<h2>{heading}</h2>" in without_plotly(render_html(met()))
+    assert f"<h2>{heading}</h2>" not in without_plotly(render_html(edit(met())))
+
+
+def text_of(page: str) -> str:
+    """What a reader sees, with single spaces."""
+    body = re.sub(r"<script.*?</script>|<style.*?</style>", "", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
+
+
+def test_page_shows_what_each_step_contributed_the_ladder_and_the_layers() -> None:
+    text = text_of(render_html(met()))
+
+    assert "quantization openvino fp32 −60.5% 0.138 → 0.0546 −56.2% 27.9 ms → 12.2 ms" in text
+    assert "+0.39 0.02 → 0.41 −72.8% 3.42 MB → 930 kB" in text
+    assert "1 timing 58 31 3.5 min 12 min" in text
+    assert "blocks.1.conv Conv 64×64×3×3 → 64×56×3×3 fp32 → int8 0.43 0.14" in text
+    assert "short_cut Conv 64×64×1×1 → gone fp32 → – 0.09 –" in text
+    assert "7 layers with weights or attention, 4 in another precision, 1 of another shape" in text
+
+
+def test_page_says_what_relaxing_would_buy_when_nothing_is_feasible() -> None:
+    text = text_of(render_html(relaxing(met())))
+
+    assert "Raise the threshold from 50 ms to 53.1 ms: onnxruntime int8 (percentile)" in text
+
+
+def test_page_says_what_the_accuracy_rests_on_when_there_were_no_labels() -> None:
+    text = text_of(render_html(by_fidelity()))
+
+    assert "What the accuracy rests on fidelity Without labels" in text
+    assert "mean kl 0.0042" in text
+    assert "What the accuracy rests on" not in text_of(render_html(met()))
+
+
+def test_page_folds_rows_away_when_there_are_many_variants_and_layers() -> None:
+    page = without_plotly(render_html(large(500)))
+
+    shown, folded = re.split(r"<summary>(?=48[78] more)", page)
+    assert "onnxruntime fp32" in shown
+    assert shown.count('<span class="label">') < 30
+    assert "all 58 layers" in page
+    assert folded.count('class="pill unverified"') > 60
+
+
+def test_page_can_switch_the_axes_of_the_front() -> None:
+    page = without_plotly(render_html(met()))
+
+    names = re.findall(r'data-view="([^"]+)"', page)
+    assert names == list(figures_of(page, "views"))
+    assert len(names) == 4
+
+
+def test_layers_of_one_study_are_all_in_the_table_when_they_are_few() -> None:
+    few = without_plotly(render_html(replace(met(), layers=layers(10))))
+
+    assert "in the order of the graph" not in few
+    assert few.count("blocks.") == 10

@@ -104,6 +104,13 @@ def test_result_keeps_infinity_in_standard_json() -> None:
     assert document["variants"][2]["serving"]["cost_per_million"] == "Infinity"
 
 
+def test_result_keeps_a_quality_that_is_not_finite() -> None:
+    assert CHOSEN.quality is not None
+    quality = replace(CHOSEN.quality, drop_bound=math.inf, figures={"kl": math.inf})
+    result = replace(RESULT, variants=(replace(CHOSEN, quality=quality),))
+    assert from_json(to_json(result)) == result
+
+
 def test_result_finds_the_chosen_and_the_baseline() -> None:
     assert RESULT.chosen is CHOSEN
     assert RESULT.baseline is RESULT.variants[0]

@@ -46,8 +46,16 @@ def cost_of(trial: Trial) -> float:
     return cost + 1.0
 
 
-def run(n_trials: int, seed: int = 0, given: Landscape = landscape) -> list[Trial]:
-    coordinator = Coordinator(given, Kind.TORCH, str, seed)
+def identify(recipe: Recipe) -> tuple[str, ...]:
+    """An id for each step, which names all steps up to it."""
+    choices = recipe.choices
+    return tuple(str(Recipe(Kind.TORCH, choices[: n + 1])) for n in range(len(choices)))
+
+
+def run(
+    n_trials: int, seed: int = 0, given: Landscape = landscape, sampler: str = "tpe"
+) -> list[Trial]:
+    coordinator = Coordinator(given, Kind.TORCH, identify, seed, sampler)
     trials = []
     for trial in coordinator.trials():
         if len(trials) == n_trials:
@@ -106,7 +114,7 @@ def test_search_ends_when_a_finite_space_is_exhausted() -> None:
     def cost(trial: Trial) -> float:
         return float(trial.number)
 
-    coordinator = Coordinator(finite, Kind.TORCH, str, seed=0)
+    coordinator = Coordinator(finite, Kind.TORCH, identify, seed=0)
     n_trials = 0
     for trial in coordinator.trials():
         coordinator.tell(trial, Answer(cost(trial), {"latency": -1.0}))
@@ -115,7 +123,7 @@ def test_search_ends_when_a_finite_space_is_exhausted() -> None:
 
 
 def test_constraints_steer_the_search_when_most_of_the_space_breaks_them() -> None:
-    coordinator = Coordinator(landscape, Kind.TORCH, str, seed=0)
+    coordinator = Coordinator(landscape, Kind.TORCH, identify, seed=0)
     kept = 0
     for trial in coordinator.trials():
         if trial.number > 40:
@@ -155,6 +163,104 @@ def test_search_ends_when_nothing_can_be_built() -> None:
     assert n_asked == 2
 
 
+NARROW = Traits("narrow", "1", Stage.PRUNE, Kind.TORCH, Kind.TORCH)
+FACTOR = Traits("factor", "1", Stage.DECOMPOSE, Kind.TORCH, Kind.TORCH)
+TUNE = Traits("tune", "1", Stage.RECOVER, Kind.TORCH, Kind.TORCH, optional=False)
+
+
+def structural(recipe: Recipe) -> Sequence[Option]:
+    """Narrower, factored, or both in either order, and tuned after any of it."""
+    if recipe.gives is not Kind.TORCH:
+        return landscape(recipe)
+    tune = Option(TUNE, {"effort": Categorical(("full", "short")), "rate": Categorical((1, 2))})
+    options = [
+        Option(NARROW, {"width": Categorical((8, 16))}),
+        Option(FACTOR, {"rank": Categorical((2, 4))}),
+        Option(EXPORT, {}),
+    ]
+    options = [option for option in options if recipe.can_take(option.traits)]
+    return [tune, *options] if recipe.is_structural and recipe.can_take(TUNE) else options
+
+
+def names(trial: Trial) -> tuple[str, ...]:
+    return tuple(choice.traits.name for choice in trial.recipe.choices)
+
+
+def test_baselines_change_no_network() -> None:
+    found = list(baselines(structural, Kind.TORCH))
+    assert len(found) == 5
+    assert not any(decisions.recipe.is_structural for decisions in found)
+
+
+def test_steps_of_one_rank_are_tried_in_either_order() -> None:
+    orders = {names(trial)[:2] for trial in run(300, given=structural, sampler="grid")}
+    assert ("narrow", "factor") in orders
+    assert ("factor", "narrow") in orders
+
+
+def test_training_is_in_every_recipe_that_changes_the_network_and_its_effort_is_not_searched() -> (
+    None
+):
+    for trial in run(60, given=structural, sampler="random"):
+        tuned = [c for c in trial.recipe.choices if c.traits is TUNE]
+        assert bool(tuned) == trial.recipe.is_structural
+        assert all(choice.parameters["effort"] == "full" for choice in tuned)
+        assert not any("effort" in name for name in trial.decisions.values)
+
+
+def test_recipe_has_the_effort_of_the_rung_that_it_is_built_for() -> None:
+    trial = next(t for t in run(60, given=structural) if t.recipe.trains)
+    short = trial.recipe.with_effort("short")
+    assert [c.parameters["effort"] for c in short.choices if c.traits is TUNE] == ["short"]
+    assert trial.recipe.with_effort("full") == trial.recipe
+    assert not short.skeleton().is_structural
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2", "grid"])
+def test_every_sampler_finds_distinct_trials_again_by_its_seed(sampler: str) -> None:
+    first, again = (run(25, given=structural, sampler=sampler) for _ in range(2))
+    assert [trial.recipe for trial in first] == [trial.recipe for trial in again]
+    assert len({trial.recipe for trial in first}) == 25
+
+
+def test_grid_tries_every_combination_once() -> None:
+    def finite(recipe: Recipe) -> Sequence[Option]:
+        return [
+            Option(o.traits, {k: v for k, v in o.space.items() if isinstance(v, Categorical)})
+            for o in structural(recipe)
+        ]
+
+    trials = run(10_000, given=finite, sampler="grid")
+    # Untouched, or narrowed (2), factored (2) or both (4, in 2 orders), each tuned at 2 rates;
+    # then fp32 in 3 engines or int8 (2 calibrations) in 2.
+    assert len(trials) == (1 + (2 + 2 + 8) * 2) * (3 + 2 * 2)
+
+
+def test_recipes_are_not_proposed_again_when_their_first_steps_cannot_be_built() -> None:
+    coordinator = Coordinator(structural, Kind.TORCH, identify, seed=0, sampler="random")
+    n_narrowed = 0
+    for trial in coordinator.trials():
+        if trial.number > 60:
+            break
+        narrowed = names(trial)[0] == "narrow"
+        n_narrowed += narrowed
+        failed = identify(trial.recipe)[0] if narrowed else ""
+        coordinator.tell(trial, Answer(None if narrowed else cost_of(trial), failed_id=failed))
+    assert n_narrowed == 2  # one for each width
+
+
+def test_given_decisions_are_tried_after_the_baselines() -> None:
+    wanted = run(12)[11]
+    coordinator = Coordinator(
+        landscape, Kind.TORCH, identify, seed=5, first=[wanted.decisions.values]
+    )
+    for trial in coordinator.trials():
+        coordinator.tell(trial, Answer(cost_of(trial)))
+        if trial.number == 6:
+            assert trial.recipe == wanted.recipe
+            return
+
+
 def test_walk_names_decisions_by_what_can_be_chosen() -> None:
     names: list[str] = []
 
@@ -172,7 +278,7 @@ def test_walk_names_decisions_by_what_can_be_chosen() -> None:
 
 @pytest.mark.parametrize("value", [None, float("inf")])
 def test_trial_without_a_value_is_told_as_failed(value: float | None) -> None:
-    coordinator = Coordinator(landscape, Kind.TORCH, str, seed=0)
+    coordinator = Coordinator(landscape, Kind.TORCH, identify, seed=0)
     trials = coordinator.trials()
     coordinator.tell(next(trials), Answer(value))
     assert next(trials).number == 2

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from optimizer.capacity import predict
-from optimizer.simulation import FrontEnd, Load, Replica, Trace, simulate
-from tests.optimizer.replicas import affine, constant, replica, times
+from optimizer.result import LEVELS
+from optimizer.simulation import Load, Replica, Spread, Trace, simulate
+from tests.optimizer.replicas import NO_FRONT_END, affine, constant, replica, times
 
 
 @pytest.mark.parametrize("utilization", [0.3, 0.5, 0.7, 0.85])
 def test_mean_wait_is_that_of_pollaczek_and_khinchine_when_batches_hold_one(
     utilization: float,
 ) -> None:
-    service_s, n_requests = 0.004, 120_000
+    service_s, n_requests = 0.004, 60_000
     load = Load(utilization / service_s)
 
     trace = simulate(replica(times(constant(service_s))), load, n_requests=n_requests, seed=1)
@@ -121,7 +122,8 @@ def test_padded_batches_take_as_long_as_the_next_measured_size() -> None:
 
 
 def test_front_end_limits_the_rate_and_adds_its_time() -> None:
-    front_end = FrontEnd(serial_s=0.002, delay_s=0.003, delay_p99_s=0.008)
+    way = Spread.of([0.003] * 98 + [0.008] * 2)
+    front_end = replace(NO_FRONT_END, receive_s=0.0015, answer_s=0.0005, way=way)
     chosen = Replica(times(constant(0.0001)), 4, front_end=front_end)
 
     prediction = predict(chosen, Load(0.5), n_requests=20_000)
@@ -132,13 +134,67 @@ def test_front_end_limits_the_rate_and_adds_its_time() -> None:
     assert predict(chosen, Load(550), n_requests=4_000).p99_s > 0.1
 
 
-def test_batches_take_longer_when_the_front_end_works_on_the_same_cores() -> None:
-    def utilization(cores: int) -> float:
-        measured = times(constant(0.004), threads=2)
-        chosen = Replica(measured, cores, front_end=FrontEnd(0.001, delay_s=0))
-        return predict(chosen, Load(100), n_requests=4_000).utilization
+def test_instances_wait_for_the_front_end_when_it_works_on_the_same_cores() -> None:
+    """One core: an M/D/1 queue whose service is reading, engine and answering."""
+    front_end = replace(NO_FRONT_END, receive_s=0.001, answer_s=0.001)
+    alone, shared = (
+        Replica(times(constant(0.004)), cores, front_end=front_end) for cores in (2, 1)
+    )
 
-    assert utilization(2) == pytest.approx(2 / (2 - 0.1) * utilization(3), rel=1e-3)
+    assert shared.highest_throughput(1) == pytest.approx(1 / 0.006)
+    assert alone.highest_throughput(1) == pytest.approx(1 / 0.004)
+    assert predict(alone, Load(200), n_requests=8_000).p99_s < 0.05
+    assert predict(shared, Load(200), n_requests=8_000).p99_s > 1
+    busy = predict(shared, Load(1), n_requests=4_000)
+    assert busy.p50_s == pytest.approx(0.006, rel=1e-3)
+
+
+def test_answer_stays_unsent_when_the_engine_goes_on_and_no_core_is_free() -> None:
+    """Two requests at once on one core: the second's batch begins before the first's answer."""
+    wake = Spread.constant(0.003)
+    chosen = replace(replica(times(constant(0.01))), front_end=replace(NO_FRONT_END, wake=wake))
+
+    traces = [
+        simulate(replace(chosen, cores=cores), Load(95), n_requests=4_000) for cores in (1, 2)
+    ]
+
+    for trace, held_s in zip(traces, (0.003, 0.0), strict=True):
+        finish_s = {index: one.finish_s for one in trace.batches for index in one.requests}
+        begins = {one.start_s for one in trace.batches}
+        delays = {
+            round(trace.answer_s[index] - finish, 6)
+            for index, finish in finish_s.items()
+            if finish in begins
+        }
+        # Less where a request that came in the meantime had the front end waiting already.
+        assert max(delays) == held_s
+
+
+def test_batches_take_what_was_measured_and_what_the_server_adds() -> None:
+    measured = times(constant(0.004))
+    quantiles = tuple(tuple(0.004 + 0.001 * level for level in LEVELS) for _ in measured.times)
+    front_end = replace(NO_FRONT_END, batch_s=0.002, stretch=1.5)
+    chosen = Replica(replace(measured, quantiles=quantiles), 1, front_end=front_end)
+
+    trace = simulate(chosen, Load(20), n_requests=20_000)
+
+    seconds = [batch.finish_s - batch.start_s for batch in trace.batches]
+    wanted = [0.002 + 1.5 * (0.004 + 0.001 * share) for share in (0.1, 0.5, 0.99)]
+    assert np.quantile(seconds, [0.1, 0.5, 0.99]) == pytest.approx(wanted, rel=0.005)
+
+
+def test_spread_stretches_only_what_is_above_its_median() -> None:
+    spread = Spread.of([0.001, 0.002, 0.003]).stretched(2.0)
+
+    assert spread.median_s == 0.002
+    assert spread.seconds[0] == 0.001
+    assert spread.seconds[-1] == pytest.approx(0.004)
+
+
+@pytest.mark.parametrize("seconds", [(0.1,), (0.2,) * 12 + (0.1,), (-0.1,) * 13])
+def test_spread_refuses_what_is_no_distribution(seconds: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="rising"):
+        Spread(seconds)
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.inf])

@@ -3,9 +3,17 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from optimizer.errors import SpecInvalid
-from optimizer.spec import OnnxSource, Spec, TorchSource, read_spec
+from optimizer.spec import (
+    ExportedSource,
+    ModuleSource,
+    OnnxSource,
+    Spec,
+    TorchSource,
+    read_spec,
+)
 
 SLO = """\
 apiVersion: trimserve/v1
@@ -95,6 +103,43 @@ def test_spec_names_an_onnx_model_when_it_is_given_alone(folder: Path) -> None:
     assert spec.model == OnnxSource(folder / "model.onnx")
 
 
+def test_spec_asks_for_classification_when_no_task_is_named(folder: Path) -> None:
+    task = read(folder).task
+    assert (task.kind, task.metric, task.output, task.range) == (
+        "classification",
+        None,
+        None,
+        (0, 1),
+    )
+
+
+def test_spec_gives_the_metric_beside_it_when_the_task_is_custom(folder: Path) -> None:
+    text = changed(
+        "objective: latency", "task: {kind: custom, metric: 'own:score', range: [-1, 1]}"
+    )
+    task = read(folder, text).task
+    assert task.metric is not None
+    assert (str(task.metric), task.metric.directory) == ("own:score", folder)
+    assert task.range == (-1, 1)
+
+
+def test_spec_takes_folders_and_texts_when_the_format_has_them(folder: Path) -> None:
+    (folder / "pictures").mkdir()
+    start, stop = SPEC.index("data:\n"), SPEC.index("objective:")
+    splits = "".join(f"  {name}: {{path: pictures}}\n" for name in ("train", "validation", "test"))
+    image = "  image: {mean: [0.5], std: [0.5]}\n"
+    data = read(
+        folder, f"{SPEC[:start]}data:\n  format: image_folder\n{splits}{image}{SPEC[stop:]}"
+    )
+    assert data.data.test.path == folder / "pictures"
+    splits = splits.replace("pictures", "test.npz")
+    text = "  text: {tokenizer: test.npz, max_length: 64, mask: attention_mask}\n"
+    data = read(folder, f"{SPEC[:start]}data:\n  format: parquet\n{splits}{text}{SPEC[stop:]}")
+    assert data.data.text is not None
+    assert data.data.text.inputs == ("input_ids", "attention_mask")
+    assert data.data.text.tokenizer == folder / "test.npz"
+
+
 def test_spec_resolves_paths_against_its_own_folder_when_run_elsewhere(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,9 +171,11 @@ def test_spec_reports_every_problem_with_line_and_key_at_once(folder: Path) -> N
         f"{where}:5: seed: got 'seven', want a valid integer",
         f"{where}:8: model.weights: got 'lost.safetensors', "
         f"want an existing file, {lost}.safetensors is none",
-        f"{where}:17: data.test.path: got 'lost.npz', want an existing file, {lost}.npz is none",
+        f"{where}:17: data.test.path: got 'lost.npz', "
+        f"want an existing file or folder, {lost}.npz is none",
         f"{where}:20: objectiv: unknown key, did you mean 'objective'? allowed: apiVersion, "
-        "budget, data, kind, model, name, objective, seed, slo, target, techniques",
+        "budget, constraints, data, kind, model, name, objective, search, seed, slo, target, "
+        "task, techniques",
     }
 
 
@@ -167,7 +214,35 @@ def test_spec_reports_every_problem_with_line_and_key_at_once(folder: Path) -> N
             "want either path or call",
             id="two origins",
         ),
-        pytest.param("format: numpy", "format: parquet", "want image", id="no preprocessing"),
+        pytest.param(
+            "format: numpy", "format: image_folder", "want a folder as train.path", id="no folder"
+        ),
+        pytest.param("{path: test.npz}", "{path: .}", "want a file as test.path", id="no file"),
+        pytest.param(
+            "  overlap: drop",
+            "  overlap: drop\n  text: {tokenizer: test.npz, max_length: 8}",
+            "want no text for the format numpy",
+            id="texts in arrays",
+        ),
+        pytest.param(
+            "objective: latency", "task: {kind: custom}", "want metric", id="no metric of its own"
+        ),
+        pytest.param(
+            "objective: latency",
+            "task: {metric: 'model:score', range: [0, 5]}",
+            "task: got {'metric': 'model:score', 'range': [0, 5]}, "
+            "want metric and range only for the kind custom",
+            id="a metric for a built-in task",
+        ),
+        pytest.param(
+            "objective: latency",
+            "task: {kind: custom, metric: 'model:score', range: [1, 1]}",
+            "task.range: got [1, 1], want [low, high], finite numbers with low < high",
+            id="an empty range",
+        ),
+        pytest.param(
+            "objective: latency", "task: {kind: regression}", "task.kind", id="an unknown task"
+        ),
         pytest.param(
             "  overlap: drop",
             "  overlap: drop\n  image: {mean: [0.5, 0.5], std: [1.0]}",
@@ -236,3 +311,47 @@ def test_example_lacks_only_generated_files_when_nothing_was_made(
     found = problems(tmp_path, (source / "spec.yaml").read_text(), environ)
     assert len(found) == 4
     assert all("want an existing file" in problem for problem in found)
+
+
+MODEL_KEY = SPEC[SPEC.index("model:") : SPEC.index("data:")]
+
+
+@pytest.mark.parametrize(
+    ("keys", "inputs", "outputs"),
+    [
+        pytest.param("exported: net.pt2", 0, 0, id="as the program has them"),
+        pytest.param("exported: net.pt2, outputs: [{name: logits}]", 0, 1, id="outputs named"),
+    ],
+)
+def test_exported_program_is_a_source_of_its_own(
+    folder: Path, keys: str, inputs: int, outputs: int
+) -> None:
+    (folder / "net.pt2").touch()
+    source = read(folder, changed(MODEL_KEY, f"model: {{{keys}}}\n")).model
+    assert isinstance(source, ExportedSource)
+    assert source.path == folder / "net.pt2"
+    assert (len(source.inputs), len(source.outputs)) == (inputs, outputs)
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        pytest.param("exported: model.onnx", "want a .pt2 file", id="another file"),
+        pytest.param("exported: net.pt2, onnx: model.onnx", "not both", id="onnx beside it"),
+        pytest.param(
+            "exported: net.pt2, weights: weights.safetensors", "not both", id="weights beside it"
+        ),
+    ],
+)
+def test_exported_program_is_refused_when(folder: Path, keys: str, problem: str) -> None:
+    (folder / "net.pt2").touch()
+    (found,) = problems(folder, changed(MODEL_KEY, f"model: {{{keys}}}\n"))
+    assert problem in found
+
+
+def test_model_may_be_left_out_when_it_is_given_as_an_object(folder: Path) -> None:
+    text = changed(MODEL_KEY, "")
+    (found,) = problems(folder, text)
+    assert found == f"{folder / 'spec.yaml'}:1: model: missing, it must be given"
+    model = ModuleSource(torch.nn.Identity(), (), ())
+    assert read_spec(folder / "spec.yaml", model=model).model is model

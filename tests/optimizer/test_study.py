@@ -85,7 +85,7 @@ def test_study_publishes_the_chosen_variant_with_all_that_serving_needs(
     np.testing.assert_allclose(engine.run(inputs)["logits"], expected["logits"], rtol=1e-5)
     engine.close()
     assert 'name: "tiny"' in (repository / "tiny" / "config.pbtxt").read_text()
-    assert diary.phases[-1] == "publishing"
+    assert diary.phases[-2:] == ["publishing", "what each step contributed"]
     assert [variant.label for variant in diary.variants] == [
         "ONNX Runtime",
         "int8 (minmax), ONNX Runtime",
@@ -178,6 +178,7 @@ def test_study_names_the_nearest_miss_when_nothing_is_feasible(study: Path, tmp_
     spec = replace(spec, slo=spec.slo.model_copy(update={"latency": latency}))
     result = optimize(spec, tmp_path / "models", options(study))
     assert result.outcome == "inconclusive"  # not every baseline was tried with two trials
+    assert "the budget ended before every baseline was tried" in result.notes
     spec = replace(spec, budget=spec.budget.model_copy(update={"trials": 5}))
     result = optimize(spec, tmp_path / "models", options(study))
     assert result.outcome == "infeasible"

@@ -1,96 +1,34 @@
-"""The contract that every technique keeps, and what each of them does beyond it."""
+"""What each technique does beyond the contract that all keep (test_contract.py)."""
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 
-from optimizer.data.splits import DataSplits, load_splits
 from optimizer.kernels import n_quantized, prove
 from optimizer.model_source import source_digest
-from optimizer.parity import batch_sizes, check_parity, load_runner
+from optimizer.parity import check_parity, load_runner
 from optimizer.space import defaults
 from optimizer.spec import TorchSource, read_spec
-from optimizer.techniques import TECHNIQUES, Context, load_technique
+from optimizer.techniques import load_technique
 from optimizer.variant import (
     EngineModel,
     Kind,
-    Model,
     OnnxModel,
-    directory_digest,
     onnx_model,
     source_model,
 )
-from serve.machine import Machine, this_machine
+from serve.machine import Machine
 from tests.optimizer.tiny_study import write_study
-
-MAX_BATCH_SIZE = 8
-
-
-@dataclass(frozen=True, eq=False)
-class Workbench:
-    """A base model, data, and a model of each kind."""
-
-    context: Context
-    inputs: Mapping[str, np.ndarray]
-    models: Mapping[Kind, Model]
+from tests.optimizer.workbench import MAX_BATCH_SIZE, Workbench, make_workbench
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
-    spec = read_spec(write_study(tmp_path_factory.mktemp("study")))
-    splits: DataSplits = load_splits(spec.data, ["image"], seed=0)
-    context = Context(splits.calibration, this_machine(), seed=0, max_batch_size=MAX_BATCH_SIZE)
-    torch_model = source_model(spec.model, source_digest(spec.model))
-    directory = tmp_path_factory.mktemp("onnx")
-    exported = load_technique("export").apply(torch_model, {}, context, directory)
-    return Workbench(
-        context,
-        splits.validation.read(range(MAX_BATCH_SIZE)).inputs,
-        {Kind.TORCH: torch_model, Kind.ONNX: exported},
-    )
-
-
-def cases() -> Iterator[object]:
-    for name in TECHNIQUES:
-        yield pytest.param(name, {}, id=name)
-    for parameters in (
-        {"calibration": "entropy"},
-        {"calibration": "percentile", "percentile": 99.9, "keep_fp32": "first_and_last"},
-    ):
-        yield pytest.param("quantization", parameters, id="quantization by other parameters")
-    yield pytest.param("compilation", {"engine": "openvino"}, id="compilation to OpenVINO")
-
-
-@pytest.mark.parametrize(("name", "given"), list(cases()))
-def test_technique_is_pure_and_keeps_its_promises(
-    name: str, given: dict[str, str | int | float | bool], bench: Workbench, tmp_path: Path
-) -> None:
-    technique = load_technique(name)
-    model = bench.models[technique.traits.accepts]
-    before = _content(model)
-    assert technique.check(model, bench.context) is None
-    parameters = defaults(technique.space(model, bench.context), **given)
-    first, second = tmp_path / "first", tmp_path / "second"
-    first.mkdir()
-    second.mkdir()
-
-    made = technique.apply(model, parameters, bench.context, first)
-    again = technique.apply(model, parameters, bench.context, second)
-
-    assert made.kind is technique.traits.gives
-    assert made.digest == again.digest
-    assert _content(model) == before
-    assert made.directory == first
-    assert str(tmp_path) not in (first / _main_file(made)).read_bytes().decode("latin1")
-    assert batch_sizes(MAX_BATCH_SIZE) == (1, 2, 3, MAX_BATCH_SIZE)
-    check_parity(made, model, bench.inputs, MAX_BATCH_SIZE)
-    technique.describe(parameters)
+    return make_workbench(tmp_path_factory.mktemp("study"))
 
 
 def test_export_gives_a_symbolic_batch_and_the_names_of_the_spec(bench: Workbench) -> None:
@@ -257,13 +195,3 @@ def _quantized(bench: Workbench, tmp_path: Path, **given: str) -> OnnxModel:
     made = technique.apply(model, parameters, bench.context, directory)
     assert isinstance(made, OnnxModel)
     return made
-
-
-def _content(model: Model) -> str:
-    if isinstance(model, OnnxModel | EngineModel):
-        return directory_digest(model.directory)
-    return source_digest(model.source)
-
-
-def _main_file(model: OnnxModel | EngineModel) -> str:
-    return model.file if isinstance(model, OnnxModel) else model.spec.file

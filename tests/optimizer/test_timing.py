@@ -1,13 +1,16 @@
 """Timing: what is measured and how it is judged, by a clock that the tests wind."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
-from optimizer.timing import Contender, Effort, Timing, is_steady, measure
+from optimizer.surroundings import Surroundings, observe
+from optimizer.timing import Contender, Effort, Instances, Timing, is_steady, measure
 from serve.engines import EngineSpec
+from serve.machine import allowed_cpus
 
 SIZES = (1, 2, 4)
 INPUTS = {"x": np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)}
@@ -108,3 +111,38 @@ def test_warmup_is_over_when_the_rolling_median_is_steady(
 def test_timing_survives_a_round_trip(contender: Contender) -> None:
     timing = measure(contender, contender, INPUTS, SIZES, effort=EFFORT)
     assert Timing.from_dict(timing.to_dict()) == timing
+
+
+def test_timing_is_read_when_it_was_stored_without_its_surroundings(contender: Contender) -> None:
+    timing = measure(contender, None, INPUTS, SIZES, effort=EFFORT)
+    stored = timing.to_dict()
+    del stored["surroundings"]
+    assert Timing.from_dict(stored).surroundings == Surroundings()
+
+
+def test_instances_keep_to_their_places_when_they_have_some(contender: Contender) -> None:
+    place = frozenset(allowed_cpus()[-1:])
+    with Instances(contender, [place]) as instances:
+        assert instances.each(lambda _: frozenset(os.sched_getaffinity(0))) == [place]
+
+
+def test_instances_are_refused_when_they_have_too_few_places(contender: Contender) -> None:
+    spec = EngineSpec("onnxruntime", "model.onnx", instances=2)
+    with pytest.raises(ValueError, match="got 1 places, want one for each of 2"):
+        Instances(Contender(contender.directory, spec), [frozenset({0})])
+
+
+def test_steal_is_its_share_of_the_time_between_when_the_system_counts_it(tmp_path: Path) -> None:
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  100 0 50 800 0 0 0 50 7 7\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
+    ended = observe(stat)
+    stat.write_text("cpu  150 0 60 820 0 0 0 70 9 9\n")
+    assert ended().steal_share == 20 / 100
+
+
+@pytest.mark.parametrize("text", ["", "intr 1 2 3\n", "cpu 1 2\n", "cpu 1 2 3 4 5 6 7 8\n"])
+def test_steal_is_unknown_when_the_system_does_not_count_it(text: str, tmp_path: Path) -> None:
+    stat = tmp_path / "stat"
+    stat.write_text(text)
+    assert observe(stat)().steal_share is None
+    assert observe(tmp_path / "none")().steal_share is None

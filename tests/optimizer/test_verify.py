@@ -84,6 +84,8 @@ def loadtest():
             {"quantile": 0.9, "latency_s": 0.007},
             {"quantile": 0.99, "latency_s": 0.019},
         ],
+        "good_share": {"confidence": 0.95, "effective_n": 400},
+        "curve": [{"quantile": i / 400, "latency_s": i / 1e4} for i in range(1, 401)],
         "slo": {},
     }
     if mode != "no_report":
@@ -109,6 +111,8 @@ FIGURES = {
     "p50_s": 0.004,
     "p99_s": 0.019,
     "slo_latency_s": 0.007,
+    "slo_latency_bound_s": 0.0371,
+    "bound_confidence": 0.95,
     "rate_per_s": 99.5,
     "goodput_per_s": 98.0,
     "success_ratio": 399 / 400,

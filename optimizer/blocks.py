@@ -1,0 +1,173 @@
+"""Blocks: the convolutions and matrix products of a torch module, each as a model of its own.
+
+A module is traced by one run with hooks on its leaves; what it computes between them isn't seen.
+Equal shapes are one block, so that a table of few measured blocks covers many networks. It times
+nothing and judges nothing.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optimizer.variant import EngineModel, canonical_json, engine_model
+from serve.engines import EngineSpec
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+PROTOCOL_VERSION = 2
+_OPSET = 17
+_FILE = "model.onnx"
+
+
+@dataclass(frozen=True)
+class Block:
+    """`conv`: input [channels, *spatial] (1 or 2 axes of space); `linear`: input [*leading,
+    features]. Shapes are without the batch."""
+
+    kind: str
+    input_shape: tuple[int, ...]
+    n_outputs: int
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    """Before each axis of space, then after each: `same` isn't symmetric for even kernels."""
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    bias: bool = True
+
+    @property
+    def key(self) -> str:
+        """SHA-256 (hex) of all of it: the id under which its times are kept."""
+        return hashlib.sha256(f"block {canonical_json(asdict(self))}".encode()).hexdigest()
+
+
+def blocks_of(module: "torch.nn.Module", example: Sequence["torch.Tensor"]) -> Counter[Block]:
+    """How often each block occurs in a run of the module on `example` (batch first).
+
+    The module is run in eval mode without gradients and left as it was, the mode of each part
+    included.
+    """
+    import torch
+    from torch import nn
+
+    found: Counter[Block] = Counter()
+
+    def note(leaf: nn.Module, inputs: tuple[Any, ...], _output: Any) -> None:
+        if inputs and isinstance(inputs[0], torch.Tensor):
+            block = _block(leaf, tuple(inputs[0].shape[1:]))
+            if block is not None:
+                found[block] += 1
+
+    hooks = [
+        leaf.register_forward_hook(note) for leaf in module.modules() if not list(leaf.children())
+    ]
+    training = [part for part in module.modules() if part.training]
+    try:
+        module.eval()
+        with torch.inference_mode():
+            module(*example)
+    finally:
+        for part in training:
+            part.training = True
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def write_block(block: Block, engine: str, directory: Path) -> EngineModel:
+    """Write the block with random weights and a ReLU behind it to `directory`, as what
+    `engine` runs."""
+    proto = _model(block)
+    (directory / _FILE).write_bytes(proto.SerializeToString(deterministic=True))
+    return engine_model(directory, EngineSpec(engine, _FILE, "fp32"))
+
+
+def block_inputs(block: Block, n_rows: int, seed: int) -> Mapping[str, Any]:
+    """Random inputs for it, [n_rows, *input_shape] float32."""
+    rng = np.random.default_rng(seed)
+    return {"x": rng.standard_normal((n_rows, *block.input_shape)).astype(np.float32)}
+
+
+def _block(leaf: "torch.nn.Module", shape: tuple[int, ...]) -> Block | None:
+    from torch import nn
+
+    if isinstance(leaf, nn.Conv1d | nn.Conv2d):
+        return Block(
+            "conv", shape, leaf.out_channels, leaf.kernel_size, leaf.stride, _padding(leaf),
+            leaf.dilation, leaf.groups, leaf.bias is not None,
+        )  # fmt: skip
+    if isinstance(leaf, nn.Linear):
+        return Block("linear", shape, leaf.out_features, bias=leaf.bias is not None)
+    return None
+
+
+def _padding(leaf: "torch.nn.Conv1d | torch.nn.Conv2d") -> tuple[int, ...]:
+    if leaf.padding == "valid":
+        return (0,) * (2 * len(leaf.kernel_size))
+    if leaf.padding == "same":
+        spans = zip(leaf.dilation, leaf.kernel_size, strict=True)
+        totals = [dilation * (size - 1) for dilation, size in spans]
+        # As torch does it: what is odd is added after.
+        return (*(total // 2 for total in totals), *(total - total // 2 for total in totals))
+    padding = tuple(int(size) for size in leaf.padding)
+    return padding + padding
+
+
+def _model(block: Block) -> "onnx.ModelProto":
+    from onnx import TensorProto, helper
+
+    weights, node = _conv(block) if block.kind == "conv" else _linear(block)
+    graph = helper.make_graph(
+        [*node, helper.make_node("Relu", ["y"], ["z"])],
+        "block",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", *block.input_shape])],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)],
+        weights,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=9)
+
+
+def _conv(block: Block) -> tuple[list["onnx.TensorProto"], list["onnx.NodeProto"]]:
+    from onnx import helper
+
+    channels = block.input_shape[0]
+    weights = [_random("w", (block.n_outputs, channels // block.groups, *block.kernel))]
+    weights += [_random("b", (block.n_outputs,))] if block.bias else []
+    node = helper.make_node(
+        "Conv",
+        ["x", *(weight.name for weight in weights)],
+        ["y"],
+        strides=list(block.stride),
+        pads=list(block.padding),
+        dilations=list(block.dilation),
+        group=block.groups,
+    )
+    return weights, [node]
+
+
+def _linear(block: Block) -> tuple[list["onnx.TensorProto"], list["onnx.NodeProto"]]:
+    from onnx import helper
+
+    weights = [_random("w", (block.input_shape[-1], block.n_outputs))]
+    if not block.bias:
+        return weights, [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    weights.append(_random("b", (block.n_outputs,)))
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"]),
+        helper.make_node("Add", ["m", "b"], ["y"]),
+    ]
+    return weights, nodes
+
+
+def _random(name: str, shape: tuple[int, ...]) -> "onnx.TensorProto":
+    from onnx import numpy_helper
+
+    rng = np.random.default_rng(0)
+    return numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)

@@ -1,0 +1,55 @@
+"""The builder of a coordinator: it knows recipes, ids and the store, and has others build.
+
+So the process that searches runs no technique, no user's code and no torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from optimizer.blocks import Block
+from optimizer.builder import Builder
+from optimizer.errors import ParityMismatch, TechniqueFailed, TechniqueNotApplicable
+from optimizer.execution import Executor
+from optimizer.execution.calls import blocks_from, option_from, recipe_to
+from optimizer.recipe import Recipe
+from optimizer.search.landscape import Option
+from optimizer.store import StoredVariant
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DelegatingBuilder(Builder):
+    """As `Builder`, with its work done by `executor`."""
+
+    executor: Executor
+
+    def build(self, recipe: Recipe) -> StoredVariant:
+        failed = self.failed_id(recipe)
+        if failed:
+            raise self.failures[failed]
+        ids = self.ids(recipe)
+        found = self.find(ids[-1])
+        if found is not None:
+            return found
+        try:
+            self.executor.build("build", {"recipe": recipe_to(recipe)})
+        except (TechniqueNotApplicable, TechniqueFailed, ParityMismatch) as error:
+            # What the store doesn't have is where it failed.
+            missing = next((one for one in ids if self.store.find(one) is None), ids[-1])
+            self.failures[missing] = error
+            raise
+        built = self.find(ids[-1])
+        assert built is not None, "a worker answers when the variant is in the store"
+        return built
+
+    def blocks(self, recipe: Recipe) -> Mapping[Block, int] | None:
+        try:
+            return blocks_from(self.executor.build("blocks", {"recipe": recipe_to(recipe)}))
+        except TechniqueFailed:  # building it for good will tell what is wrong
+            return None
+
+    def _option(self, name: str, skeleton: Recipe) -> Option | None:
+        arguments = {"technique": name, "recipe": recipe_to(skeleton)}
+        answered = self.executor.build("option", arguments)
+        if "refusal" in answered:
+            self.refusals[name] = answered["refusal"]
+        return option_from(answered, self.techniques[name].traits)

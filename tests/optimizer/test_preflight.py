@@ -1,0 +1,85 @@
+"""The preflight: what a target can't do, asked of the target."""
+
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+from optimizer.errors import SpecInvalid
+from optimizer.measuring import Batch
+from optimizer.measuring.local import LocalMeasurer
+from optimizer.preflight import refuse_contradictions
+from optimizer.spec import Objective, Spec, read_spec
+from optimizer.timing import Contender
+from serve.engines import load_engine
+from serve.machine import Machine
+from tests.optimizer.tiny_study import write_study
+
+
+@dataclass(frozen=True)
+class Metered(LocalMeasurer):
+    """A machine of two cores whose counters say so many joules, or nothing."""
+
+    spent: float | None = None
+
+    @cached_property
+    def machine(self) -> Machine:
+        return Machine("a processor", (), 2, "Linux", {})
+
+    def joules(self, contender: Contender, batch: Batch, seconds: float) -> float | None:
+        with closing(load_engine(contender.directory, contender.spec)) as engine:
+            engine.run(batch)
+        return self.spent
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> Spec:
+    return read_spec(write_study(tmp_path_factory.mktemp("study")))
+
+
+@pytest.mark.parametrize(
+    ("agent", "where"),
+    [(None, "this machine"), ("http://target:8100", "http://target:8100")],
+    ids=["here", "elsewhere"],
+)
+def test_energy_is_refused_when_the_target_does_not_say_it(
+    agent: str | None, where: str, spec: Spec, tmp_path: Path
+) -> None:
+    target = spec.target.model_copy(update={"agent": agent})
+    spec = replace(spec, objective="energy", target=target)
+    with pytest.raises(SpecInvalid) as caught:
+        refuse_contradictions(spec, tmp_path, Metered())
+    assert str(caught.value) == (
+        f"objective: energy can't be read on {where} (its processor's counters are missing, "
+        "or this user may not read them), want cost, latency or size"
+    )
+
+
+@pytest.mark.parametrize(
+    ("objective", "spent"),
+    [
+        pytest.param("energy", 0.25, id="the target says it"),
+        pytest.param("cost", None, id="nobody asks for it"),
+    ],
+)
+def test_study_passes_without_energy_s_counters_or_with_them_when(
+    objective: Objective, spent: float | None, spec: Spec, tmp_path: Path
+) -> None:
+    refuse_contradictions(replace(spec, objective=objective), tmp_path, Metered(spent=spent))
+
+
+def test_cores_are_refused_when_the_target_has_fewer(spec: Spec, tmp_path: Path) -> None:
+    target = spec.target.model_copy(update={"cores": 3, "agent": "http://target:8100"})
+    with pytest.raises(SpecInvalid) as caught:
+        refuse_contradictions(replace(spec, target=target), tmp_path, Metered())
+    assert str(caught.value) == (
+        "target.cores: got 3, want at most 2: variants are timed on http://target:8100"
+    )
+
+
+def test_repository_is_refused_when_it_is_a_file(spec: Spec, tmp_path: Path) -> None:
+    (tmp_path / "models").touch()
+    with pytest.raises(NotADirectoryError, match="want a directory for the repository"):
+        refuse_contradictions(spec, tmp_path / "models", Metered())
