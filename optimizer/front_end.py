@@ -32,10 +32,11 @@ def measured_front_end(
     cores: int,
     spec: Spec,
     n_values: int,
+    note: Callable[[str], None],
     measure: Callable[..., Overheads] = measure_overheads,
 ) -> FrontEnd:
     """Of requests of `n_values` numbers: what the store has, or else measured now, in about half
-    a minute; the default one where the server can't be measured."""
+    a minute; the default one where the server can't be measured, which `note` is told."""
     n_values = min(_rounded(n_values * spec.slo.workload.rows), _MAX_VALUES)
     encoding = spec.slo.workload.encoding
     what = {"cores": cores, "n_values": n_values, "encoding": encoding}
@@ -45,7 +46,8 @@ def measured_front_end(
         try:
             with measuring_cores(len(allowed_cpus())):
                 measured = measure(cores, n_values=n_values, encoding=encoding, seed=spec.seed)
-        except (ProcessFailed, OSError, subprocess.TimeoutExpired):
+        except (ProcessFailed, OSError, subprocess.TimeoutExpired) as error:
+            note(f"the server's own cost couldn't be measured, another machine's is used: {error}")
             return FrontEnd()
         stored = measured.to_dict()
         store.record(key, stored)

@@ -222,7 +222,9 @@ class _Study:
         if options.verify and options.verifier is None and self._spec.target.agent is None:
             self._observer.phase("measuring the server's own cost")
             n_values = sum(array[0].size for array in inputs.values())
-            front_end = measured_front_end(store, self._machine, self._cores, self._spec, n_values)
+            front_end = measured_front_end(
+                store, self._machine, self._cores, self._spec, n_values, self._note
+            )
         if options.from_report is None:
             return front_end
         self._observer.phase("learning from the load test")
@@ -299,6 +301,8 @@ class _Study:
             self._note(f"{name} was left out: {reason}")
         if not complete:
             self._note("the budget ended before every baseline was tried")
+        if trials.rows and trials.baseline is None:
+            self._note(f"no variant could be built: {trials.rows[0].reasons[0].detail}")
         finals = Finals(
             spec=self._spec,
             trials=trials,

@@ -59,7 +59,7 @@ def test_overheads_are_measured_once_when_studies_send_requests_of_about_the_sam
     spec: Spec, store: Store
 ) -> None:
     meter = Meter()
-    found = [measured_front_end(store, MACHINE, 2, spec, n, meter) for n in (60, 64, 100)]
+    found = [measured_front_end(store, MACHINE, 2, spec, n, print, meter) for n in (60, 64, 100)]
     assert found[0] == found[1] == found[2]
     assert found[0].serial_s == pytest.approx(0.002)
     assert found[0].wake == Spread.constant(0.004)
@@ -73,13 +73,13 @@ def test_overheads_are_measured_anew_when_cores_sizes_or_the_machine_differ(
     for machine, cores, n_values in (
         (MACHINE, 2, 64), (MACHINE, 1, 64), (MACHINE, 2, 64_000), (OTHER, 2, 64),
     ):  # fmt: skip
-        measured_front_end(store, machine, cores, spec, n_values, meter)
+        measured_front_end(store, machine, cores, spec, n_values, print, meter)
     assert len(meter.asked) == 4
 
 
 def test_overheads_are_of_a_bounded_size_when_inputs_are_huge(spec: Spec, store: Store) -> None:
     meter = Meter()
-    measured_front_end(store, MACHINE, 2, spec, 10**9, meter)
+    measured_front_end(store, MACHINE, 2, spec, 10**9, print, meter)
     assert meter.asked[0]["n_values"] == 1_000_000
 
 
@@ -95,9 +95,12 @@ def test_overheads_are_of_a_bounded_size_when_inputs_are_huge(spec: Spec, store:
 def test_front_end_is_the_default_and_tried_again_when_the_server_cannot_be_measured(
     failure: Exception, spec: Spec, store: Store
 ) -> None:
-    assert measured_front_end(store, MACHINE, 2, spec, 64, Meter(failure)) == FrontEnd()
+    notes: list[str] = []
+    found = measured_front_end(store, MACHINE, 2, spec, 64, notes.append, Meter(failure))
+    assert found == FrontEnd()
+    assert "couldn't be measured" in notes[0]
     meter = Meter()
-    assert measured_front_end(store, MACHINE, 2, spec, 64, meter) != FrontEnd()
+    assert measured_front_end(store, MACHINE, 2, spec, 64, notes.append, meter) != FrontEnd()
     assert len(meter.asked) == 1
 
 
