@@ -73,6 +73,7 @@ def test_study_says_why_nothing_could_be_built_when_its_model(
         assert "name the file as model.onnx in the spec" in row.reasons[0].detail
 
 
+@pytest.mark.full  # takes a while
 def test_study_goes_on_without_the_steps_whose_training_gives_nan(
     spec: Spec, tmp_path: Path
 ) -> None:

@@ -164,6 +164,7 @@ print(technique.apply(bench.torch, parameters, bench.context, directory).digest)
 """
 
 
+@pytest.mark.full  # takes a while
 def test_technique_gives_the_same_digest_when_it_runs_in_another_process(
     bench: Workbench, tmp_path: Path
 ) -> None:

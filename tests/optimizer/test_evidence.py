@@ -54,6 +54,7 @@ def observed(server: Replica, rate_per_s: float, seed: int = 7) -> Evidence:
     return replace(blank, p50_s=seen.p50_s, latency_s=seen.slo_latency_s)
 
 
+@pytest.mark.full  # takes a while
 @pytest.mark.parametrize("share", [0.3, 0.5])
 @pytest.mark.parametrize(
     ("slower", "wider"),

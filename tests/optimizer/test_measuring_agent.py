@@ -160,6 +160,7 @@ def test_remote_machine_is_the_agents_when_asked(agent: RunningAgent) -> None:
     assert RemoteMeasurer(agent.url, TOKEN).machine == this_machine()
 
 
+@pytest.mark.full  # takes a while
 def test_agent_goes_on_when_an_engine_fails_or_hangs(
     agent: RunningAgent, contender: Contender, endless: Contender
 ) -> None:
@@ -325,6 +326,7 @@ def test_remote_measurer_drops_the_contender_when_the_agent_refuses_its_files(
         RemoteMeasurer(agent.url, TOKEN).kernels(contender, {"x": X}, 1)
 
 
+@pytest.mark.full  # takes a while
 def test_request_is_put_off_when_the_queue_is_full(
     tmp_path: Path, contender: Contender, endless: Contender
 ) -> None:

@@ -290,6 +290,7 @@ def test_export_fails_by_name_with_what_to_do_when_the_model(
     assert "name the file as model.onnx in the spec" in message
 
 
+@pytest.mark.full  # takes a while
 def test_study_of_an_object_says_that_it_cannot_be_resumed(tmp_path: Path) -> None:
     path = write_study(tmp_path)
     text = path.read_text()

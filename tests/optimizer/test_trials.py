@@ -181,6 +181,7 @@ class Ticking:
         return self.now_s
 
 
+@pytest.mark.full  # takes a while
 def test_study_goes_on_with_the_seconds_it_has_spent_when_its_budget_is_larger(
     path: Path, tmp_path: Path
 ) -> None:
