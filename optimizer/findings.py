@@ -5,7 +5,7 @@ yet), what became of each layer, and where nothing is feasible what giving way w
 it changes the answer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from loadtest.slo import Slo
@@ -46,7 +46,6 @@ class Findings:
     trials: Trials
     rows: Sequence[Variant]
     measurer: Measurer
-    note: Callable[[str], None] = lambda _message: None
 
     def found(self, outcome: Outcome, has_time: bool) -> Found:
         """`has_time` is whether the budget leaves room to measure what the ablations lack."""

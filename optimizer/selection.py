@@ -50,20 +50,6 @@ def critical_confidence(
     return min(sidak, max(confidence, NormalDist().cdf(critical)))
 
 
-def expected_inflation(k: int) -> float:
-    """The expected maximum of k independent standard normals: by how many standard errors the
-    best of k equal variants looks better than it is.
-
-    1.54, 2.25, 2.51 and 3.04 for 10, 50, 100 and 500. The integral of 1 - Φ(x)^k - Φ(-x)^k over
-    the positive axis. Raises ValueError for k below 1.
-    """
-    if k < 1:
-        raise ValueError(f"got {k} variants, want at least 1")
-    above = np.linspace(0, 9, 1801)
-    cumulative = np.array([NormalDist().cdf(point) for point in above])
-    return float(np.trapezoid(1 - cumulative**k - (1 - cumulative) ** k, above))
-
-
 def _standardized(differences: NDArray[np.floating]) -> NDArray[np.float64] | None:
     """With mean 0 and variance 1; None where nothing varies."""
     values = np.asarray(differences, dtype=np.float64)

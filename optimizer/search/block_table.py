@@ -5,7 +5,6 @@ variants that were timed whole, for each engine and precision apart. Pure functi
 measuring parts is `optimizer.blocks`' matter.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -76,23 +75,5 @@ def correction(pairs: Sequence[Pair]) -> Correction | None:
     return Correction(float(fixed_s), float(factor), min(0.9, max(0.0, float(relative.max()))))
 
 
-def rank_correlation(pairs: Sequence[Pair]) -> float | None:
-    """Spearman's, of sums with whole times; None for fewer than three pairs."""
-    if len(pairs) < 3:
-        return None
-    ranks = [_ranks([pair.sum_s for pair in pairs]), _ranks([pair.whole_s for pair in pairs])]
-    found = float(np.asarray(np.corrcoef(ranks))[0, 1])
-    return None if math.isnan(found) else found
-
-
 def _one_coefficient(column: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> float:
     return float(column.sum() / (column @ column))
-
-
-def _ranks(values: Sequence[float]) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
-    """From 0; equal values share the mean of theirs."""
-    array = np.asarray(values)
-    _, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    shared: np.ndarray[tuple[int], np.dtype[np.float64]] = (ends - (counts + 1) / 2)[inverse]
-    return shared

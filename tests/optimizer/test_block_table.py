@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from optimizer.search.block_table import Pair, block_sum, correction, rank_correlation
+from optimizer.search.block_table import Pair, block_sum, correction
 
 TIMES = {("a", 1): 0.001, ("a", 8): 0.006, ("b", 1): 0.002}
 
@@ -52,8 +52,3 @@ def test_correction_is_never_negative_when_the_pairs_are_noise(seed: int) -> Non
     assert found is not None
     assert found.fixed_s >= 0
     assert found.factor >= 0
-
-
-def test_rank_correlation_is_one_when_the_order_is_kept() -> None:
-    assert rank_correlation(pairs(10)) == pytest.approx(1.0)
-    assert rank_correlation(pairs(2)) is None

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from optimizer.selection import critical_confidence, expected_inflation
+from optimizer.selection import critical_confidence
 from optimizer.stats import paired_drop
 
 
@@ -94,21 +94,3 @@ def test_the_best_of_many_is_certified_wrongly_as_seldom_as_promised(shared: flo
     assert wrong_corrected / n_runs <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / n_runs)
     assert wrong / n_runs > 0.2
     assert wrong / n_runs > 3 * wrong_corrected / n_runs
-
-
-@pytest.mark.parametrize(
-    ("k", "expected"),
-    [(1, 0.0), (2, 0.5642), (3, 0.8463), (10, 1.5388), (50, 2.2491), (100, 2.5076), (500, 3.0367)],
-)
-def test_expected_inflation_is_that_of_the_tables(k: int, expected: float) -> None:
-    assert expected_inflation(k) == pytest.approx(expected, abs=2e-4)
-
-
-def test_expected_inflation_is_what_simulation_gives() -> None:
-    draws = np.random.default_rng(0).normal(size=(20_000, 25)).max(axis=1)
-    assert expected_inflation(25) == pytest.approx(draws.mean(), abs=0.02)
-
-
-def test_expected_inflation_is_refused_when_nothing_is_chosen_from() -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        expected_inflation(0)
