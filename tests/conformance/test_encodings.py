@@ -249,6 +249,7 @@ def check_alone(name: str, server: RunningServer, case: Case, tolerance: float |
         assert_conforms(encoding, case, tolerance)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("bad", ENCODINGS)
 def test_neighbours_are_answered_when_one_of_their_batch_fails_in(
     conformance_server: RunningServer, bad: str

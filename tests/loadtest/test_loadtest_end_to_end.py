@@ -19,6 +19,8 @@ from loadtest.signature import Signature, TensorSpec
 from loadtest.slo import Slo
 from loadtest.target import parse_target
 
+pytestmark = pytest.mark.alone  # the rates of a busy machine are others
+
 SLO = """\
 apiVersion: trimserve/v1
 kind: SLO

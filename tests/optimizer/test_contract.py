@@ -19,6 +19,7 @@ from optimizer.store import Store
 from optimizer.techniques import TECHNIQUES, Technique, load_technique
 from optimizer.variant import (
     EngineModel,
+    Kind,
     Model,
     OnnxModel,
     StoredTorch,
@@ -143,7 +144,8 @@ def test_technique_refuses_with_a_reason_when_the_model_gives_it_nothing_to_do(
 ) -> None:
     bench = make_workbench(tmp_path, case.network)
     technique = load(case.technique)
-    reason = technique.check(bench.models[technique.traits.accepts], bench.context)
+    model = bench.torch if technique.traits.accepts is Kind.TORCH else bench.onnx
+    reason = technique.check(model, bench.context)
     assert reason is not None
     assert case.reason in reason
 

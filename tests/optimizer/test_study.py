@@ -19,6 +19,7 @@ from optimizer.variant import Kind, Model, Stage, StoredModel
 from serve.artifact import read_golden, read_manifest, verify_files
 from serve.engines import load_engine
 from tests.optimizer.tiny_study import QUICK, FakeVerifier, spec_with, write_study
+from tests.optimizer.trials_bench import in_a_hurry
 
 VIOLATED = Verification("violated", ("too slow",), slo_latency_s=2.0)
 
@@ -44,7 +45,7 @@ class Diary(Silent):
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The spec of a tiny study, beside the store that the tests of this module share."""
-    return write_study(tmp_path_factory.mktemp("study"))
+    return in_a_hurry(write_study(tmp_path_factory.mktemp("study")))
 
 
 def options(study: Path, verifier: FakeVerifier | None = None, **more: object) -> Options:

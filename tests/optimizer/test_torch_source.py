@@ -28,6 +28,7 @@ from optimizer.techniques import load_technique
 from optimizer.torch_source import load_source
 from optimizer.variant import OnnxModel, TorchModel, source_model
 from tests.optimizer.tiny_study import QUICK, FakeVerifier, build_network, write_study
+from tests.optimizer.trials_bench import in_a_hurry
 from tests.optimizer.workbench import MAX_BATCH_SIZE, Workbench, make_workbench
 
 BATCH = torch.export.Dim("batch")
@@ -292,7 +293,7 @@ def test_export_fails_by_name_with_what_to_do_when_the_model(
 
 @pytest.mark.full  # takes a while
 def test_study_of_an_object_says_that_it_cannot_be_resumed(tmp_path: Path) -> None:
-    path = write_study(tmp_path)
+    path = in_a_hurry(write_study(tmp_path))
     text = path.read_text()
     path.write_text(text[: text.index("model:")] + text[text.index("data:") :])
     options = Options(store=tmp_path / "store.sqlite", verifier=FakeVerifier(), effort=QUICK)

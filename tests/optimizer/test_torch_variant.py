@@ -29,6 +29,7 @@ from optimizer.variant import (
 )
 from tests.optimizer.synthetic import Narrow, NotANumber, Tune
 from tests.optimizer.tiny_study import QUICK, FakeVerifier, spec_with, write_study
+from tests.optimizer.trials_bench import in_a_hurry
 from tests.optimizer.workbench import Workbench, make_workbench
 
 TIED = """
@@ -227,7 +228,7 @@ def test_variant_is_a_failure_by_name_when_it_computes_nan(
 
 @pytest.mark.full  # several studies
 def test_study_searches_over_torch_techniques_and_continues_from_the_store(tmp_path: Path) -> None:
-    spec = spec_with(write_study(tmp_path), trials=8)
+    spec = spec_with(in_a_hurry(write_study(tmp_path)), trials=8)
     techniques: dict[str, Technique] = {
         "narrow": Narrow(),
         "tune": Tune(),

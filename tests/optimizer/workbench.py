@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,16 @@ class Workbench:
     context: Context
     inputs: Mapping[str, np.ndarray]
     torch: TorchModel
-    onnx: OnnxModel
+    directory: Path
+
+    @cached_property
+    def onnx(self) -> OnnxModel:
+        """Exported when it is first asked for: that takes seconds, and many ask for torch only."""
+        folder = self.directory / "exported"
+        folder.mkdir()
+        made = load_technique("export").apply(self.torch, {}, self.context, folder)
+        assert isinstance(made, OnnxModel)
+        return made
 
     @property
     def models(self) -> Mapping[Kind, Model]:
@@ -35,8 +45,8 @@ class Workbench:
 
 
 def make_workbench(directory: Path, network: str = TINY) -> Workbench:
-    """Writes a tiny study to `directory`, and its model as ONNX to a folder there. `network` is
-    the expression that builds another model than the usual one."""
+    """Writes a tiny study to `directory`, and later its model as ONNX to a folder there. `network`
+    is the expression that builds another model than the usual one."""
     spec = read_spec(write_study(directory))
     if network != TINY:
         replace_network(directory, network)
@@ -44,12 +54,8 @@ def make_workbench(directory: Path, network: str = TINY) -> Workbench:
     context = Context(splits.calibration, this_machine(), seed=0, max_batch_size=MAX_BATCH_SIZE)
     model = source_model(spec.model, source_digest(spec.model))
     assert isinstance(model, TorchModel)
-    exported = directory / "exported"
-    exported.mkdir()
-    onnx_model = load_technique("export").apply(model, {}, context, exported)
-    assert isinstance(onnx_model, OnnxModel)
     inputs = splits.validation.read(range(MAX_BATCH_SIZE)).inputs
-    return Workbench(context, inputs, model, onnx_model)
+    return Workbench(context, inputs, model, directory)
 
 
 def replace_network(directory: Path, expression: str) -> None:

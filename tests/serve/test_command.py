@@ -29,6 +29,7 @@ from tests.serve.running_server import (
     until,
 )
 from tests.serve.versions import publish, rows, slo_document
+from trimserve import main
 
 INFER = "/v2/models/linear/infer"
 LINEAR = json.dumps(
@@ -73,8 +74,6 @@ def broken_repository(folder: Path) -> str:
                      id="no source is given"),
         pytest.param(lambda folder: [*good_model(folder), "--repository", str(folder)],
                      "--repository DIR|URL or --model FILE.onnx", id="two sources are given"),
-        pytest.param(lambda folder: ["--repository", str(folder / "absent")],
-                     "absent: No such file or directory; want", id="the folder is missing"),
         pytest.param(lambda folder: [*good_model(folder), "--version-policy=newest"],
                      "latest:N (for example", id="the version policy is unknown"),
         pytest.param(lambda folder: [*good_model(folder), "--load-model=m"],
@@ -84,17 +83,6 @@ def broken_repository(folder: Path) -> str:
                      "digest: got 'sha1:33'", id="a digest is none"),
         pytest.param(lambda folder: [*good_model(folder), "--shared-memory-prefix=a/b"],
                      "--shared-memory-prefix: got 'a/b'", id="the prefix is a path"),
-        pytest.param(lambda folder: ["--repository=s3x://bucket"], "s3x://bucket",
-                     id="the address is of an unknown kind"),
-        pytest.param(lambda folder: ["--repository", empty_folder(folder)],
-                     "no model version, want <model>/<version>/manifest.json",
-                     id="the folder is empty"),
-        pytest.param(lambda folder: ["--model", str(folder / "absent.onnx")],
-                     "absent.onnx: not a file, want an ONNX model", id="the file is missing"),
-        pytest.param(lambda folder: ["--repository", broken_repository(folder)],
-                     "no model could be loaded", id="no model can be loaded"),
-        pytest.param(lambda folder: ["--model", written(folder / "m.onnx", "nonsense")],
-                     "m.onnx: ONNX Runtime can't load it", id="the file is no model"),
         pytest.param(lambda folder: [*good_model(folder), "--slo", str(folder / "absent.yaml")],
                      "absent.yaml: No such file", id="the SLO is missing"),
         pytest.param(lambda folder: [*good_model(folder), "--slo",
@@ -106,6 +94,37 @@ def broken_repository(folder: Path) -> str:
                      "--colour", id="an option is unknown"),
     ],
 )  # fmt: skip
+def test_serve_exits_2_with_one_message_when_it_is_called_so_that(
+    tmp_path: Path,
+    arguments: Arguments,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    code = main(["serve", *arguments(tmp_path)])
+    assert_usage_error(code, *capsys.readouterr(), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(lambda folder: ["--repository", str(folder / "absent")],
+                     "absent: No such file or directory; want", id="the folder is missing"),
+        pytest.param(lambda folder: ["--repository=s3x://bucket"], "s3x://bucket",
+                     id="the address is of an unknown kind"),
+        pytest.param(lambda folder: ["--repository", empty_folder(folder)],
+                     "no model version, want <model>/<version>/manifest.json",
+                     id="the folder is empty"),
+        pytest.param(lambda folder: ["--model", str(folder / "absent.onnx")],
+                     "absent.onnx: not a file, want an ONNX model", id="the file is missing"),
+        pytest.param(lambda folder: ["--repository", broken_repository(folder)],
+                     "no model could be loaded", id="no model can be loaded"),
+        pytest.param(lambda folder: ["--model", written(folder / "m.onnx", "nonsense")],
+                     "m.onnx: ONNX Runtime can't load it", id="the file is no model"),
+    ],
+)  # fmt: skip
 def test_serve_exits_2_with_one_message_when(
     tmp_path: Path, arguments: Arguments, message: str
 ) -> None:
@@ -113,10 +132,14 @@ def test_serve_exits_2_with_one_message_when(
         command(*arguments(tmp_path)), capture_output=True, text=True, timeout=PATIENCE_S,
         check=False, env={"COLUMNS": "200", "NO_COLOR": "1", "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
-    assert ended.returncode == 2, ended.stderr
-    assert message in " ".join(ended.stderr.replace("│", " ").split())
-    assert "Traceback" not in ended.stderr
-    assert ended.stdout == ""
+    assert_usage_error(ended.returncode, ended.stdout, ended.stderr, message)
+
+
+def assert_usage_error(code: int, out: str, err: str, message: str) -> None:
+    assert code == 2, err
+    assert message in " ".join(err.replace("│", " ").split())
+    assert "Traceback" not in err
+    assert out == ""
 
 
 @pytest.mark.parametrize("name", ["http", "grpc", "metrics"])
