@@ -1,30 +1,25 @@
-"""Quantization: an fp32 ONNX model to static int8, after training.
+"""Quantization: an fp32 ONNX model to int8, after training.
 
-QuantizeLinear and DequantizeLinear pairs around every operator that has 8-bit kernels (residual
-additions and pooling too, so that activations stay in 8 bits between convolutions), weights per
-output channel (Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
-Integer-Arithmetic-Only Inference"). Ranges of activations come from calibration samples. The
-arithmetic is onnxruntime.quantization's; which layout runs in 8-bit kernels is measured in
-docs/experiments.md.
+Statically, with ranges of activations from calibration samples; for matrix products also with
+ranges found in each call, or with 4-bit weights alone where they are many. The arithmetic is that
+of `optimizer.quantization`; which layout runs in 8-bit kernels is measured in docs/experiments.md.
 """
 
-# ruff: noqa: ARG002  every technique takes what the contract passes
-
-import contextlib
-import io
-import logging
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from optimizer.data.splits import Split
+from optimizer.quantization.blockwise import blockwise_layers, quantize_blockwise
+from optimizer.quantization.dynamic import dynamic_layers, quantize_dynamic
+from optimizer.quantization.equalization import pairs_of
+from optimizer.quantization.graph import Graph, folded
+from optimizer.quantization.layout import layers_of
+from optimizer.quantization.qdq import Arithmetic
+from optimizer.quantization.smoothing import smoothable
+from optimizer.quantization.static import Settings, quantize_static
 from optimizer.recipe import Needs, Traits
-from optimizer.space import Categorical, Parameters, Space
+from optimizer.space import Categorical, Distribution, Parameters, Space, Value
 from optimizer.techniques import Context
 from optimizer.variant import Kind, Model, OnnxModel, Stage, onnx_model
 from serve.machine import Machine
@@ -33,28 +28,21 @@ if TYPE_CHECKING:
     import onnx
 
 _FILE = "model.onnx"
-_HEAVY = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+_HEAVY = ("Conv", "MatMul", "Gemm")
 _MIN_OPSET = 13
 """The first whose QuantizeLinear has an axis, for weights per channel."""
-_BATCH_SIZE = 32
-"""Samples a calibration run computes at once; the ranges don't depend on it."""
-_METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
-# keep_fp32 -> how it is shown
-_KEPT = {
-    "none": "",
-    "first": "first layer fp32",
-    "last": "last layer fp32",
-    "first_and_last": "first and last layer fp32",
-}
-_TYPES = {"uint8": "QUInt8", "int8": "QInt8"}
 # Instructions that add four 8-bit products to 32 bits without saturating in between.
 _DOT_PRODUCT_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
+_STATIC: Mapping[str, tuple[Value, ...]] = {"format": ("static",)}
+_METHODS = ("mse", "minmax", "entropy", "percentile")
+_SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
+_ALPHAS = (0.75, 0.5, 0.9)
 
 
 class Quantization:
     traits = Traits(
         name="quantization",
-        version="1",
+        version="2",
         stage=Stage.PRECISION,
         accepts=Kind.ONNX,
         gives=Kind.ONNX,
@@ -74,115 +62,120 @@ class Quantization:
             return "the model is quantized already"
         if not any(node.op_type in _HEAVY for node in proto.graph.node):
             return f"the model has no operator worth it ({', '.join(_HEAVY)})"
+        if not layers_of(_folded(model)):
+            return f"none of the operators worth it ({', '.join(_HEAVY)}) has stored weights"
+        if not len(context.calibration):
+            return "there are no calibration samples"
         return None
 
     def space(self, model: Model, context: Context) -> Space:
-        activations, reduce_range = _kernel_layout(context.machine)
-        return {
-            "calibration": Categorical(("minmax", "entropy", "percentile")),
+        assert isinstance(model, OnnxModel)
+        graph = _folded(model)
+        activations, reduce_range = kernel_layout(context.machine)
+        space: dict[str, Distribution] = {
+            "format": Categorical(_formats(graph), is_baseline=True),
+            "calibration": Categorical(_METHODS, when=_STATIC),
             "percentile": Categorical((99.99, 99.9, 99.999), when={"calibration": ("percentile",)}),
-            "keep_fp32": Categorical(tuple(_KEPT)),
-            "activations": Categorical((activations,)),
-            "reduce_range": Categorical((reduce_range,)),
         }
+        if pairs_of(graph):
+            space["equalize"] = Categorical(("none", "weights", "activations"), when=_STATIC)
+        if smoothable(graph) and _is_mostly_products(graph):
+            space["smooth"] = Categorical((True, False), when=_STATIC)
+            space["alpha"] = Categorical(_ALPHAS, when={"smooth": (True,)})
+        if len(layers_of(graph)) > 1:
+            space["keep_fp32"] = Categorical(_SHARES, when=_STATIC)
+        space["activations"] = Categorical((activations,))
+        space["reduce_range"] = Categorical((reduce_range,))
+        return space
 
     def describe(self, parameters: Parameters) -> str:
-        how = str(parameters["calibration"])
+        if parameters["format"] == "int4_weights":
+            return "int4 weights"
+        words = [str(parameters.get("calibration", parameters["format"]))]
         if "percentile" in parameters:
-            how += f" {parameters['percentile']}"
-        kept = _KEPT[str(parameters["keep_fp32"])]
-        return f"int8 ({how}{', ' if kept else ''}{kept})"
+            words[0] += f" {parameters['percentile']}"
+        if parameters.get("equalize", "none") != "none":
+            words.append(f"equalized by {parameters['equalize']}")
+        if parameters.get("smooth"):
+            words.append(f"smoothed {parameters['alpha']}")
+        if parameters.get("keep_fp32"):
+            words.append(f"{parameters['keep_fp32']:.0%} of the work in fp32")
+        return f"int8 ({', '.join(words)})"
 
     def apply(
         self, model: Model, parameters: Parameters, context: Context, directory: Path
     ) -> OnnxModel:
         assert isinstance(model, OnnxModel)
-        options: dict[str, Any] = {}
-        if "percentile" in parameters:
-            options["CalibPercentile"] = parameters["percentile"]
-        method = _METHODS[str(parameters["calibration"])]
-        with tempfile.TemporaryDirectory() as scratch, _quiet():
-            from onnxruntime import quantization
-            from onnxruntime.quantization.shape_inference import quant_pre_process
-
-            folded = Path(scratch) / "folded.onnx"
-            # Folds batch normalization into convolutions and infers shapes: a tensor without
-            # one isn't quantized. Symbolic inference needs sympy and adds nothing for CNNs.
-            quant_pre_process(str(model.path), str(folded), skip_symbolic_shape=True)
-            quantization.quantize_static(
-                str(folded),
-                str(Path(scratch) / _FILE),
-                _CalibrationReader(context.calibration),
-                quant_format=quantization.QuantFormat.QDQ,
-                per_channel=True,
-                weight_type=quantization.QuantType.QInt8,
-                activation_type=quantization.QuantType[_TYPES[str(parameters["activations"])]],
-                reduce_range=bool(parameters["reduce_range"]),
-                calibrate_method=quantization.CalibrationMethod[method],
-                nodes_to_exclude=_kept(folded, str(parameters["keep_fp32"])),
-                extra_options=options,
+        graph, notes = folded(model.path), model.notes
+        settings = settings_of(parameters)
+        if parameters["format"] == "int4_weights":
+            made = quantize_blockwise(graph)
+        elif parameters["format"] == "dynamic":
+            made = quantize_dynamic(
+                graph,
+                pairs_saturate=settings.arithmetic.pairs_saturate,
+                least_error=settings.arithmetic.least_error,
             )
-            content = (Path(scratch) / _FILE).read_bytes()
-        (directory / _FILE).write_bytes(content)
-        return onnx_model(directory, _FILE, "int8")
+        else:
+            made, n_kept = quantize_static(graph, context.calibration, settings)
+            if n_kept:
+                n_layers = len(layers_of(graph))
+                notes = (*notes, f"{n_kept} of {n_layers} layers stay in fp32, the most sensitive")
+        (directory / _FILE).write_bytes(made.to_bytes())
+        return onnx_model(directory, _FILE, "int8", notes)
 
 
-def _kernel_layout(machine: Machine) -> tuple[str, bool]:
-    """(type of activations, whether weights keep to 7 bits) for the fast and exact kernels.
+def settings_of(parameters: Parameters) -> Settings:
+    """The parameters as `optimizer.quantization.static` takes them."""
+    return Settings(
+        arithmetic=Arithmetic(
+            signed=parameters["activations"] == "int8",
+            pairs_saturate=bool(parameters["reduce_range"]),
+            least_error=True,
+        ),
+        method=str(parameters.get("calibration", "minmax")),
+        percent=float(parameters.get("percentile", 100.0)),
+        equalize=str(parameters.get("equalize", "none")),
+        smoothing=float(parameters["alpha"]) if parameters.get("smooth") else None,
+        kept_share=float(parameters.get("keep_fp32", 0.0)),
+    )
+
+
+def _formats(graph: Graph) -> tuple[str, ...]:
+    if not _is_mostly_products(graph):
+        return ("static",)
+    large = ("int4_weights",) if blockwise_layers(graph) else ()
+    return ("static", "dynamic", *large)
+
+
+def _is_mostly_products(graph: Graph) -> bool:
+    """Whether at least half of the layers are matrix products, as in encoders: a convolutional
+    network's last layer isn't worth formats of its own."""
+    return 2 * len(dynamic_layers(graph)) >= len(layers_of(graph))
+
+
+def kernel_layout(machine: Machine) -> tuple[str, bool]:
+    """(type of activations, whether pairs of products saturate) for the fast and exact kernels.
 
     x86 multiplies unsigned by signed bytes; before VNNI the sum of two products saturates at 16
-    bits (vpmaddubsw), which 7-bit weights avoid. ARM multiplies signed by signed.
+    bits (vpmaddubsw), for which weights are kept small. ARM multiplies signed by signed.
     """
     if "x86_64" not in machine.system and "AMD64" not in machine.system:
         return "int8", False
     return "uint8", not _DOT_PRODUCT_FLAGS & set(machine.flags)
 
 
-class _CalibrationReader:
-    """Batches of a split, decoded as they are asked for: onnxruntime's protocol."""
-
-    def __init__(self, split: Split) -> None:
-        self._batches = _batches(split)
-
-    def get_next(self) -> Mapping[str, NDArray[Any]] | None:
-        return next(self._batches, None)
+@lru_cache(maxsize=1)
+def _folded_at(path: Path, _digest: str) -> Graph:
+    return folded(path)
 
 
-def _batches(split: Split) -> Iterator[Mapping[str, NDArray[Any]]]:
-    for start in range(0, len(split), _BATCH_SIZE):
-        yield dict(split.read(np.arange(start, min(start + _BATCH_SIZE, len(split)))).inputs)
-
-
-def _kept(path: Path, which: str) -> list[str]:
-    """Names of the heavy nodes that stay in fp32, by the order of the graph."""
-    import onnx
-
-    graph = onnx.load(path, load_external_data=False).graph
-    heavy = [node.name for node in graph.node if node.op_type in _HEAVY]
-    chosen = {"none": [], "first": heavy[:1], "last": heavy[-1:]}
-    chosen["first_and_last"] = [*chosen["first"], *chosen["last"]]
-    return chosen[which]
+def _folded(model: OnnxModel) -> Graph:
+    """To be read, not edited."""
+    return _folded_at(model.path, model.digest)
 
 
 def _load(model: OnnxModel) -> "onnx.ModelProto":
     import onnx
 
     return onnx.load(model.path, load_external_data=False)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what onnxruntime.quantization does to the process: it prints, logs through the
-    root logger, configures that on import, and puts a folder with modules of common names
-    (`optimizer` among them) on sys.path."""
-    root = logging.getLogger()
-    disabled, level, handlers, path = root.disabled, root.level, [*root.handlers], [*sys.path]
-    root.disabled = True
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        root.disabled = disabled
-        root.setLevel(level)
-        root.handlers[:] = handlers
-        sys.path[:] = path

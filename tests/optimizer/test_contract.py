@@ -65,7 +65,8 @@ def cases() -> Iterator[object]:
         yield pytest.param(name, {}, id=name)
     for parameters in (
         {"calibration": "entropy"},
-        {"calibration": "percentile", "percentile": 99.9, "keep_fp32": "first_and_last"},
+        {"calibration": "percentile", "percentile": 99.9, "keep_fp32": 0.1},
+        {"calibration": "minmax", "equalize": "activations"},
     ):
         yield pytest.param("quantization", parameters, id="quantization by other parameters")
     yield pytest.param("compilation", {"engine": "openvino"}, id="compilation to OpenVINO")

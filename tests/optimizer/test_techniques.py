@@ -11,7 +11,7 @@ import pytest
 from optimizer.kernels import n_quantized, prove
 from optimizer.model_source import source_digest
 from optimizer.parity import check_parity, load_runner
-from optimizer.space import defaults
+from optimizer.space import Value, defaults
 from optimizer.spec import TorchSource, read_spec
 from optimizer.techniques import load_technique
 from optimizer.variant import (
@@ -114,8 +114,9 @@ def test_quantization_leaves_the_process_as_it_was(
 
 
 def test_quantization_keeps_chosen_layers_in_fp32(bench: Workbench, tmp_path: Path) -> None:
-    quantized = _quantized(bench, tmp_path, keep_fp32="first_and_last")
+    quantized = _quantized(bench, tmp_path, keep_fp32=0.1)
     assert n_quantized(quantized.path) == 1
+    assert quantized.notes == ("2 of 3 layers stay in fp32, the most sensitive",)
 
 
 def test_quantization_refuses_with_a_reason_when_done_already(
@@ -186,7 +187,7 @@ def test_runner_of_torch_and_engine_agree_on_names(bench: Workbench) -> None:
     assert list(load_runner(model, MAX_BATCH_SIZE)(bench.inputs)) == ["logits"]
 
 
-def _quantized(bench: Workbench, tmp_path: Path, **given: str) -> OnnxModel:
+def _quantized(bench: Workbench, tmp_path: Path, **given: Value) -> OnnxModel:
     technique = load_technique("quantization")
     model = bench.models[Kind.ONNX]
     directory = tmp_path / "quantized"
