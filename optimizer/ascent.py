@@ -271,7 +271,7 @@ class Ascent:
             precision=model.precision,
             service_times=tuple(timing.times for timing in self.timings),
             speedup=self.timings[0].speedup,
-            int8_share=self.proof.int8_time_share,
+            int8_share=self.proof.int8_share,
             kernels=self.proof.kernels,
             size_bytes=model.size_bytes(),
             build_s=variant.build_s,

@@ -25,7 +25,7 @@ from optimizer.recipe import EFFORT, Choice, Recipe, steps_with_ids
 from optimizer.search.landscape import Option, Unbuildable
 from optimizer.space import check_parameters
 from optimizer.store import Store, StoredVariant
-from optimizer.techniques import Context, Technique, Training
+from optimizer.techniques import Context, Partial, Technique, Training
 from optimizer.torch_variant import bound, load_torch
 from optimizer.variant import STRUCTURAL, Kind, Model, Stage, StoredTorch, TorchModel
 from serve.artifact import Step
@@ -43,7 +43,8 @@ class Builder:
     inputs: Mapping[str, Array]
     clock: Callable[[], float] = time.monotonic
     refusals: dict[str, str] = field(default_factory=dict)
-    """Technique → why its check refused a model that it could take by kind; grows with use."""
+    """Technique, or a part of one → why it was left out for a model that it could take by kind;
+    grows with use."""
     failures: dict[str, Unbuildable] = field(default_factory=dict)
     """Variant → why it can't be built; grows with use, so that nothing fails twice."""
     _options: dict[tuple[str, str], Option | None] = field(default_factory=dict)
@@ -138,6 +139,8 @@ class Builder:
             self.refusals[name] = reason
             return None
         with blamed(name):
+            if isinstance(technique, Partial):
+                self.refusals.update(technique.missing(model, self.context))
             return Option(technique.traits, technique.space(model, self.context))
 
     def _epochs(self, choice: Choice) -> float:

@@ -8,21 +8,31 @@ it is good enough is `optimizer.choice`'s matter, and where engines run is the m
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from optimizer import kernels, parity, timing
+from optimizer import fusion, kernels, parity, timing
 from optimizer.builder import blamed
 from optimizer.data.splits import Samples, Split
 from optimizer.errors import ParityMismatch, TechniqueFailed
-from optimizer.kernels import KernelProof, fallback_reason, n_quantized, sum_up
+from optimizer.fusion import fusions_of
+from optimizer.kernels import (
+    KernelProof,
+    fallback_reason,
+    precision_reason,
+    quantized_nodes,
+    sum_up,
+)
+from optimizer.macs import share_of, shares_by_precision
 from optimizer.measuring import Measurer
 from optimizer.parity import check_engine_parity, fixed_sizes
+from optimizer.result import Fusion
 from optimizer.store import Key, Store, StoredVariant
 from optimizer.timing import Contender, Effort, Timing
 from optimizer.variant import EngineModel, Model, OnnxModel
+from serve.engines import EngineSpec
 from serve.machine import Machine
 from serve.tensor import Array
 
@@ -75,11 +85,13 @@ class Evaluator:
         or TechniqueFailed for an engine that fails, or fell back from int8."""
         with blamed(variant.step.technique):
             self._check_parity(variant, parent)
-            proof = self._proof(variant)
+            proof = self._proof(variant, parent)
+            reason = precision_reason(proof, _engine(variant).precision)
             if parent.precision == "int8" and isinstance(parent, OnnxModel):
-                reason = fallback_reason(proof, n_quantized(parent.path))
-                if reason is not None:
-                    raise TechniqueFailed(variant.step.technique, reason)
+                nodes = quantized_nodes(parent.path)
+                reason = fallback_reason(proof, len(nodes), share_of(parent.path, nodes))
+            if reason is not None:
+                raise TechniqueFailed(variant.step.technique, reason)
         return proof
 
     def timings(
@@ -141,6 +153,24 @@ class Evaluator:
             found: float | None = self._kept(key, measure)["joules"]
         return found
 
+    def fusions(self, variant: StoredVariant, graph: OnnxModel) -> tuple[Fusion, ...]:
+        """Which operators of the graph that it was made of ended in which kernel, a batch of the
+        largest size on one thread. Raises TechniqueFailed."""
+        largest = self.batch_sizes[-1]
+        key = self._key(variant, "fusion", fusion.PROTOCOL_VERSION, batch_size=largest)
+        plain = EngineSpec("onnxruntime", graph.file, options={"optimization": "none"})
+        made = self._contender(variant, Configuration(1, 1), (largest,))
+
+        def measure() -> object:
+            before, after = (
+                self.measurer.kernels(contender, self._largest_batch(), kernels.N_RUNS)
+                for contender in (Contender(graph.directory, plain), made)
+            )
+            return [asdict(one) for one in fusions_of(graph.path, before, after)]
+
+        with blamed(variant.step.technique):
+            return fusion.from_stored(self._kept(key, measure))
+
     def _check_parity(self, variant: StoredVariant, parent: Model) -> None:
         largest = self.batch_sizes[-1]
 
@@ -162,14 +192,17 @@ class Evaluator:
         if found:
             raise ParityMismatch(**found)
 
-    def _proof(self, variant: StoredVariant) -> KernelProof:
+    def _proof(self, variant: StoredVariant, parent: Model) -> KernelProof:
         largest = self.batch_sizes[-1]
         key = self._key(variant, "kernels", kernels.PROTOCOL_VERSION, batch_size=largest)
         contender = self._contender(variant, Configuration(1, 1), (largest,))
 
         def measure() -> object:
             batch = self._largest_batch()
-            return sum_up(self.measurer.kernels(contender, batch, kernels.N_RUNS)).to_dict()
+            ran = self.measurer.kernels(contender, batch, kernels.N_RUNS)
+            if not isinstance(parent, OnnxModel):
+                return sum_up(ran).to_dict()
+            return sum_up(ran, shares_by_precision(parent.path, ran)).to_dict()
 
         return KernelProof.from_dict(self._kept(key, measure))
 

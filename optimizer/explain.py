@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from loadtest.slo import Slo
+from optimizer.fusion_rows import fusion_summary, unfused, what
 from optimizer.quantities import bytes_, duration, milliseconds, number, percent, points
 from optimizer.subject import Origin, Subject
 from optimizer.wording import guarantee, slo_sentence
@@ -16,6 +17,8 @@ from serve.artifact import Manifest, Quality
 
 _SHORT = 12
 """Digits of an id or digest."""
+_MAX_FUSIONS = 8
+_MAX_UNFUSED = 3
 
 
 def document(subject: Subject) -> dict[str, Any]:
@@ -32,6 +35,7 @@ def document(subject: Subject) -> dict[str, Any]:
             {"instances": instances, "threads": threads, "times": [asdict(one) for one in times]}
             for (instances, threads), times in sorted(subject.times.items())
         ],
+        "fusions": [asdict(one) for one in subject.fusions],
         "batching": asdict(manifest.batching) if manifest else None,
         "quality": asdict(manifest.quality) if manifest and manifest.quality else None,
         "slo": manifest.slo if manifest else None,
@@ -101,6 +105,7 @@ def _blocks(subject: Subject) -> Iterator[tuple[str, list[str]]]:
     yield "Quality", _quality(manifest.quality) if manifest and manifest.quality else []
     yield "Serving", _serving(subject)
     yield "Service times", _times(subject)
+    yield "Fusion", _fusion(subject)
     if manifest is not None:
         yield "Evidence", _evidence(manifest)
         yield "Machine", _machine(manifest)
@@ -132,8 +137,29 @@ def _serving(subject: Subject) -> list[str]:
             f"{batching.max_batch_size}, queue delay {milliseconds(batching.max_queue_delay_s)} ms"
         )
     if subject.kernels is not None and subject.kernels.n_heavy:
-        share = percent(subject.kernels.int8_time_share, 1)
-        lines.append(f"{share} of the convolutions' and matrix products' time in int8 kernels")
+        proof = subject.kernels
+        what = (
+            "multiply-accumulates" if proof.is_told else "convolutions' and matrix products' time"
+        )
+        lines.append(f"{percent(proof.int8_share, 1)} of the {what} in int8 kernels")
+    return lines
+
+
+def _fusion(subject: Subject) -> list[str]:
+    if not subject.fusions:
+        return []
+    lines = [f"{fusion_summary(subject.fusions)} The longest:"]
+    for row in subject.fusions[:_MAX_FUSIONS]:
+        kernel = row.kernel or "no kernel"
+        times = f"{milliseconds(row.base_s)} → {milliseconds(row.seconds)} ms"
+        lines += [f"{row.n} × {what(row)} in {kernel}: {times}"]
+    alone = unfused(subject.fusions)
+    if alone:
+        told = ", ".join(
+            f"{what(row)} ({row.kernel}) {milliseconds(row.seconds)} ms"
+            for row in alone[:_MAX_UNFUSED]
+        )
+        lines.append(f"unfused: {told}")
     return lines
 
 

@@ -5,14 +5,12 @@ and evaluates the expressions of its symbolic shapes. What can be refused is ref
 torch sees it; the last can't, so the file is trusted as the user's own code is.
 """
 
-import io
-import json
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimizer.errors import SpecInvalid
 from optimizer.spec import Datatype, ExportedSource, InputSpec, OutputSpec
+from serve.engines.torch_archive import refuse_pickles
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +21,6 @@ _HOW = (
     "export it again: torch.export.export(model.eval(), (inputs of batch 2,), "
     'dynamic_shapes=({0: torch.export.Dim("batch")}, …one for each input))'
 )
-_MAX_CONFIG_BYTES = 64_000_000
 
 
 def load_program(path: Path) -> "torch.export.ExportedProgram":
@@ -32,7 +29,7 @@ def load_program(path: Path) -> "torch.export.ExportedProgram":
     import torch
 
     try:
-        _refuse_pickles(path)
+        refuse_pickles(path)
         program = torch.export.load(path)
     except Exception as error:  # torch raises many kinds, none of them documented
         raise _invalid(path, f"can't be opened: {error}") from error
@@ -117,42 +114,6 @@ def _datatypes() -> "dict[torch.dtype, Datatype]":
         torch.int32: "INT32", torch.int64: "INT64", torch.float16: "FP16",
         torch.float32: "FP32", torch.float64: "FP64",
     }  # fmt: skip
-
-
-def _refuse_pickles(path: Path) -> None:
-    """Raises ValueError for what torch.export.load would unpickle without a limit, or run.
-
-    Example inputs it reads with `weights_only`, but falls back to all of pickle where that
-    fails: hence they are read here the strict way first.
-    """
-    import torch
-
-    with zipfile.ZipFile(path) as archive:
-        names = [info.filename.partition("/")[2] for info in archive.infolist()]
-        for info, name in zip(archive.infolist(), names, strict=True):
-            if name.startswith(("data/weights/", "data/constants/")):
-                if name.endswith(".pt"):
-                    raise ValueError(f"{name} is pickled, want an archive of torch 2.9 or newer")
-                if name.endswith("_config.json"):
-                    _refuse_pickled_payloads(_content(archive, info))
-            elif name.startswith("data/aotinductor/"):
-                raise ValueError("it holds compiled code, want the exported program alone")
-            elif name.startswith("data/sample_inputs/"):
-                torch.load(io.BytesIO(_content(archive, info)), weights_only=True)
-        if "models/model.json" not in names:
-            raise ValueError("it holds no exported program of torch 2.9 or newer")
-
-
-def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    if info.file_size > _MAX_CONFIG_BYTES:
-        raise ValueError(f"{info.filename} has over {_MAX_CONFIG_BYTES} bytes")
-    return archive.read(info)
-
-
-def _refuse_pickled_payloads(config: bytes) -> None:
-    for name, payload in json.loads(config)["config"].items():
-        if payload["use_pickle"]:
-            raise ValueError(f"{name} is a pickled object, want plain tensors only")
 
 
 def _trains(node: "torch.fx.Node") -> bool:

@@ -14,7 +14,7 @@ from optimizer.layers import layers_of
 from optimizer.measuring import Measurer
 from optimizer.recipe import Recipe
 from optimizer.relaxation import relaxations
-from optimizer.result import Ablation, Layer, Outcome, Relaxation, ServingChoice, Variant
+from optimizer.result import Ablation, Fusion, Layer, Outcome, Relaxation, ServingChoice, Variant
 from optimizer.search.coordinator import Trial
 from optimizer.search.landscape import Decisions
 from optimizer.spec import Spec
@@ -36,6 +36,7 @@ class Found:
     relaxations: tuple[Relaxation, ...] = ()
     ablations: tuple[Ablation, ...] = ()
     layers: tuple[Layer, ...] = ()
+    fusions: tuple[Fusion, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,7 @@ class Findings:
             return Found(rows, steps if wanted else ())
         if has_time:
             rows += self._measured(rows, chosen)
-        return Found(rows, (), ablations(rows, chosen), self._layers(chosen))
+        return Found(rows, (), ablations(rows, chosen), self._layers(chosen), self._fusions(chosen))
 
     def _serve(self, variant: Variant, slo: Slo) -> ServingChoice:
         return self.trials.serving.choose(variant.service_times, slo)
@@ -97,6 +98,12 @@ class Findings:
             return ()
         base_kernels, kernels = (self._kernels(one.model) for one in (baseline, stored))
         return layers_of(base_graph.path, graph.path, base_kernels, kernels)
+
+    def _fusions(self, chosen: Variant) -> tuple[Fusion, ...]:
+        stored = self.trials.builder.find(chosen.id)
+        assert stored is not None
+        graph = self._graph(stored.parent_id)
+        return self.trials.evaluator.fusions(stored, graph) if graph is not None else ()
 
     def _graph(self, variant_id: str) -> OnnxModel | None:
         """The ONNX model that an engine was made of."""

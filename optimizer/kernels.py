@@ -4,8 +4,9 @@ Operator names in a graph promise nothing: an engine may run a quantized graph i
 by the heavy operators, convolutions and matrix products, where the time and the promise lie.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from optimizer.result import KernelShare
 from serve.engines import EngineSpec, KernelTime, engine_module
 from serve.tensor import Array
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MIN_INT8_SHARE = 0.8
 """Of the heavy operators that the graph has quantized: so many must have run in int8 kernels,
 else the variant isn't what it says. Fusing may hide one or the other."""
+MIN_TOLD_SHARE = 0.8
+"""Of the multiply-accumulates: so many must be known by the names of kernels to be judged by."""
 N_RUNS = 5
 """That a profile is the mean of."""
 _MAX_SHOWN = 12
@@ -33,6 +36,21 @@ class KernelProof:
     n_int8: int
     """Heavy operators that ran in int8 kernels."""
     kernels: tuple[KernelShare, ...]
+    precisions: Mapping[str, int] = field(default_factory=dict)
+    """Heavy operators by the precision of the kernel that ran them."""
+    mac_shares: Mapping[str, float] = field(default_factory=dict)
+    """Precision → share of the graph's multiply-accumulates that kernels of it ran. Empty where
+    the graph isn't ONNX; less than 1 together where names of kernels tell too little."""
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the kernels of most multiply-accumulates are known."""
+        return sum(self.mac_shares.values()) >= MIN_TOLD_SHARE
+
+    @property
+    def int8_share(self) -> float:
+        """Of the multiply-accumulates where those are told, else of the heavy operators' time."""
+        return self.mac_shares.get("int8", 0.0) if self.is_told else self.int8_time_share
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -40,7 +58,14 @@ class KernelProof:
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "KernelProof":
         kernels = tuple(KernelShare(**kernel) for kernel in stored["kernels"])
-        return cls(stored["int8_time_share"], stored["n_heavy"], stored["n_int8"], kernels)
+        return cls(
+            stored["int8_time_share"],
+            stored["n_heavy"],
+            stored["n_int8"],
+            kernels,
+            stored.get("precisions", {}),
+            stored.get("mac_shares", {}),
+        )
 
 
 def prove(directory: Path, spec: EngineSpec, inputs: Mapping[str, Array]) -> KernelProof:
@@ -48,8 +73,10 @@ def prove(directory: Path, spec: EngineSpec, inputs: Mapping[str, Array]) -> Ker
     return sum_up(engine_module(spec.name).profile(directory, spec, inputs, N_RUNS))
 
 
-def sum_up(times: Sequence[KernelTime]) -> KernelProof:
-    """The shares of executed kernels, longest first."""
+def sum_up(
+    times: Sequence[KernelTime], mac_shares: Mapping[str, float] | None = None
+) -> KernelProof:
+    """The shares of executed kernels, longest first; `mac_shares` as `KernelProof` has them."""
     heavy = [time for time in times if is_heavy(time.operator)]
     int8 = [time for time in heavy if time.precision == "int8"]
     return KernelProof(
@@ -57,6 +84,8 @@ def sum_up(times: Sequence[KernelTime]) -> KernelProof:
         n_heavy=len(heavy),
         n_int8=len(int8),
         kernels=_grouped(times),
+        precisions=dict(Counter(time.precision for time in heavy)),
+        mac_shares=dict(mac_shares or {}),
     )
 
 
@@ -69,6 +98,11 @@ def is_heavy(operator: str) -> bool:
 def n_quantized(path: Path) -> int:
     """Heavy operators of an ONNX graph whose inputs are all dequantized from 8 bits (biases
     apart): those that an engine should run in int8."""
+    return len(quantized_nodes(path))
+
+
+def quantized_nodes(path: Path) -> list[str]:
+    """Their names, as `optimizer.macs` has them."""
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
@@ -78,19 +112,44 @@ def n_quantized(path: Path) -> int:
         if node.op_type == "DequantizeLinear"
         for output in node.output
     }
-    return sum(
-        is_heavy(node.op_type) and dequantized.issuperset(node.input[:2]) for node in graph.node
-    )
+    return [
+        node.name or f"{node.op_type}_{index}"
+        for index, node in enumerate(graph.node)
+        if is_heavy(node.op_type) and dequantized.issuperset(node.input[:2])
+    ]
 
 
-def fallback_reason(proof: KernelProof, n_expected: int) -> str | None:
-    """Why the engine didn't do what the graph says, or None."""
-    if proof.n_int8 >= MIN_INT8_SHARE * n_expected:
-        return None
-    return (
-        f"{n_expected} convolutions and matrix products are quantized, but {proof.n_int8} ran in "
-        f"int8 kernels, want at least {MIN_INT8_SHARE:.0%} of them: the engine fell back"
-    )
+def fallback_reason(
+    proof: KernelProof, n_expected: int, mac_share_expected: float = 0.0
+) -> str | None:
+    """Why the engine didn't do what the graph says, or None. `mac_share_expected` is the share of
+    multiply-accumulates in the operators that the graph has quantized."""
+    if proof.n_int8 < MIN_INT8_SHARE * n_expected:
+        return (
+            f"{n_expected} convolutions and matrix products are quantized, but {proof.n_int8} ran "
+            f"in int8 kernels, want at least {MIN_INT8_SHARE:.0%} of them: the engine fell back"
+        )
+    ran = proof.mac_shares.get("int8", 0.0)
+    if proof.is_told and ran < MIN_INT8_SHARE * mac_share_expected:
+        return (
+            f"{mac_share_expected:.0%} of the multiply-accumulates are quantized, but {ran:.0%} "
+            f"ran in int8 kernels, want at least {MIN_INT8_SHARE:.0%} of them: the engine fell back"
+        )
+    return None
+
+
+def precision_reason(proof: KernelProof, declared: str) -> str | None:
+    """Why the engine isn't of the precision that it declares, or None: one that says fp32 ran
+    nothing lower, and one that says bf16 or fp16 ran some of it."""
+    if declared == "fp32":
+        lower = sorted({"bf16", "fp16", "int8"} & {p for p, n in proof.precisions.items() if n})
+        if lower:
+            n = proof.precisions[lower[0]]
+            return f"it says fp32, but {n} convolutions and matrix products ran in {lower[0]}"
+    if declared in ("bf16", "fp16") and proof.n_heavy and not proof.precisions.get(declared):
+        ran = ", ".join(sorted(proof.precisions))
+        return f"it says {declared}, but convolutions and matrix products ran in {ran}"
+    return None
 
 
 def _grouped(times: Sequence[KernelTime]) -> tuple[KernelShare, ...]:

@@ -71,6 +71,11 @@ def layers_of(
     )
 
 
+def kernels_by_node(path: Path, kernels: Sequence[KernelTime]) -> dict[str, KernelTime]:
+    """Heavy node of the ONNX graph → the kernel that computed it, as far as names tell."""
+    return _times(_nodes(path), kernels)
+
+
 def _layer(
     before: _Node | None,
     after: _Node | None,
@@ -188,7 +193,8 @@ def _times(nodes: Sequence[_Node], kernels: Sequence[KernelTime]) -> dict[str, K
     for kernel in kernels:
         if is_heavy(kernel.operator):
             name = _NODE_SUFFIX.sub("", kernel.node)
-            owner = next((node for node in nodes if name in node.own), None)
+            named = {name, *kernel.sources}
+            owner = next((node for node in nodes if not named.isdisjoint(node.own)), None)
             if owner is not None and owner.name not in found:
                 found[owner.name] = kernel
             else:

@@ -90,7 +90,8 @@ def publish(candidate: Candidate, repository: Path) -> str:
     version = next_version(repository, name)
     manifest = replace(candidate.manifest, version=version)
     write_version(repository, manifest, candidate.files)
-    write_atomically(repository / name / "config.pbtxt", triton_config(manifest).encode())
+    if manifest.engine.name in _BACKENDS:  # those that Triton has, too
+        write_atomically(repository / name / "config.pbtxt", triton_config(manifest).encode())
     return version
 
 

@@ -26,6 +26,7 @@ from optimizer.contribution import (
     slowest_layers,
 )
 from optimizer.figures import latency_by_batch_size, predicted_against_measured
+from optimizer.fusion_rows import fusion_rows, fusion_summary
 from optimizer.parallel import parallel_coordinates
 from optimizer.pareto import drawn_points, pareto_front, pareto_views
 from optimizer.quantities import bytes_, duration, milliseconds, number, percent, points, shape
@@ -52,6 +53,7 @@ MARKS: dict[Status, tuple[str, str]] = {
 }
 MAX_ROWS = 12
 """Of the table on a terminal."""
+MAX_FUSIONS = 16
 MAX_PAGE_ROWS = 20
 """Of the table on the page, before the rest is folded away."""
 WIDE = 100
@@ -157,6 +159,8 @@ def render_html(result: StudyResult) -> str:
         slowest=slowest_layers(result.layers),
         max_layers=MAX_LAYERS,
         layers_summary=layers_summary(result.layers),
+        fusions=fusion_rows(result.fusions)[:MAX_FUSIONS],
+        fusion_summary=fusion_summary(result.fusions),
         command=shlex.join(result.command),
         views=pareto_views(result),
         figures=_figures(result),

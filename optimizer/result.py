@@ -287,6 +287,20 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Fusion:
+    """Operators of the graph that one kernel computes, `n` times in a run, and the seconds of all:
+    `base_s` in kernels of their own, without any optimization. No operators: a kernel that the
+    engine added, to convert a layout or type. No kernel: operators that are gone."""
+
+    operators: tuple[str, ...]
+    kernel: str
+    precision: str
+    n: int
+    base_s: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Target:
     """One replica's machine and what it costs."""
 
@@ -325,6 +339,8 @@ class StudyResult:
     rungs: tuple[RungRecord, ...] = ()
     ablations: tuple[Ablation, ...] = ()
     layers: tuple[Layer, ...] = ()
+    fusions: tuple[Fusion, ...] = ()
+    """Of the answer, where it was made from an ONNX graph."""
     notes: tuple[str, ...] = field(default=())
     """What a reader of the answer should know, for example that the machine was noisy."""
     schema_version: int = SCHEMA_VERSION
@@ -395,7 +411,7 @@ def _in_words(value: Any) -> Any:
 
 _KINDS = (
     Reason, Speedup, InstanceTimes, KernelShare, Prediction, ServingChoice, Verification, Variant,
-    BudgetUsed, NearestMiss, Relaxation, RungRecord, Ablation, Layer, Target, StudyResult,
+    BudgetUsed, NearestMiss, Relaxation, RungRecord, Ablation, Layer, Fusion, Target, StudyResult,
 )  # fmt: skip
 for _kind in _KINDS:
     _config = pydantic.ConfigDict(extra="forbid", ser_json_inf_nan="strings")

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 Objective = Literal["cost", "latency", "size", "energy"]
-TechniqueName = Literal["quantization", "compilation"]
-TECHNIQUES: tuple[TechniqueName, ...] = ("quantization", "compilation")
+TechniqueName = Literal["quantization", "compilation", "torch_compilation"]
+TECHNIQUES: tuple[TechniqueName, ...] = ("quantization", "compilation", "torch_compilation")
 """Those that a spec can name, in the order of a recipe's stages."""
 Datatype = Literal[
     "BOOL", "UINT8", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64"

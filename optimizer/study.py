@@ -329,6 +329,7 @@ class _Study:
             relaxations=found.relaxations,
             ablations=found.ablations,
             layers=found.layers,
+            fusions=found.fusions,
         )
 
     def _verifier(self, inputs: Mapping[str, Array]) -> Verifier | None:

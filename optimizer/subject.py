@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from optimizer import judgement, kernels, timing
+from optimizer import fusion, judgement, kernels, timing
 from optimizer.errors import OptimizerError
 from optimizer.kernels import KernelProof
+from optimizer.result import Fusion
 from optimizer.store import StoredVariant
 from optimizer.tasks import Scores
 from optimizer.timing import Timing
@@ -75,6 +76,7 @@ class Subject:
     size_bytes: int | None = None
     times: Mapping[tuple[int, int], tuple[ServiceTime, ...]] = field(default_factory=dict)
     kernels: KernelProof | None = None
+    fusions: tuple[Fusion, ...] = ()
     scores: Mapping[str, Scores] = field(default_factory=dict)
 
 
@@ -161,6 +163,7 @@ def _on_record(variant_id: str, records: Records) -> Subject | None:
         else None,
         times=_times(variant_id, records),
         kernels=_kernels(variant_id, records),
+        fusions=_fusions(variant_id, records),
         scores={
             str(serving["split"]): Scores.from_dict(value)
             for owner, serving, value in records.values("scores", judgement.PROTOCOL_VERSION)
@@ -192,6 +195,17 @@ def _kernels(variant_id: str, records: Records) -> KernelProof | None:
         if owner == variant_id
     ]
     return KernelProof.from_dict(stored[-1]) if stored else None
+
+
+def _fusions(variant_id: str, records: Records) -> tuple[Fusion, ...]:
+    """The newest on record; empty for a variant that was never an answer."""
+    found = [
+        value
+        for owner, _, value in records.values("fusion", fusion.PROTOCOL_VERSION)
+        if owner == variant_id
+    ]
+    stored: Any = found[-1] if found else []
+    return fusion.from_stored(stored)
 
 
 def _versions(folder: Path) -> list[str]:

@@ -25,6 +25,7 @@ from optimizer.errors import OptimizerError
 from optimizer.loadtest_report import LoadTestReport, read_bytes
 from optimizer.result import Verdict, Verification
 from serve.artifact import Manifest, write_version
+from serve.engines import RUNS_CODE
 
 EXIT_CODES: Mapping[Verdict, int] = {"met": 0, "violated": 1, "inconclusive": 3}
 GENERATOR_REASONS = frozenset({"generator_lagged", "generator_busy", "rate_not_reached"})
@@ -127,6 +128,8 @@ class ServerVerifier:
         slo_path.write_text(json.dumps(slo.to_dict()), "utf-8")  # JSON is YAML
         server_cores, generator_cores = split_cores(self.cores)
         serve = [*self.program, "serve", "--repository", str(repository), "--slo", str(slo_path)]
+        if manifest.engine.name in RUNS_CODE:  # which this study made itself
+            serve.append("--trust-code")
         with running_server(serve, self.timeouts, server_cores) as ports:
             report = scratch / "report.json"
             command = self._loadtest(manifest.model, slo_path, ports, report)

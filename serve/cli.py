@@ -83,6 +83,15 @@ def serve_command(
             rich_help_panel=_MODELS,
         ),
     ] = None,
+    trust_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-code",
+            help="Load versions whose files can carry code, too: torch programs and AOTInductor "
+            "packages (.pt2). Only if you trust whoever writes to the repository.",
+            rich_help_panel=_MODELS,
+        ),
+    ] = False,
     model_control: Annotated[
         ControlMode,
         typer.Option(
@@ -291,6 +300,7 @@ def serve_command(
         version_policy=_policy(version_policy),
         control_on_data_port=control_on_data_port,
         oversize=oversize.value if oversize else None,
+        trust_code=trust_code,
         response_cache_bytes=response_cache_bytes,
         merge_duplicates=merge_duplicates,
         tenant_header=tenant_header,

@@ -50,6 +50,7 @@ class ControlOptions:
     policy: VersionPolicy = field(default_factory=VersionPolicy)
     slo: Slo | None = None
     oversize: Literal["refuse", "split"] | None = None
+    trust_code: bool = False
 
 
 class ModelControl:
@@ -74,7 +75,7 @@ class ModelControl:
         self._metrics = metrics
         self._options = options
         self._retired = retired
-        self._loader = Loader(storage, deliver, options.slo, options.oversize)
+        self._loader = Loader(storage, deliver, options.slo, options.oversize, options.trust_code)
         self._keys: dict[tuple[str, str], str] = {}  # of what was loaded
         self._failures: dict[tuple[str, str], tuple[str, str]] = {}  # key and reason, to stay
         self._closed = False

@@ -14,7 +14,7 @@ from loadtest.slo import Slo
 from serve.artifact import Manifest, file_digest, read_manifest
 from serve.batcher import Batch
 from serve.derivation import manifest_for_onnx
-from serve.engines import EngineUnavailable
+from serve.engines import RUNS_CODE, EngineUnavailable
 from serve.errors import ArtifactInvalid
 from serve.loading import load_model
 from serve.model import Model
@@ -41,7 +41,7 @@ class Loaded:
 
 class Loader:
     """Brings versions of a storage to models that deliver to one place. `slo` and `oversize`
-    override the manifests'."""
+    override the manifests'. Versions that can carry code are refused without `trust_code`."""
 
     def __init__(
         self,
@@ -49,11 +49,13 @@ class Loader:
         deliver: Callable[[Batch], None],
         slo: Slo | None,
         oversize: Literal["refuse", "split"] | None,
+        trust_code: bool = False,
     ) -> None:
         self._storage = storage
         self._deliver = deliver
         self._slo = slo
         self._oversize = oversize
+        self._trust_code = trust_code
 
     def load(self, plan: Plan, version: VersionListing) -> Loaded:
         """Fetch, read and load a version."""
@@ -66,6 +68,8 @@ class Loader:
             if self._oversize is not None:
                 batching = replace(manifest.batching, oversize=self._oversize)
                 manifest = replace(manifest, batching=batching)
+            if not self._trust_code:
+                _refuse_code(directory, manifest)
             model = load_model(directory, manifest, self._deliver, self._slo, labels)
         except (ArtifactInvalid, EngineUnavailable) as error:
             _log.error("not loaded: %s", error, extra=label)
@@ -124,6 +128,16 @@ class Loader:
         if version.has_manifest:
             return version_digest(directory)
         return files_digest(manifest.files)
+
+
+def _refuse_code(directory: Path, manifest: Manifest) -> None:
+    engine = manifest.engine.name
+    if engine in RUNS_CODE:
+        raise ArtifactInvalid(
+            str(directory),
+            f"engine.name: loading a version of {engine!r} runs code from its files; start the "
+            "server with --trust-code if you trust whoever writes to the repository",
+        )
 
 
 def _replaced(text: str, places: Mapping[str, str]) -> str:

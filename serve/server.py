@@ -173,6 +173,7 @@ def _control_options(settings: Settings) -> ControlOptions:
         policy=settings.version_policy,
         slo=settings.slo,
         oversize=settings.oversize,
+        trust_code=settings.trust_code,
     )
 
 

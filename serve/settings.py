@@ -15,7 +15,8 @@ class Settings:
     Ports are 0 for any free one; without a `control_port` there is none. After SIGTERM the server
     turns not ready, serves on for `drain_delay_s`, so that load balancers look away, and then has
     `drain_timeout_s` to finish. `load_models` are names, or NAME@sha256:DIGEST, for the mode
-    "explicit". `oversize` None leaves it to the versions' manifests.
+    "explicit". `oversize` None leaves it to the versions' manifests. With `trust_code` versions are
+    loaded whose files can carry code.
     """
 
     repository: str | None = None
@@ -33,6 +34,7 @@ class Settings:
     version_policy: VersionPolicy = field(default_factory=VersionPolicy)
     control_on_data_port: bool = False
     oversize: Literal["refuse", "split"] | None = None
+    trust_code: bool = False
     response_cache_bytes: int = 0
     merge_duplicates: bool = False
     tenant_header: str = ""

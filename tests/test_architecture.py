@@ -138,7 +138,7 @@ def test_imports_are_seen_when_they_are(source: str, names: list[str]) -> None:
 
 @pytest.mark.parametrize("module", within("serve"))
 def test_serve_looks_only_at_the_slo_when_it_looks_out(module: str) -> None:
-    outside = reaching(imports(module), ("torch", "optimizer", "loadtest", "trimserve"))
+    outside = reaching(imports(module), ("optimizer", "loadtest", "trimserve"))
     assert set(outside) <= SHARED
 
 
@@ -200,6 +200,12 @@ def test_serve_knows_no_event_loop_when_below_the_batcher(module: str) -> None:
 def test_serve_imports_a_runtime_only_in_its_engine_when_it_does(runtime: str) -> None:
     users = [m for m in within("serve") if reaching(imports(m), [runtime])]
     assert users == [f"serve.engines.{runtime}"]
+
+
+def test_serve_imports_torch_only_in_the_engines_on_it_when_it_does() -> None:
+    users = [m for m in within("serve") if reaching(imports(m), ["torch"])]
+    engines = ("torch", "aotinductor", "torch_archive")
+    assert set(users) <= {f"serve.engines.{name}" for name in engines}
 
 
 def test_policy_has_no_clock_when_it_decides() -> None:

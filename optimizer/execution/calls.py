@@ -39,7 +39,7 @@ def _option(builder: Builder, arguments: Mapping[str, Json]) -> Json:
     option = builder.option(arguments["technique"], recipe)
     if option is None:
         return {"refusal": builder.refusals[arguments["technique"]]}
-    return {"space": space_to(option.space)}
+    return {"space": space_to(option.space), "refusals": dict(builder.refusals)}
 
 
 def _blocks(builder: Builder, arguments: Mapping[str, Json]) -> Json:

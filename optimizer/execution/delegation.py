@@ -52,4 +52,5 @@ class DelegatingBuilder(Builder):
         answered = self.executor.build("option", arguments)
         if "refusal" in answered:
             self.refusals[name] = answered["refusal"]
+        self.refusals.update(answered.get("refusals", {}))
         return option_from(answered, self.techniques[name].traits)

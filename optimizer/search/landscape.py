@@ -164,18 +164,27 @@ def _combinations(
 def _decide_step(
     stage: Stage, options: Sequence[Option], decide: Callable[[str, Distribution], Value]
 ) -> tuple[Traits, dict[str, Value]] | None:
-    option = _decide_option(stage, [o for o in options if o.traits.stage is stage], decide)
+    here = [option for option in options if option.traits.stage is stage]
+    # A step can be gone without where an engine takes what there is already.
+    avoidable = any(
+        option.traits.stage is Stage.COMPILE for option in options if option not in here
+    )
+    option = _decide_option(stage, here, decide, avoidable)
     return None if option is None else (option.traits, _decide_parameters(option, decide))
 
 
 def _decide_option(
-    stage: Stage, options: Sequence[Option], decide: Callable[[str, Distribution], Value]
+    stage: Stage,
+    options: Sequence[Option],
+    decide: Callable[[str, Distribution], Value],
+    avoidable: bool = False,
 ) -> Option | None:
     if not options:
         return None
     by_name = {option.traits.name: option for option in options}
     optional = all(option.traits.optional for option in options)
-    names = ((NONE,) if optional else ()) + tuple(by_name)
+    # What is needed for most engines comes first, going without it for the others last.
+    names = (NONE, *by_name) if optional else (*by_name, *((NONE,) if avoidable else ()))
     # What changes the network isn't had off the shelf.
     off_the_shelf = stage not in (*STRUCTURAL, Stage.RECOVER)
     chosen = decide(stage.value, Categorical(names, is_baseline=off_the_shelf))

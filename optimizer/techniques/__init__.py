@@ -24,6 +24,7 @@ TECHNIQUES: Mapping[str, tuple[str, str]] = {
     "export": ("optimizer.techniques.export", "Export"),
     "quantization": ("optimizer.techniques.quantization", "Quantization"),
     "compilation": ("optimizer.techniques.compilation", "Compilation"),
+    "torch_compilation": ("optimizer.techniques.torch_compilation", "TorchCompilation"),
 }
 
 
@@ -76,6 +77,15 @@ class Training(Protocol):
 
     def epochs(self, parameters: Parameters, context: Context) -> float:
         """Passes over the training split that applying it takes with these parameters."""
+        ...
+
+
+@runtime_checkable
+class Partial(Protocol):
+    """What a technique offers beside the contract where it has parts that some machines lack."""
+
+    def missing(self, model: Model, context: Context) -> Mapping[str, str]:
+        """Part → why it can't be used here, shown to the user."""
         ...
 
 

@@ -17,10 +17,12 @@ import numpy as np
 
 from optimizer.errors import ParityMismatch, TechniqueFailed
 from optimizer.model_source import Signature, read_signature
+from optimizer.onnx_names import name_tensors, placeholders
 from optimizer.parity import check_parity
 from optimizer.recipe import Needs, Traits
 from optimizer.space import Parameters, Space
 from optimizer.techniques import Context
+from optimizer.torch_example import dynamic_shapes, example_inputs
 from optimizer.torch_source import named_outputs
 from optimizer.torch_variant import load_torch
 from optimizer.variant import Kind, Model, OnnxModel, Stage, TorchModel, onnx_model
@@ -31,10 +33,6 @@ if TYPE_CHECKING:
 
 _NAME = "export"
 _FILE = "model.onnx"
-_EXAMPLE_BATCH = 2
-"""Not 1: torch.export takes sizes 0 and 1 for constants (pytorch PR 170264)."""
-_EXAMPLE_LENGTH = 16
-"""Of every other variable axis."""
 _FALLBACK_OPSET = 18
 """What the dynamo exporter writes too."""
 
@@ -42,7 +40,7 @@ _FALLBACK_OPSET = 18
 class Export:
     traits = Traits(
         name=_NAME,
-        version="1",
+        version="2",
         stage=Stage.EXPORT,
         accepts=Kind.TORCH,
         gives=Kind.ONNX,
@@ -65,7 +63,7 @@ class Export:
     ) -> OnnxModel:
         assert isinstance(model, TorchModel)
         signature = read_signature(model.source)
-        example = _example(signature)
+        example = example_inputs(signature)
         module = _in_order(load_torch(model), example, signature.output_names)
         notes: tuple[str, ...] = ()
         first = ""
@@ -83,6 +81,7 @@ class Export:
                     "file as model.onnx in the spec",
                 ) from error
             notes = (f"exported by the TorchScript exporter, since dynamo's failed: {first}",)
+        name_tensors(exported, signature.input_names, signature.output_names)
         _strip_origin(exported)
         (directory / _FILE).write_bytes(exported.SerializeToString(deterministic=True))
         made = onnx_model(directory, _FILE, model.precision, notes)
@@ -129,45 +128,19 @@ def _check_trace(made: OnnxModel, model: TorchModel, context: Context, first: st
         ) from error
 
 
-def _example(signature: Signature) -> tuple["torch.Tensor", ...]:
-    import torch
-
-    types = {"BOOL": torch.bool, "FP16": torch.float16, "FP32": torch.float32,
-             "FP64": torch.float64, "UINT8": torch.uint8, "INT8": torch.int8,
-             "INT16": torch.int16, "INT32": torch.int32, "INT64": torch.int64}  # fmt: skip
-    return tuple(
-        torch.zeros(
-            (_EXAMPLE_BATCH, *(_EXAMPLE_LENGTH if axis == -1 else axis for axis in tensor.shape)),
-            dtype=types[tensor.datatype],
-        )
-        for tensor in signature.inputs
-    )
-
-
 def _by_dynamo(
     module: "torch.nn.Module", example: tuple["torch.Tensor", ...], signature: Signature
 ) -> "onnx.ModelProto":
     import torch
 
-    batch = torch.export.Dim("batch")
-    shapes = tuple(
-        {0: batch}
-        | {
-            # Named by the axis, so that inputs of one length (ids, mask) share it.
-            axis + 1: torch.export.Dim(f"length_{axis + 1}")
-            for axis, size in enumerate(tensor.shape)
-            if size == -1
-        }
-        for tensor in signature.inputs
-    )
     with _quiet():
         program = torch.onnx.export(
             module,
             example,
             dynamo=True,
-            dynamic_shapes=shapes,
-            input_names=[tensor.name for tensor in signature.inputs],
-            output_names=[tensor.name for tensor in signature.outputs],
+            dynamic_shapes=dynamic_shapes(signature),
+            input_names=placeholders("input", len(signature.inputs)),
+            output_names=placeholders("output", len(signature.outputs)),
             optimize=True,
             verbose=False,
         )
@@ -188,12 +161,13 @@ def _by_torchscript(
     import onnx
     import torch
 
+    inputs = placeholders("input", len(signature.inputs))
     axes = {
-        tensor.name: {0: "batch"}
+        name: {0: "batch"}
         | {axis + 1: f"length_{axis + 1}" for axis, size in enumerate(tensor.shape) if size == -1}
-        for tensor in signature.inputs
+        for name, tensor in zip(inputs, signature.inputs, strict=True)
     }
-    axes |= {tensor.name: {0: "batch"} for tensor in signature.outputs}
+    axes |= {name: {0: "batch"} for name in placeholders("output", len(signature.outputs))}
     path = directory / "torchscript.onnx"
     with _quiet():
         torch.onnx.export(
@@ -202,8 +176,8 @@ def _by_torchscript(
             path,
             dynamo=False,
             dynamic_axes=axes,
-            input_names=[tensor.name for tensor in signature.inputs],
-            output_names=[tensor.name for tensor in signature.outputs],
+            input_names=placeholders("input", len(signature.inputs)),
+            output_names=placeholders("output", len(signature.outputs)),
             opset_version=_FALLBACK_OPSET,
             verbose=False,
         )
@@ -228,6 +202,7 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*legacy TorchScript-based", DeprecationWarning)
             warnings.filterwarnings("ignore", "The feature will be removed", DeprecationWarning)
             warnings.filterwarnings("ignore", category=TracerWarning)
+            warnings.filterwarnings("ignore", "# The axis name", UserWarning)
             yield
     finally:
         registration.setLevel(level)

@@ -19,7 +19,11 @@ EngineOption = str | int | float | bool
 ENGINES: dict[str, tuple[str, str]] = {
     "onnxruntime": ("serve.engines.onnxruntime", "cpu"),
     "openvino": ("serve.engines.openvino", "openvino"),
+    "torch": ("serve.engines.torch", "torch"),
+    "aotinductor": ("serve.engines.aotinductor", "torch"),
 }
+RUNS_CODE = frozenset({"torch", "aotinductor"})
+"""Engines whose files can carry code that loading them runs: for trusted repositories only."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,15 @@ class EngineSpec:
 @dataclass(frozen=True)
 class KernelTime:
     """One executed kernel: the graph node's name and operator, the kernel that the runtime
-    chose for it, the precision of its arithmetic, and the seconds spent in a run."""
+    chose for it, the precision of its arithmetic, and the seconds spent in a run. `sources` are
+    the nodes of the model that it computes, where the runtime tells."""
 
     node: str
     operator: str
     kernel: str
     precision: str
     duration_s: float
+    sources: tuple[str, ...] = ()
 
 
 class Engine(Protocol):

@@ -6,8 +6,11 @@ padded to the next of them, or cut into pieces of the largest. Without sizes sha
 """
 
 import itertools
+import logging
+import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,14 @@ from serve.tensor import DATATYPES, Array, TensorSpec
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 import openvino  # noqa: E402
 
+_log = logging.getLogger(__name__)
 # Declared precision -> the hint; without it OpenVINO takes bf16 on its own where the CPU has it.
 INFERENCE_PRECISIONS: dict[str, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
-OPTIONS: dict[str, tuple[str, ...]] = {"hint": ("LATENCY", "THROUGHPUT")}
+# "streams" "threads": each thread takes its part of the batch, instead of all sharing each kernel.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "hint": ("LATENCY", "THROUGHPUT"),
+    "streams": ("one", "threads"),
+}
 
 
 # Batch size (0 without a batch dimension) and bucket of lengths (0 without padding).
@@ -33,65 +41,101 @@ Shape = tuple[int, int]
 
 
 class OpenVinoEngine:
-    """One inference request for each compiled shape. OpenVINO releases the GIL."""
+    """Inference requests for each compiled shape, one for each stream. OpenVINO releases the GIL.
+
+    With several streams a batch is cut into as many parts, which run at once.
+    """
 
     def __init__(
-        self, signature: Signature, compiled: Mapping[Shape, Any], padding: Padding | None
+        self,
+        signature: Signature,
+        compiled: Mapping[Shape, Any],
+        padding: Padding | None,
+        n_streams: int = 1,
     ) -> None:
         self.signature = signature
         self._sizes = sorted({size for size, _ in compiled})
         self._length_axis = padding.inputs[0] if padding is not None else None
-        self._requests = {shape: model.create_infer_request() for shape, model in compiled.items()}
+        self._requests = {
+            shape: [model.create_infer_request() for _ in range(n_streams)]
+            for shape, model in compiled.items()
+        }
+        self._n_streams = n_streams
         self._output_names = [spec.name for spec in signature.outputs]
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         if (0, 0) in self._requests:
-            return self._run_padded((0, 0), inputs, 0)
+            return self._run_at_once([inputs], is_dynamic=True)[0]
         n_rows = len(next(iter(inputs.values())))
-        largest = self._sizes[-1]
-        if n_rows <= largest:
-            return self._run_padded(self._shape_for(inputs, n_rows), inputs, n_rows)
-        pieces = [
-            self.run({name: array[start : start + largest] for name, array in inputs.items()})
-            for start in range(0, n_rows, largest)
+        size = min(math.ceil(n_rows / min(self._n_streams, n_rows)), self._sizes[-1])
+        parts = [
+            {name: array[start : start + size] for name, array in inputs.items()}
+            for start in range(0, n_rows, size)
         ]
-        return {n: np.concatenate([piece[n] for piece in pieces]) for n in self._output_names}
+        results = [
+            result
+            for start in range(0, len(parts), self._n_streams)
+            for result in self._run_at_once(parts[start : start + self._n_streams])
+        ]
+        if len(results) == 1:
+            return results[0]
+        return {name: np.concatenate([one[name] for one in results]) for name in self._output_names}
 
     def close(self) -> None:
         self._requests.clear()
 
-    def _shape_for(self, inputs: Mapping[str, Array], n_rows: int) -> Shape:
+    def request_for(self, inputs: Mapping[str, Array]) -> Any:
+        """The request that runs a batch of these shapes, where there is one stream."""
+        shape = self._shape_for(inputs) if (0, 0) not in self._requests else (0, 0)
+        return self._requests[shape][0]
+
+    def _shape_for(self, inputs: Mapping[str, Array]) -> Shape:
+        n_rows = len(next(iter(inputs.values())))
         size = next(size for size in self._sizes if size >= n_rows)
         axis = self._length_axis
         return size, inputs[axis.tensor].shape[axis.axis] if axis is not None else 0
 
-    def _run_padded(
-        self, shape: Shape, inputs: Mapping[str, Array], n_rows: int
-    ) -> dict[str, Array]:
-        request, size = self._requests[shape], shape[0]
-        feeds = {name: _padded(array, size, n_rows) for name, array in inputs.items()}
-        results = request.infer(feeds, share_inputs=True)
+    def _run_at_once(
+        self, parts: Sequence[Mapping[str, Array]], is_dynamic: bool = False
+    ) -> list[dict[str, Array]]:
+        """Parts of a batch, no more than there are streams."""
+        running = []
+        for stream, part in enumerate(parts):
+            shape = (0, 0) if is_dynamic else self._shape_for(part)
+            request, size = self._requests[shape][stream], shape[0]
+            feeds = {name: _padded(array, size) for name, array in part.items()}
+            if len(parts) == 1:
+                request.infer(feeds, share_inputs=True)
+            else:
+                request.start_async(feeds, share_inputs=True)
+            running.append((request, size, len(next(iter(part.values()))) if size else 0))
+        return [self._results(*one) for one in running]
+
+    def _results(self, request: Any, size: int, n_rows: int) -> dict[str, Array]:
+        request.wait()
         return {
-            name: np.array(results[index][:n_rows] if size else results[index])
+            name: np.array(request.get_output_tensor(index).data[:n_rows] if size
+                           else request.get_output_tensor(index).data)
             for index, name in enumerate(self._output_names)
-        }
+        }  # fmt: skip
 
 
 def load(directory: Path, spec: EngineSpec, padding: Padding | None = None) -> OpenVinoEngine:
     """Compile the model for every batch size and bucket. Raises ArtifactInvalid for a broken model
     or an unknown option."""
     path = directory / spec.file
-    return OpenVinoEngine(*_compiled(path, spec, padding, counters=False), padding)
+    compiled = _compiled(path, spec, padding, counters=False)
+    return OpenVinoEngine(*compiled, padding, _n_streams(spec))
 
 
 def profile(
     directory: Path, spec: EngineSpec, inputs: Mapping[str, Array], n_runs: int
 ) -> tuple[KernelTime, ...]:
     """The executed kernels from OpenVINO's performance counters; see `EngineModule.profile`."""
+    spec = replace(spec, options={**spec.options, "streams": "one"})
     engine = OpenVinoEngine(*_compiled(directory / spec.file, spec, None, counters=True), None)
-    is_dynamic = (0, 0) in engine._requests
-    n_rows = 0 if is_dynamic else len(next(iter(inputs.values())))
-    request = engine._requests[(0, 0) if is_dynamic else engine._shape_for(inputs, n_rows)]
+    request = engine.request_for(inputs)
+    sources = _sources(request.get_compiled_model())
     durations: dict[tuple[str, str, str], float] = {}
     for _ in range(n_runs):
         engine.run(inputs)
@@ -100,7 +144,16 @@ def profile(
                 key = (info.node_name, info.node_type, info.exec_type)
                 seconds = info.real_time.total_seconds()
                 durations[key] = durations.get(key, 0.0) + seconds
-    return tuple(_kernel_times(durations, n_runs))
+    return tuple(_kernel_times(durations, sources, n_runs))
+
+
+def _sources(compiled: Any) -> dict[str, tuple[str, ...]]:
+    """Executed node → the nodes of the model that it computes, by the execution graph."""
+    named = (
+        (node.get_friendly_name(), node.get_rt_info()["originalLayersNames"].astype(str))
+        for node in compiled.get_runtime_model().get_ordered_ops()
+    )
+    return {name: tuple(filter(None, names.split(","))) for name, names in named}
 
 
 def _compiled(
@@ -112,14 +165,32 @@ def _compiled(
         model = core.read_model(path)
         signature = _signature(model)
         if not signature.batched or not spec.batch_sizes:
-            return signature, {(0, 0): core.compile_model(model, "CPU", config)}
+            return signature, {(0, 0): _compile(core, model, config, path)}
         shapes = itertools.product(spec.batch_sizes, padding.buckets if padding else (0,))
         return signature, {
-            shape: core.compile_model(_with_shape(model, shape, padding), "CPU", config)
+            shape: _compile(core, _with_shape(model, shape, padding), config, path)
             for shape in shapes
         }
     except RuntimeError as error:
         raise ArtifactInvalid(str(path), f"OpenVINO can't load it: {error}") from error
+
+
+def _compile(core: Any, model: Any, config: Mapping[str, Any], path: Path) -> Any:
+    """Raises ArtifactInvalid where it would compute in less than fp32 unasked: OpenVINO takes
+    bf16 on its own where the CPU has it. Where the CPU lacks bf16, it computes in fp32 instead:
+    right, and slower than was measured elsewhere."""
+    compiled = core.compile_model(model, "CPU", config)
+    wanted = config["INFERENCE_PRECISION_HINT"]
+    got = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    if got != wanted and wanted == "f32":
+        raise ArtifactInvalid(str(path), f"engine.precision: OpenVINO took {got}, want {wanted}")
+    if got != wanted:
+        _log.warning("%s: this processor computes in %s, not in %s", path.name, got, wanted)
+    return compiled
+
+
+def _n_streams(spec: EngineSpec) -> int:
+    return spec.threads if spec.options.get("streams") == "threads" else 1
 
 
 def _config(path: Path, spec: EngineSpec, counters: bool) -> dict[str, Any]:
@@ -138,7 +209,7 @@ def _config(path: Path, spec: EngineSpec, counters: bool) -> dict[str, Any]:
     return {
         "PERFORMANCE_HINT": spec.options.get("hint", "LATENCY"),
         "INFERENCE_NUM_THREADS": spec.threads,
-        "NUM_STREAMS": 1,
+        "NUM_STREAMS": _n_streams(spec),
         "INFERENCE_PRECISION_HINT": INFERENCE_PRECISIONS[spec.precision],
         "ENABLE_CPU_PINNING": False,
         "PERF_COUNT": counters,
@@ -179,18 +250,22 @@ def _tensor_spec(port: Any) -> TensorSpec:
     return TensorSpec(port.get_any_name(), datatype, shape)
 
 
-def _padded(array: Array, size: int, n_rows: int) -> Array:
-    if n_rows == size:
+def _padded(array: Array, size: int) -> Array:
+    """To `size` rows; 0 leaves it as it is."""
+    if not size or len(array) == size:
         return np.asarray(array, order="C")  # which leaves scalars without an axis
     padded = np.zeros((size, *array.shape[1:]), array.dtype)
-    padded[:n_rows] = array
+    padded[: len(array)] = array
     return padded
 
 
 def _kernel_times(
-    durations: Mapping[tuple[str, str, str], float], n_runs: int
+    durations: Mapping[tuple[str, str, str], float],
+    sources: Mapping[str, tuple[str, ...]],
+    n_runs: int,
 ) -> Iterator[KernelTime]:
     for (node, operator, kernel), total_s in durations.items():
         suffix = kernel.rsplit("_", 1)[-1].lower()
         precision = {"i8": "int8", "u8": "int8", "f32": "fp32", "f16": "fp16"}.get(suffix, suffix)
-        yield KernelTime(node, operator, kernel, precision, total_s / n_runs)
+        of_model = sources.get(node, ())
+        yield KernelTime(node, operator, kernel, precision, total_s / n_runs, of_model)

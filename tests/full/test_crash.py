@@ -211,8 +211,10 @@ def crashes(directory: Path) -> Crashes:
     path = write_study(directory, max_drop_points=90)
     (directory / "shapes.py").write_text(PLUGIN)
     text = path.read_text().replace("target: {", "target: {cores: 1, ")
-    plugins = "{exclude: [quantization], plugins: ['shapes:Narrow', 'shapes:Trained']}"
-    path.write_text(f"{text}\ntechniques: {plugins}\n")
+    plugins = (
+        "exclude: [quantization, torch_compilation], plugins: ['shapes:Narrow', 'shapes:Trained']"
+    )
+    path.write_text(text.replace("exclude: [torch_compilation]", plugins))
     (directory / "run").mkdir(mode=0o700)
     given = {"XDG_RUNTIME_DIR": str(directory / "run"), MARK: directory.name}
     return Crashes(directory, {**os.environ, **given, "PYTHONPATH": str(ROOT)})

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from optimizer import judgement, kernels, timing
+from optimizer import fusion, judgement, kernels, timing
 from optimizer.kernels import KernelProof
-from optimizer.result import InstanceTimes
+from optimizer.result import Fusion, InstanceTimes
 from optimizer.store import StoredVariant
 from optimizer.tasks import Scores
 from optimizer.timing import Timing
@@ -22,6 +22,10 @@ from tests.optimizer.study_result import SLO, met
 
 BASE_ID = "ba5e" * 16
 DATA = "d" * 64
+FUSIONS = (
+    Fusion(("Conv", "Relu"), "brgconv_avx2_f32", "fp32", 3, 0.003, 0.002),
+    Fusion((), "reorder_f32", "fp32", 2, 0.0, 0.001),
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ def two_variants(directory: Path) -> FakeRecords:
             ("kernels", kernels.PROTOCOL_VERSION, owner, {}, proof),
             ("scores", judgement.PROTOCOL_VERSION, owner, {"split": DATA}, scores),
         ]
+    fused = [asdict(one) for one in FUSIONS]
+    measured.append(("fusion", fusion.PROTOCOL_VERSION, first, {}, fused))
     return FakeRecords({one.id: one for one in variants}, measured)
 
 

@@ -163,7 +163,8 @@ def test_study_is_refused_by_name_when(
 def test_study_is_refused_by_the_plugin_s_name_when(plugin: str, said: str, tmp_path: Path) -> None:
     path = in_a_hurry(write_study(tmp_path))
     (tmp_path / "plugin.py").write_text(PLUGIN)
-    path.write_text(path.read_text() + f"techniques: {{plugins: ['{plugin}']}}\n")
+    plugins = f"techniques: {{plugins: ['{plugin}'], "
+    path.write_text(path.read_text().replace("techniques: {", plugins))
     message = refusal(read_spec(path), tmp_path)
     assert message.startswith(f"techniques.plugins: {plugin}: ")
     assert said in message

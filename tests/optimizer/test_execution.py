@@ -67,7 +67,9 @@ def own_locks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_study(tmp_path_factory.mktemp("study"))
     plugins = json.dumps([*PLUGINS, "tests.optimizer.synthetic:Narrow"])
-    path.write_text(f"{path.read_text()}\ntechniques: {{plugins: {plugins}}}\n")
+    path.write_text(
+        path.read_text().replace("techniques: {", f"techniques: {{plugins: {plugins}, ")
+    )
     return path
 
 

@@ -2,7 +2,13 @@
 
 import pytest
 
-from optimizer.kernels import KernelProof, fallback_reason, is_heavy, sum_up
+from optimizer.kernels import (
+    KernelProof,
+    fallback_reason,
+    is_heavy,
+    precision_reason,
+    sum_up,
+)
 from serve.engines import KernelTime
 
 PROFILE = (
@@ -30,11 +36,11 @@ def test_kernels_are_grouped_and_the_longest_come_first() -> None:
 
 
 def test_proof_of_an_empty_profile_claims_nothing() -> None:
-    assert sum_up(()) == KernelProof(0.0, 0, 0, ())
+    assert sum_up(()) == KernelProof(0.0, 0, 0, (), {}, {})
 
 
 def test_proof_survives_a_round_trip() -> None:
-    proof = sum_up(PROFILE)
+    proof = sum_up(PROFILE, {"int8": 0.5, "fp32": 0.25})
     assert KernelProof.from_dict(proof.to_dict()) == proof
 
 
@@ -71,3 +77,38 @@ def test_fallback_is_judged_by_what_the_graph_has_quantized(
 ) -> None:
     reason = fallback_reason(KernelProof(1.0, 60, n_int8, ()), n_expected)
     assert (reason is not None) is fell_back
+
+
+@pytest.mark.parametrize(
+    ("mac_shares", "expected", "fell_back"),
+    [
+        pytest.param({"int8": 0.95, "fp32": 0.05}, 0.95, False, id="what is quantized ran in int8"),
+        pytest.param({"int8": 0.3, "fp32": 0.7}, 0.95, True, id="the largest ran in fp32"),
+        pytest.param({"int8": 0.3, "fp32": 0.7}, 0.3, False, id="little was meant to"),
+        pytest.param({"int8": 0.3}, 0.95, False, id="names of kernels tell too little"),
+        pytest.param({}, 0.95, False, id="the graph is not known"),
+    ],
+)
+def test_fallback_is_judged_by_multiply_accumulates_when_they_are_told(
+    mac_shares: dict[str, float], expected: float, fell_back: bool
+) -> None:
+    proof = KernelProof(1.0, 10, 10, (), {}, mac_shares)
+    assert (fallback_reason(proof, 10, expected) is not None) is fell_back
+
+
+@pytest.mark.parametrize(
+    ("ran", "declared", "said"),
+    [
+        pytest.param({"fp32": 9}, "fp32", None, id="fp32 is fp32"),
+        pytest.param({"fp32": 8, "bf16": 1}, "fp32", "1 convolutions", id="bf16 is called fp32"),
+        pytest.param({"bf16": 8, "fp32": 1}, "bf16", None, id="bf16 is bf16"),
+        pytest.param({"fp32": 9}, "bf16", "ran in fp32", id="bf16 ran in fp32"),
+        pytest.param({"int8": 9, "fp32": 1}, "int8", None, id="int8 is judged by its graph"),
+        pytest.param({}, "fp16", None, id="there is nothing heavy"),
+    ],
+)
+def test_precision_is_what_the_kernels_ran_in(
+    ran: dict[str, int], declared: str, said: str | None
+) -> None:
+    reason = precision_reason(KernelProof(0.0, sum(ran.values()), 0, (), ran), declared)
+    assert (reason is None) if said is None else (said in (reason or ""))

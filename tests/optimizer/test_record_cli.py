@@ -136,6 +136,8 @@ def test_explanation_has_ids_artifacts_and_build_times_when_the_store_knows_it(
     assert "variant aaaaaaaaaaaa, of eeeeeeeeeeee, artifact aaaaaaaaaaaa, built in 1.5 s" in text
     assert "with torch 2.13.0" in text
     assert "100.0% of the convolutions' and matrix products' time in int8 kernels" in text
+    assert "3 × Conv + Relu in brgconv_avx2_f32: 3 → 2 ms" in text
+    assert "unfused: added by the engine (reorder_f32) 1 ms" in text
     assert "The store of its study knows" not in text
 
 

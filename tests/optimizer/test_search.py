@@ -282,3 +282,20 @@ def test_trial_without_a_value_is_told_as_failed(value: float | None) -> None:
     trials = coordinator.trials()
     coordinator.tell(next(trials), Answer(value))
     assert next(trials).number == 2
+
+
+FROM_TORCH = Traits(
+    "torch_compilation", "1", Stage.COMPILE, Kind.TORCH, Kind.ENGINE, optional=False
+)
+
+
+def test_export_is_left_out_only_when_an_engine_takes_what_there_is() -> None:
+    def with_torch(recipe: Recipe) -> Sequence[Option]:
+        engine = {"engine": Categorical(("torch",))}
+        direct = [Option(FROM_TORCH, engine)] if recipe.gives is Kind.TORCH else []
+        return [*landscape(recipe), *direct]
+
+    found = [str(decisions.recipe) for decisions in baselines(with_torch, Kind.TORCH)]
+    exported = [str(decisions.recipe) for decisions in baselines(landscape, Kind.TORCH)]
+    assert set(found) == {*exported, "torch_compilation (engine torch)"}
+    assert found[0] == exported[0]

