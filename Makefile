@@ -10,9 +10,9 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet
 UV_INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(VENV)
 
-# Workers share the tests by file, since what is dear to make is shared within one. In the order
-# of their names: dear ones first, so that none is left over when the other worker is through.
-TEST_WORKERS ?= 2
+# With TEST_WORKERS=2 two workers share the tests by file, since what is dear to make is shared within
+# one; in the order of their names, so that what takes long comes early.
+TEST_WORKERS ?= 0
 PYTEST := $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Image -> its extras; each gets a lock file with hashes.
@@ -47,7 +47,7 @@ check: $(STAMP) ## Lint, format, types, generated code
 	$(BIN)/mypy --num-workers 2
 	$(BIN)/python proto/generate.py --check
 
-test: $(STAMP) ## The tests that pip's packages suffice for, under 5 minutes
+test: $(STAMP) ## The tests that pip's packages suffice for, under 10 minutes
 	$(PYTEST) -m 'not full'
 
 test-full: $(STAMP) ## Also those that need Debian's packages (installed here) or minutes

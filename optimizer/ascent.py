@@ -343,7 +343,14 @@ class Ascent:
 
     def _ended(self, row: Variant, dropped: bool) -> Ended:
         value = value_of(row, self.spec.objective)
-        constraints = constraint_values(self.spec.slo, row.reasons)
+        if not math.isfinite(value) and row.reasons and row.reasons[0].constraint == "outclassed":
+            value = row.reasons[0].value or math.inf  # at best
+        constraints = constraint_values(
+            self.spec.slo,
+            self.spec.constraints,
+            row,
+            is_final=not self._recipe.trains or Rung.FULL in self.drops,
+        )
         answer = Answer(value if math.isfinite(value) else None, constraints)
         return Ended(answer, self._climb(dropped), row, self.epochs, self._recovery())
 

@@ -16,6 +16,8 @@ LATENCY_MARGIN = 0.1
 """Of the SLO's threshold, kept free in predictions: a simulation knows less than a load test."""
 EQUAL = 0.01
 """Relative difference of the objective below which two variants are equally good."""
+MAX_EXCESS = 1e6
+"""Told of a constraint that is broken by more, or by nobody knows what."""
 EQUALLY_BUSY = 0.1
 """The same for the cores that they keep busy, which are noisier."""
 
@@ -117,11 +119,6 @@ def value_of(variant: Variant, objective: Objective) -> float:
     return variant.serving.cost_per_million
 
 
-def violations(reasons: Sequence[Reason]) -> dict[str, float]:
-    """By constraint, how far it is broken relative to its limit: for the sampler."""
-    return {reason.constraint: excess(reason) for reason in reasons}
-
-
 def excess(reason: Reason) -> float:
     """How far a constraint is broken, relative to its limit; infinite without numbers."""
     if reason.value is None or reason.limit is None:
@@ -174,10 +171,9 @@ def nearest_miss(variants: Sequence[Variant]) -> NearestMiss | None:
 
 
 def _accuracy_reasons(accuracy: AccuracyObjective, quality: Quality) -> list[Reason]:
-    if accuracy.judged_by == "estimate":
-        value, what = quality.drop, "estimated"
-    else:
-        value, what = quality.drop_bound, f"by its upper bound at {accuracy.confidence:.0%}"
+    value = judged_drop(accuracy, quality)
+    bound = f"by its upper bound at {accuracy.confidence:.0%}"
+    what = "estimated" if accuracy.judged_by == "estimate" else bound
     if value <= accuracy.max_drop:
         return []
     detail = f"{what} on {quality.n_samples} samples"
@@ -200,8 +196,25 @@ def _busy_cores(variant: Variant) -> float:
     return serving.prediction.utilization * serving.instances * serving.threads
 
 
-def constraint_values(slo: Slo, reasons: Sequence[Reason]) -> Mapping[str, float]:
-    """Constraints for the sampler, kept where at most 0: every one of the SLO, broken or not."""
-    names = ["latency"] + (["accuracy_drop"] if slo.accuracy is not None else [])
-    broken = violations(reasons)
-    return {name: min(broken.get(name, -1.0), 1e6) for name in names}
+def constraint_values(
+    slo: Slo, constraints: Constraints, row: Variant, *, is_final: bool
+) -> Mapping[str, float]:
+    """Constraints for the search, kept where at most 0, relative to their limits: those of which
+    something is known. `is_final`: the row's quality is of the weights that would be served."""
+    broken = {reason.constraint: min(excess(reason), MAX_EXCESS) for reason in row.reasons[::-1]}
+    found = {"latency": broken.get("latency", broken.get("success_ratio", -1.0))}
+    if slo.accuracy is not None and row.quality is not None and is_final:
+        limit = slo.accuracy.max_drop
+        found["accuracy_drop"] = (judged_drop(slo.accuracy, row.quality) - limit) / (limit or 1.0)
+    elif slo.accuracy is not None and row.reasons and row.reasons[0].constraint == "accuracy_drop":
+        found["accuracy_drop"] = broken["accuracy_drop"]
+    if constraints.size_bytes is not None and row.size_bytes is not None:
+        found["size"] = row.size_bytes / constraints.size_bytes - 1
+    if constraints.memory_bytes is not None and row.memory_bytes is not None:
+        found["memory"] = row.memory_bytes / constraints.memory_bytes - 1
+    return found
+
+
+def judged_drop(accuracy: AccuracyObjective, quality: Quality) -> float:
+    """The drop, or its bound: whichever the objective judges."""
+    return quality.drop if accuracy.judged_by == "estimate" else quality.drop_bound

@@ -23,6 +23,8 @@ MIN_TOLD_SHARE = 0.8
 N_RUNS = 5
 """That a profile is the mean of."""
 _MAX_SHOWN = 12
+_INTEGER = ("ConvInteger", "MatMulInteger")
+"""Operators of ONNX that take 8-bit numbers as they are."""
 # Parts of the names that the engines give their heavy operators, in lower case.
 _HEAVY = ("conv", "matmul", "gemm", "fullyconnected", "attention")
 
@@ -96,8 +98,8 @@ def is_heavy(operator: str) -> bool:
 
 
 def n_quantized(path: Path) -> int:
-    """Heavy operators of an ONNX graph whose inputs are all dequantized from 8 bits (biases
-    apart): those that an engine should run in int8."""
+    """Heavy operators of an ONNX graph that take integers, or inputs that are all dequantized from
+    8 bits (biases apart): those that an engine should run in int8."""
     return len(quantized_nodes(path))
 
 
@@ -115,7 +117,8 @@ def quantized_nodes(path: Path) -> list[str]:
     return [
         node.name or f"{node.op_type}_{index}"
         for index, node in enumerate(graph.node)
-        if is_heavy(node.op_type) and dequantized.issuperset(node.input[:2])
+        if node.op_type in _INTEGER
+        or (is_heavy(node.op_type) and dequantized.issuperset(node.input[:2]))
     ]
 
 

@@ -472,7 +472,7 @@ class Constraints(Strict):
 class Search(Strict):
     """How recipes are proposed."""
 
-    sampler: Literal["tpe", "random", "nsga2", "grid"] = "tpe"
+    sampler: Literal["gp", "tpe", "random", "nsga2", "grid"] = "gp"
 
 
 class Target(Strict):

@@ -22,7 +22,7 @@ N_STAGES = 3
 # effort -> passes over the training split
 EPOCHS = {"recalibrate": 0.0, "short": 0.1, "full": 1.0}
 _RECALIBRATED_ON = 1024
-_BATCH_SIZE = 128
+_BATCH_SIZE = 64
 _RATE = 0.02
 _TEMPERATURE = 4.0
 
@@ -83,6 +83,7 @@ class Distill:
         "distill", "1", Stage.RECOVER, Kind.TORCH, Kind.TORCH, Needs.UNLABELLED, ("torch",),
         optional=False, preserves=False,
     )  # fmt: skip
+    passes = EPOCHS
 
     def check(self, model: Model, context: Context) -> str | None:
         return None
@@ -91,10 +92,10 @@ class Distill:
         return {"effort": Categorical(tuple(reversed(EFFORTS)))}
 
     def describe(self, parameters: Parameters) -> str:
-        return f"distilled {EPOCHS[str(parameters['effort'])]:g} epochs"
+        return f"distilled {self.passes[str(parameters['effort'])]:g} epochs"
 
     def epochs(self, parameters: Parameters, context: Context) -> float:
-        return EPOCHS[str(parameters["effort"])]
+        return self.passes[str(parameters["effort"])]
 
     def apply(
         self, model: Model, parameters: Parameters, context: Context, directory: Path
@@ -103,7 +104,7 @@ class Distill:
         assert context.train is not None
         module, teacher = load_torch(model), load_source(model.source)
         rng = np.random.default_rng(context.seed)
-        n_samples = int(EPOCHS[str(parameters["effort"])] * len(context.train))
+        n_samples = int(self.passes[str(parameters["effort"])] * len(context.train))
         order = rng.permutation(len(context.train))
         _train(module, teacher, context, order[:n_samples], rng)
         _recalibrate(module, context, order[:_RECALIBRATED_ON])

@@ -1,8 +1,9 @@
 """The coordinator: baselines first, then what an earlier study found, then proposals.
 
-Optuna is used by ask and tell in this one place. Its constraints are soft, so what breaks one is
-filtered by whoever chooses, too. Nothing is kept of the sampler: given the same seed and the same
-answers it proposes the same again, which is how a study resumes.
+The guide proposes, or one of Optuna's samplers, which is used by ask and tell in this one place.
+Constraints are soft for both, so what breaks one is filtered by whoever chooses, too. Nothing is
+kept of either: given the same seed and the same answers they propose the same again, which is how a
+study resumes.
 """
 
 import math
@@ -13,6 +14,7 @@ from typing import Any
 import optuna
 
 from optimizer.recipe import Recipe
+from optimizer.search.guide import Guide
 from optimizer.search.landscape import Decisions, Landscape, baselines, grid, walk
 from optimizer.search.samplers import new_study
 from optimizer.space import Categorical, Distribution, Value
@@ -24,7 +26,8 @@ MAX_DUPLICATES = 50
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a trial: the value to minimize, and constraints, kept where at most 0.
+    """What came of a trial: the value to minimize, and constraints, kept where at most 0, relative
+    to their limits; those of which nothing is known are missing.
 
     A trial that came to nothing has no value; where a step couldn't be built, `failed_id` is the
     id of what it would have made, and no recipe that begins with the same steps is proposed again.
@@ -59,17 +62,20 @@ class Coordinator:
         starts_from: Kind,
         identify: Callable[[Recipe], Sequence[str]],
         seed: int,
-        sampler: str = "tpe",
+        sampler: str = "gp",
         first: Sequence[Mapping[str, Value]] = (),
     ) -> None:
-        """`identify` gives the ids of what a recipe's steps make, in order. `first` are decisions
-        by name that are tried after the baselines, such as those that did well before."""
+        """`identify` gives the ids of what a recipe's steps make, in order. `sampler` is one of
+        `samplers.SAMPLERS`. `first` are decisions by name that are tried after the baselines, such
+        as those that did well before."""
         self._landscape = landscape
         self._starts_from = starts_from
         self._identify = identify
         self._sampler = sampler
         self._first = first
         self._study = new_study(sampler, seed)
+        self._guide = Guide(landscape, starts_from, seed) if sampler == "gp" else None
+        self._constraints: set[str] = set()
         self._answers: dict[str, Answer] = {}
         self._failed: set[str] = set()
         self._n_trials = 0
@@ -84,6 +90,8 @@ class Coordinator:
         if self._sampler == "grid":
             for decisions in grid(self._landscape, self._starts_from):
                 yield from self._enqueued(decisions.values)
+        elif self._guide is not None:
+            yield from self._guided(self._guide)
         else:
             yield from self._proposed()
 
@@ -91,7 +99,19 @@ class Coordinator:
         self._answers[self._key(trial.decisions)] = answer
         if answer.failed_id:
             self._failed.add(answer.failed_id)
+        self._constraints |= set(answer.constraints or ())
+        if self._guide is not None:
+            self._guide.tell(trial.decisions.values, answer.value, answer.constraints or {})
         self._tell(trial.handle, answer)
+
+    def _guided(self, guide: Guide) -> Iterator[Trial]:
+        """The guide's proposals, as long as it finds any that weren't tried."""
+        n_trials = -1
+        while n_trials < self._n_trials:
+            n_trials = self._n_trials
+            found = guide.proposal(lambda one: self._known(one) is not None)
+            if found is not None:
+                yield from self._enqueued(found.values)
 
     def _proposed(self) -> Iterator[Trial]:
         n_duplicates = 0
@@ -128,8 +148,9 @@ class Coordinator:
         return " ".join(self._identify(decisions.recipe)[-1:]) + failure
 
     def _tell(self, handle: Any, answer: Answer) -> None:
-        for name, value in (answer.constraints or {}).items():
-            handle.set_constraint(name, value)
+        for name in sorted(self._constraints if answer.constraints is not None else ()):
+            # Optuna wants every one; what isn't known counts as kept.
+            handle.set_constraint(name, (answer.constraints or {}).get(name, -1.0))
         if answer.value is None or not math.isfinite(answer.value):
             self._study.tell(handle, state=optuna.trial.TrialState.FAIL)
         else:

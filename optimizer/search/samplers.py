@@ -1,8 +1,7 @@
 """Samplers: Optuna's, by the names that a spec has for them.
 
-The tree-structured Parzen estimator is the default, since it handles conditional spaces and
-constraints; the others are for comparison. A grid is no sampler but an order of trials, see
-`landscape.grid`.
+They are for comparison: the default, `gp`, is `search.guide`, which decides before Optuna is asked.
+A grid is no sampler either but an order of trials, see `landscape.grid`.
 """
 
 import warnings
@@ -37,6 +36,7 @@ def _nsga2(seed: int) -> Any:
 
 
 SAMPLERS: Mapping[str, Callable[[int], Any]] = {
+    "gp": _random,  # decides what the guide has left open, which is nothing
     "tpe": _tpe,
     "random": _random,
     "nsga2": _nsga2,

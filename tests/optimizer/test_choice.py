@@ -7,6 +7,8 @@ import pytest
 
 from loadtest.slo import Slo
 from optimizer.choice import (
+    MAX_EXCESS,
+    constraint_values,
     contradictions,
     excess,
     finalists,
@@ -18,6 +20,7 @@ from optimizer.choice import (
     with_margin,
 )
 from optimizer.result import Prediction, Reason, ServingChoice, Variant, Verification
+from optimizer.spec import Constraints
 from serve.artifact import Quality
 
 
@@ -196,3 +199,29 @@ def test_verification_gives_the_reason_that_it_measured(
     (reason,) = verification_reasons(slo(), verification)
     assert reason.constraint == constraint
     assert verification.reasons[0] in reason.detail
+
+
+def test_search_is_told_how_far_each_constraint_is_from_its_limit() -> None:
+    limits = Constraints(size_bytes=400, memory_bytes=100)
+    told = constraint_values(slo(), limits, replace(variant("a"), memory_bytes=150), is_final=True)
+    assert told == pytest.approx(
+        {"latency": -1.0, "accuracy_drop": -0.5, "size": -0.75, "memory": 0.5}
+    )
+
+
+def test_search_is_told_nothing_of_an_accuracy_that_training_will_change() -> None:
+    worse = replace(variant("a"), quality=quality(drop=0.5, bound=0.6))
+    assert constraint_values(slo(), Constraints(), worse, is_final=False) == {"latency": -1.0}
+
+
+def test_search_is_told_what_training_was_expected_to_end_with_when_that_ruled_it_out() -> None:
+    expected = Reason("accuracy_drop", 0.03, 0.01, "1", "as others let expect")
+    seen = Reason("accuracy_drop", 0.6, 0.01, "1")
+    ruled_out = replace(variant("a"), reasons=(expected, seen))
+    told = constraint_values(slo(), Constraints(), ruled_out, is_final=False)
+    assert told["accuracy_drop"] == pytest.approx(2.0)
+
+
+def test_search_is_told_a_finite_excess_when_nobody_knows_by_how_much() -> None:
+    lost = replace(variant("a"), reasons=(Reason("latency"),))
+    assert constraint_values(slo(), Constraints(), lost, is_final=True)["latency"] == MAX_EXCESS

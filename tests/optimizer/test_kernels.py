@@ -1,12 +1,17 @@
 """What an engine ran, from profiles made up and real."""
 
+from pathlib import Path
+
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from optimizer.kernels import (
     KernelProof,
     fallback_reason,
     is_heavy,
     precision_reason,
+    quantized_nodes,
     sum_up,
 )
 from serve.engines import KernelTime
@@ -112,3 +117,24 @@ def test_precision_is_what_the_kernels_ran_in(
 ) -> None:
     reason = precision_reason(KernelProof(0.0, sum(ran.values()), 0, (), ran), declared)
     assert (reason is None) if said is None else (said in (reason or ""))
+
+
+def test_products_of_integers_are_quantized_whatever_comes_before(tmp_path: Path) -> None:
+    tensor = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("MatMulInteger", ["x", "w"], ["whole"], name="whole"),
+        helper.make_node("Cast", ["whole"], ["real"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["real", "v"], ["y"], name="plain"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "products",
+        [
+            tensor("x", TensorProto.UINT8, ["n", 4]),
+            tensor("w", TensorProto.INT8, [4, 4]),
+            tensor("v", TensorProto.FLOAT, [4, 4]),
+        ],
+        [tensor("y", TensorProto.FLOAT, ["n", 4])],
+    )
+    onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
+    assert quantized_nodes(tmp_path / "model.onnx") == ["whole"]

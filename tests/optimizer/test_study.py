@@ -89,9 +89,9 @@ def test_study_publishes_the_chosen_variant_with_all_that_serving_needs(
     assert diary.phases[-2:] == ["publishing", "what each step contributed"]
     assert [variant.label for variant in diary.variants] == [
         "ONNX Runtime",
-        "int8 (minmax), ONNX Runtime",
+        "int8 (mse), ONNX Runtime",
         "OpenVINO",
-        "int8 (minmax), OpenVINO",
+        "int8 (mse), OpenVINO",
     ]
     int8 = [variant for variant in result.variants if variant.precision == "int8"]
     assert {variant.int8_share for variant in int8} == {1.0}
