@@ -29,6 +29,7 @@ def study_id(
         "objective": spec.objective,
         "task": spec.task.model_dump(mode="json"),
         "constraints": spec.constraints.model_dump(),
+        "training": spec.training.model_dump(),
         "training_epochs": spec.budget.training_epochs,
         "sampler": spec.search.sampler,
         "price": spec.target.price_per_core_hour,

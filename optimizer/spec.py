@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from loadtest.document import DocumentInvalid, Strict, read_document
 from loadtest.slo import PositiveFloat, Slo, read_slo
@@ -26,8 +26,15 @@ if TYPE_CHECKING:
     import torch
 
 Objective = Literal["cost", "latency", "size", "energy"]
-TechniqueName = Literal["quantization", "compilation", "torch_compilation"]
-TECHNIQUES: tuple[TechniqueName, ...] = ("quantization", "compilation", "torch_compilation")
+TechniqueName = Literal[
+    "pruning", "decomposition", "recovery", "quantization", "compilation", "torch_compilation"
+]
+TECHNIQUES: tuple[TechniqueName, ...] = (
+    "pruning", "decomposition", "recovery", "quantization", "compilation", "torch_compilation",
+)  # fmt: skip
+_BY_DEFAULT: tuple[TechniqueName, ...] = ("quantization", "compilation", "torch_compilation")
+"""What trains nothing."""
+_STRUCTURAL: tuple[TechniqueName, ...] = ("pruning", "decomposition")
 """Those that a spec can name, in the order of a recipe's stages."""
 Datatype = Literal[
     "BOOL", "UINT8", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64"
@@ -106,15 +113,26 @@ def _importable(value: object) -> object:
     return Importable(match["module"], match["attribute"], _here().directory)
 
 
+def _without_code(value: Path) -> Path:
+    if value.suffix != ".safetensors":
+        raise ValueError(
+            "want a .safetensors file: a pickled checkpoint can run code, "
+            "convert it by safetensors.torch.save_file(model.state_dict(), path)"
+        )
+    return value
+
+
 def _listed(value: object) -> object:
     """YAML knows lists only; ours are frozen."""
     return tuple(value) if isinstance(value, list) else value
 
 
 ExistingFile = Annotated[Path, BeforeValidator(_existing_file)]
+Weights = Annotated[Path, BeforeValidator(_existing_file), AfterValidator(_without_code)]
 ExistingPath = Annotated[Path, BeforeValidator(_existing_path)]
 FunctionName = Annotated[Importable, BeforeValidator(_importable)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class InputSpec(Strict):
@@ -190,22 +208,12 @@ class ModelSection(Strict):
     and `outputs` to name them otherwise; or `onnx` alone."""
 
     factory: FunctionName | None = None
-    weights: ExistingFile | None = None
+    weights: Weights | None = None
     inputs: Annotated[tuple[InputSpec, ...], BeforeValidator(_listed)] = ()
     outputs: Annotated[tuple[OutputSpec, ...], BeforeValidator(_listed)] = ()
     exported: ExistingFile | None = None
     """It can carry code and is trusted as the factory is."""
     onnx: ExistingFile | None = None
-
-    @field_validator("weights")
-    @classmethod
-    def _weights_hold_no_code(cls, value: Path | None) -> Path | None:
-        if value is not None and value.suffix != ".safetensors":
-            raise ValueError(
-                "want a .safetensors file: a pickled checkpoint can run code, "
-                "convert it by safetensors.torch.save_file(model.state_dict(), path)"
-            )
-        return value
 
     @field_validator("inputs", "outputs")
     @classmethod
@@ -435,20 +443,72 @@ class Budget(Strict):
     the time allows."""
 
 
+class TrainingSpec(Strict):
+    """How techniques train: see docs/techniques.md. Of what lists several values the first is the
+    default, and the others are searched."""
+
+    epochs: float = Field(default=5.0, ge=0, le=10_000)
+    """Passes over train of a full training; 0 for recalibration alone."""
+    short_epochs: float = Field(default=0.5, ge=0, le=10_000)
+    """Of the short one, which tells what a full one is worth."""
+    batch_size: int = Field(default=128, ge=2, le=65_536)
+    optimizer: Literal["sgd", "adamw"] | None = None
+    """Without it sgd for networks with batch normalization, adamw for others."""
+    learning_rate: PositiveFloat | None = None
+    """The peak. Without it 0.02 for sgd, 0.0003 for adamw."""
+    weight_decay: float = Field(default=5e-4, ge=0, le=1)
+    schedule: Literal["one_cycle", "cosine"] = "one_cycle"
+    augmentation: Literal["none", "flip", "flip_and_crop"] = "none"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    patience: int = Field(default=0, ge=0, le=1000)
+    """Epochs without a better loss on a held-out part of train after which training ends, with the
+    best epoch's weights; 0 for all epochs."""
+    losses: Annotated[
+        tuple[Literal["answers", "dist", "attention", "feature", "relational"], ...],
+        BeforeValidator(_listed),
+        Field(min_length=1),
+    ] = ("answers", "dist")
+    alphas: Annotated[tuple[Share, ...], BeforeValidator(_listed), Field(min_length=1)] = (0.1, 0.5)
+    """Share of the labels' loss, for classification with labels."""
+    temperatures: Annotated[
+        tuple[PositiveFloat, ...], BeforeValidator(_listed), Field(min_length=1)
+    ] = (4.0, 2.0)
+
+    @model_validator(mode="after")
+    def _values_fit_each_other(self) -> Self:
+        if self.short_epochs > self.epochs:
+            raise ValueError(f"want short_epochs of at most epochs ({self.epochs:g})")
+        for name in ("losses", "alphas", "temperatures"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"want every value once in {name}")
+        return self
+
+
+class StudentSpec(Strict):
+    """A smaller network that the base teaches."""
+
+    factory: FunctionName
+    weights: Weights | None = None
+    """Without it as the factory draws them, by the seed."""
+
+
 class Techniques(Strict):
     """Which techniques recipes may be made of."""
 
-    include: Annotated[tuple[TechniqueName, ...], BeforeValidator(_listed)] = TECHNIQUES
+    include: Annotated[tuple[TechniqueName, ...], BeforeValidator(_listed)] = _BY_DEFAULT
     exclude: Annotated[tuple[TechniqueName, ...], BeforeValidator(_listed)] = ()
     plugins: Annotated[tuple[FunctionName, ...], BeforeValidator(_listed)] = ()
     """Techniques of the user's own, `module:Class` by the contract of `optimizer.techniques`."""
+    student: StudentSpec | None = None
 
     @property
     def enabled(self) -> tuple[TechniqueName, ...]:
-        """Included and not excluded, in the order of a recipe's stages."""
-        return tuple(
-            name for name in TECHNIQUES if name in self.include and name not in self.exclude
-        )
+        """Included and not excluded, in the order of a recipe's stages; recovery also where what
+        needs it is there, unless it is excluded."""
+        needs_recovery = self.student is not None or set(_STRUCTURAL) & set(self.include)
+        wanted = {*self.include, *(("recovery",) if needs_recovery else ())}
+        return tuple(name for name in TECHNIQUES if name in wanted and name not in self.exclude)
 
     @model_validator(mode="after")
     def _lists_dont_contradict(self) -> Self:
@@ -503,6 +563,7 @@ class SpecDocument(Strict):
     task: TaskSpec = TaskSpec()
     budget: Budget
     techniques: Techniques = Techniques()
+    training: TrainingSpec = TrainingSpec()
     search: Search = Search()
     target: Target
 
@@ -529,6 +590,7 @@ class Spec:
     constraints: Constraints = field(default_factory=Constraints)
     search: Search = field(default_factory=Search)
     task: TaskSpec = field(default_factory=TaskSpec)
+    training: TrainingSpec = field(default_factory=TrainingSpec)
 
 
 def read_spec(
@@ -565,4 +627,5 @@ def read_spec(
         constraints=document.constraints,
         search=document.search,
         task=document.task,
+        training=document.training,
     )

@@ -1,7 +1,7 @@
 """What building needs of a study: made the same way by the study and by its workers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from optimizer.model_source import check_model, read_signature, source_digest
 from optimizer.spec import OnnxSource, Spec
 from optimizer.store import Store
 from optimizer.techniques import TECHNIQUES, Context, Technique, Training, load_technique
+from optimizer.techniques.student import Student
 from optimizer.variant import Model, Stage, source_model
 from serve.machine import Machine
 from serve.tensor import Array
@@ -43,10 +44,11 @@ class Surroundings:
 
     @property
     def context(self) -> Context:
-        splits = self.splits
+        splits, spec = self.splits, self.spec
         return Context(
-            splits.calibration, self.machine, self.spec.seed, MAX_BATCH_SIZE, splits.train
-        )
+            splits.calibration, self.machine, spec.seed, MAX_BATCH_SIZE, splits.train,
+            spec.training, spec.task,
+        )  # fmt: skip
 
     @property
     def inputs(self) -> Mapping[str, Array]:
@@ -54,7 +56,8 @@ class Surroundings:
         return first(self.splits.validation, N_TIMED_SAMPLES).inputs
 
     def builder(self, store: Store) -> Builder:
-        return Builder(store, self.base, self.techniques, self.context, self.inputs)
+        context = replace(self.context, checkpoints=store.checkpoints)
+        return Builder(store, self.base, self.techniques, context, self.inputs)
 
     def check(self) -> None:
         """Raises SpecInvalid where the model doesn't fit the data."""
@@ -75,6 +78,8 @@ def enabled_techniques(spec: Spec) -> dict[str, Technique]:
     own. Raises SpecInvalid for a plugin that can't be had."""
     names = [name for name in TECHNIQUES if name in (*_ALWAYS, *spec.techniques.enabled)]
     found = {name: load_technique(name) for name in names}
+    if spec.techniques.student is not None:
+        found["student"] = Student(spec.techniques.student)
     for plugin in spec.techniques.plugins:
         try:
             technique: Technique = plugin.load()()

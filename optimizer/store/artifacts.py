@@ -15,6 +15,7 @@ from pathlib import Path
 from optimizer.variant import StoredModel, digest_of
 
 _WORKSHOP = ".building-"
+_CHECKPOINTS = ".training"
 _LEFTOVER_S = 7 * 86_400.0
 _MAX_ATTEMPTS = 5
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
@@ -37,6 +38,11 @@ class Artifacts:
             # What is kept is as readable as the folder is, not only to the one who built it.
             path.chmod(self._folder.stat().st_mode & 0o777)
             yield path
+
+    @property
+    def checkpoints(self) -> Path:
+        """A folder for trainings to keep how far they have come; it may not be there yet."""
+        return self._folder / _CHECKPOINTS
 
     def directory(self, digest: str) -> Path:
         """Where the files of that digest lie, if they are there."""
@@ -82,7 +88,11 @@ class Artifacts:
             kept.rename(aside / "damaged")
 
     def _remove_leftovers(self) -> None:
-        """Workshops of processes that were killed; younger ones may be in use."""
+        """Workshops and checkpoints of processes that were killed; younger ones may be in use."""
+        for checkpoint in self.checkpoints.glob("*"):
+            with suppress(OSError):
+                if time.time() - checkpoint.stat().st_mtime > _LEFTOVER_S:
+                    checkpoint.unlink()
         for workshop in self._folder.glob(f"{_WORKSHOP}*"):
             with suppress(OSError):
                 if time.time() - workshop.stat().st_mtime > _LEFTOVER_S:

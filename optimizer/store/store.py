@@ -73,6 +73,11 @@ class Store:
 
     # --- variants
 
+    @property
+    def checkpoints(self) -> Path:
+        """See `Artifacts.checkpoints`."""
+        return self._artifacts.checkpoints
+
     def workshop(self) -> AbstractContextManager[Path]:
         """An empty folder to build an artifact in; what is left in it goes."""
         return self._artifacts.workshop()

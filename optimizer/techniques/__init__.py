@@ -6,13 +6,14 @@ one model and its parameters; it knows neither the others nor the search.
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from optimizer.data.splits import Split
 from optimizer.recipe import Traits
 from optimizer.space import Parameters, Space
+from optimizer.spec import TaskSpec, TrainingSpec
 from optimizer.variant import Json, Model, StoredModel
 from serve.machine import Machine
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 # technique name -> (module, attribute)
 TECHNIQUES: Mapping[str, tuple[str, str]] = {
+    "pruning": ("optimizer.techniques.pruning", "Pruning"),
+    "decomposition": ("optimizer.techniques.decomposition", "Decomposition"),
+    "recovery": ("optimizer.techniques.recovery", "Recovery"),
     "export": ("optimizer.techniques.export", "Export"),
     "quantization": ("optimizer.techniques.quantization", "Quantization"),
     "compilation": ("optimizer.techniques.compilation", "Compilation"),
@@ -41,6 +45,13 @@ class Context:
     max_batch_size: int
     train: Split | None = None
     """All of train, for techniques that train; their id covers its digest."""
+    training: TrainingSpec = field(default_factory=TrainingSpec)
+    """How to train, and `task`, what for. They may shape the space, as the machine may: what
+    decides a result enters through the parameters."""
+    task: TaskSpec = field(default_factory=TaskSpec)
+    checkpoints: Path | None = None
+    """A folder that outlives a killed build, where a training may keep how far it has come. It
+    decides no result."""
 
 
 class Technique(Protocol):

@@ -45,6 +45,7 @@ class Refused:
 
 
 REFUSED = (
+    Refused("pruning", "nn.Sequential(nn.Flatten(), nn.Linear(64, 4))", "nothing of the model can"),
     Refused("narrow", "nn.Sequential(nn.Flatten(), nn.Linear(64, 4))", "no two convolutions"),
     Refused("tune", "nn.Sequential(nn.Flatten(), nn.Linear(64, 4))", "no batch normalization"),
     Refused("quantization", "nn.Sequential(nn.Flatten(), nn.ReLU())", "no operator worth it"),

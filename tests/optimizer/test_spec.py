@@ -175,7 +175,7 @@ def test_spec_reports_every_problem_with_line_and_key_at_once(folder: Path) -> N
         f"want an existing file or folder, {lost}.npz is none",
         f"{where}:20: objectiv: unknown key, did you mean 'objective'? allowed: apiVersion, "
         "budget, constraints, data, kind, model, name, objective, search, seed, slo, target, "
-        "task, techniques",
+        "task, techniques, training",
     }
 
 

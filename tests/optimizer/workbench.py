@@ -51,7 +51,7 @@ def make_workbench(directory: Path, network: str = TINY) -> Workbench:
     if network != TINY:
         replace_network(directory, network)
     splits = load_splits(spec.data, ["image"], seed=0)
-    context = Context(splits.calibration, this_machine(), seed=0, max_batch_size=MAX_BATCH_SIZE)
+    context = Context(splits.calibration, this_machine(), 0, MAX_BATCH_SIZE, splits.train)
     model = source_model(spec.model, source_digest(spec.model))
     assert isinstance(model, TorchModel)
     inputs = splits.validation.read(range(MAX_BATCH_SIZE)).inputs

@@ -1,0 +1,198 @@
+"""Allocation: how many units each group loses, so that a share of the operations goes.
+
+Whatever the rule, the ratio means the same: the share of the network's multiply-adds that are
+to go. Which units of a group go is by their scores.
+"""
+
+# ruff: noqa: ARG001  every rule takes what the table passes
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from optimizer.pruning.costs import Costs, Counts
+from optimizer.pruning.groups import Group
+from optimizer.pruning.importance import Scores
+
+_STEPS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Groups with the scores of their units, and what may be left of them."""
+
+    groups: Sequence[Group]
+    scores: Sequence[Scores]
+    costs: Costs
+    multiple: int
+    """Of channels that a layer keeps."""
+
+    def levels(self, index: int) -> list[int]:
+        """How many units of the group may go, rising from 0: what stays is a multiple, and not
+        nothing. Of a group without scores nothing goes."""
+        group, n_units = self.groups[index], len(self.groups[index].units)
+        if not np.isfinite(self.scores[index]).all():
+            return [0]
+        width = width_of(group)
+        kept = [n for n in range(n_units - 1, 0, -1) if n * width % self.multiple == 0]
+        return [0, *(n_units - n for n in kept)]
+
+    def gone(self, counts: Counts) -> list[int]:
+        """The units that go: of each group those with the lowest scores."""
+        return [
+            group.units[index]
+            for group, scores, count in zip(self.groups, self.scores, counts, strict=True)
+            for index in np.argsort(scores, kind="stable")[:count]
+        ]
+
+
+Rule = Callable[[Candidates, float], Counts]
+Sensitivity = Callable[[int, int], float]
+"""(group's index, units gone) → how far the outputs move when only those go; at least 0."""
+
+
+def width_of(group: Group) -> int:
+    """Channels a unit has in the layer that makes it: more than 1 for heads."""
+    return len(group.places[group.makers[0]][0])
+
+
+def allocate(rule: str, candidates: Candidates, ratio: float, sensitivity: Sensitivity) -> Counts:
+    """How many units go from each group so that at least `ratio` of the operations go, or, where
+    multiples don't allow that, as few more as the rule can.
+
+    Raises ValueError for a ratio out of (0, 1), or one that would empty a layer.
+    """
+    if not 0 < ratio < 1:
+        raise ValueError(f"ratio: got {ratio:g}, want more than 0 and less than 1")
+    if rule not in RULES:
+        raise ValueError(f"allocation: got {rule!r}, want one of {', '.join(RULES)}")
+    _check_reachable(candidates, ratio)
+    target = (1 - ratio) * candidates.costs.operations(_none(candidates))
+    return RULES[rule](candidates, target, sensitivity)
+
+
+def _check_reachable(candidates: Candidates, ratio: float) -> None:
+    most = np.array([candidates.levels(index)[-1] for index in range(len(candidates.groups))])
+    before = candidates.costs.operations(_none(candidates))
+    possible = 1 - candidates.costs.operations(most) / before
+    if ratio > possible:
+        fullest = int(np.argmax([len(group.units) for group in candidates.groups]))
+        group = candidates.groups[fullest]
+        raise ValueError(
+            f"ratio: got {ratio:g}, want at most {possible:.3g}: more would empty a layer, "
+            f"such as {group.name}, which has to keep {len(group.units) - most[fullest]} of its "
+            f"{len(group.units)} units"
+        )
+
+
+def _uniform(candidates: Candidates, target: float, sensitivity: Sensitivity) -> Counts:
+    """The same share of every group."""
+
+    def at(step: int) -> Counts:
+        share = step / _STEPS
+        return np.array([
+            _nearest(candidates.levels(index), share * len(group.units))
+            for index, group in enumerate(candidates.groups)
+        ])  # fmt: skip
+
+    return _smallest(at, _STEPS, candidates, target)
+
+
+def _global(candidates: Candidates, target: float, sensitivity: Sensitivity) -> Counts:
+    """Whatever scores lowest in the whole network."""
+    finite = [scores[np.isfinite(scores)] for scores in candidates.scores]
+    thresholds = np.unique(np.concatenate(finite))
+
+    def at(step: int) -> Counts:
+        threshold = thresholds[step - 1] if step else -np.inf
+        below = [int((scores <= threshold).sum()) for scores in candidates.scores]
+        return np.array([
+            _at_most(candidates.levels(index), count) for index, count in enumerate(below)
+        ])  # fmt: skip
+
+    return _smallest(at, len(thresholds), candidates, target)
+
+
+def _by_sensitivity(candidates: Candidates, target: float, sensitivity: Sensitivity) -> Counts:
+    """From each group as much as moves the outputs equally far, alone (Li et al. 2017,
+    section 3.2)."""
+    tables = [_table(candidates, index, sensitivity) for index in range(len(candidates.groups))]
+    thresholds = sorted({moved for table in tables for moved in table.values()})
+
+    def at(step: int) -> Counts:
+        threshold = thresholds[step - 1] if step else -1.0
+        return np.array([
+            max((level for level, moved in table.items() if moved <= threshold), default=0)
+            for table in tables
+        ])  # fmt: skip
+
+    return _smallest(at, len(thresholds), candidates, target)
+
+
+def _by_cost(candidates: Candidates, target: float, sensitivity: Sensitivity) -> Counts:
+    """The least importance for the most effort saved, step by step: the knapsack of Shen et al.
+    2022 ("Structural Pruning via Latency-Saliency Knapsack") by its greedy solution, and with
+    counted in place of measured costs."""
+    costs, counts = candidates.costs, _none(candidates)
+    steps = [candidates.levels(index) for index in range(len(candidates.groups))]
+    lost = [np.concatenate([[0.0], np.cumsum(np.sort(one))]) for one in candidates.scores]
+    while costs.operations(counts) > target:
+        now = costs.effort(counts, candidates.multiple)
+        best, best_price = counts, np.inf
+        for index, levels in enumerate(steps):
+            for level in levels[levels.index(int(counts[index])) + 1 :][:1]:
+                tried = counts.copy()
+                tried[index] = level
+                saved = now - costs.effort(tried, candidates.multiple)
+                price = (lost[index][level] - lost[index][counts[index]]) / max(saved, 1e-9)
+                if price < best_price:
+                    best, best_price = tried, price
+        counts = best
+    return counts
+
+
+RULES: Mapping[str, Callable[[Candidates, float, Sensitivity], Counts]] = {
+    "uniform": _uniform,
+    "global": _global,
+    "sensitivity": _by_sensitivity,
+    "cost": _by_cost,
+}
+
+
+def _none(candidates: Candidates) -> Counts:
+    return np.zeros(len(candidates.groups), dtype=np.int64)
+
+
+def _smallest(
+    at: Callable[[int], Counts], n_steps: int, candidates: Candidates, target: float
+) -> Counts:
+    """The first of the rising counts `at` 0 to `n_steps` that reach the target."""
+    low, high = 0, n_steps
+    while low < high:
+        middle = (low + high) // 2
+        if candidates.costs.operations(at(middle)) <= target:
+            high = middle
+        else:
+            low = middle + 1
+    return at(low)
+
+
+def _nearest(levels: Sequence[int], wanted: float) -> int:
+    return min(levels, key=lambda level: (abs(level - wanted), level))
+
+
+def _at_most(levels: Sequence[int], count: int) -> int:
+    return max(level for level in levels if level <= count)
+
+
+def _table(candidates: Candidates, index: int, sensitivity: Sensitivity) -> dict[int, float]:
+    """Level → how far the outputs move; never less for more that goes."""
+    levels = candidates.levels(index)
+    chosen = sorted({levels[round(share * (len(levels) - 1))] for share in (0.25, 0.5, 0.75, 1.0)})
+    table, worst = {0: 0.0}, 0.0
+    for level in chosen:
+        if level:
+            worst = max(worst, sensitivity(index, level))
+            table[level] = worst
+    return table

@@ -1,0 +1,242 @@
+"""Importance: how much each unit of a group matters, by criteria from the literature.
+
+Scores are aggregated over all tensors that a unit has a part in, since it goes from all of them.
+What is done with scores is for `optimizer.pruning.allocation`.
+"""
+
+# ruff: noqa: ARG001  every criterion takes what the table passes
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from optimizer.pruning.graph import named_tensors
+from optimizer.pruning.groups import Group, Place
+
+Scores = NDArray[np.float64]
+"""[unit] of a group, in its order: at least 0, the least important first to go."""
+_TINY = 1e-12
+_BATCH_SIZE = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """What criteria need beside the weights. Labels are int64 [n], or None."""
+
+    inputs: tuple[torch.Tensor, ...]
+    labels: torch.Tensor | None
+    seed: int
+
+
+Tensors = Mapping[str, torch.Tensor]
+Criterion = Callable[[nn.Module, Sequence[Group], Samples], list[Scores]]
+
+
+def score(
+    criterion: str, module: nn.Module, groups: Sequence[Group], samples: Samples
+) -> list[Scores]:
+    """The scores of each group's units, comparable between groups. Raises ValueError for an
+    unknown criterion, or one that says nothing about any group; a group about which alone it says
+    nothing gets infinite scores."""
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion: got {criterion!r}, want one of {', '.join(CRITERIA)}")
+    found = CRITERIA[criterion](module, groups, samples)
+    if groups and not any(np.isfinite(scores).any() for scores in found):
+        raise ValueError(f"criterion: {criterion} says nothing about any layer of this model")
+    return found
+
+
+def magnitude(power: int) -> Criterion:
+    """Norms of the weights (Li et al. 2017, "Pruning Filters for Efficient ConvNets", for L1).
+    Every tensor has the same say: its norms are divided by their mean."""
+
+    def scores(module: nn.Module, groups: Sequence[Group], samples: Samples) -> list[Scores]:
+        tensors = named_tensors(module)
+        return [
+            _mean(
+                [
+                    _normed(_norms(tensors, group, place, power))
+                    for place in _weights(tensors, group)
+                ]
+            )
+            for group in groups
+        ]
+
+    return scores
+
+
+def batch_norm_scale(module: nn.Module, groups: Sequence[Group], samples: Samples) -> list[Scores]:
+    """|γ| (Liu et al. 2017, "Learning Efficient Convolutional Networks through Network Slimming"),
+    averaged over coupled layers. It says nothing about groups without batch normalization."""
+    scales = {
+        f"{name}.weight": part.weight
+        for name, part in module.named_modules()
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.weight is not None
+    }
+    tensors = named_tensors(module)
+    found = []
+    for group in groups:
+        places = [place for place in group.places if place[0] in scales]
+        if places:
+            found.append(_mean([_norms(tensors, group, place, 1) for place in places]))
+        else:
+            found.append(np.full(len(group.units), np.inf))
+    return found
+
+
+def lamp(module: nn.Module, groups: Sequence[Group], samples: Samples) -> list[Scores]:
+    """The squared norm by the sum of those that aren't smaller (Lee et al. 2021, "Layer-adaptive
+    Sparsity for the Magnitude-based Pruning", equation 4, for whole units)."""
+    tensors = named_tensors(module)
+    return [
+        _mean([_lamp(_norms(tensors, group, place, 2) ** 2) for place in _weights(tensors, group)])
+        for group in groups
+    ]
+
+
+def geometric_median(module: nn.Module, groups: Sequence[Group], samples: Samples) -> list[Scores]:
+    """The sum of distances to the other filters (He et al. 2019, "Filter Pruning via Geometric
+    Median", section 3.3): what is near all others can be replaced by them."""
+    tensors = named_tensors(module)
+    found = []
+    for group in groups:
+        parts = []
+        for place in group.makers:
+            rows = _rows(tensors, group, place)
+            distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+            parts.append(_normed(distances.sum(dim=1).numpy()))
+        found.append(_mean(parts))
+    return found
+
+
+def taylor(module: nn.Module, groups: Sequence[Group], samples: Samples) -> list[Scores]:
+    """First-order change of the loss when a unit goes (Molchanov et al. 2019, "Importance
+    Estimation for Neural Network Pruning", equation 8, at the gate of section 3.2): (Σ gradient ·
+    weight)² averaged over batches; over scale and shift where units are normalized by batch, else
+    over the tensors that make the unit.
+
+    The loss is the cross-entropy of the first output with the labels, or with the model's own
+    answers where there are none; of outputs that are no logits it is half their squared norm.
+    """
+    tensors = named_tensors(module)
+    norms = {
+        f"{name}.{part}"
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        for part in ("weight", "bias")
+    }
+    sums = [np.zeros(len(group.units)) for group in groups]
+    n_batches = 0
+    for batch in _batches(samples):
+        module.zero_grad(set_to_none=True)
+        _loss(module, batch).backward()  # type: ignore[no-untyped-call]
+        n_batches += 1
+        for index, group in enumerate(groups):
+            sums[index] += _first_order(tensors, group, norms) ** 2
+    module.zero_grad(set_to_none=True)
+    return [total / max(1, n_batches) for total in sums]
+
+
+def chance(module: nn.Module, groups: Sequence[Group], samples: Samples) -> list[Scores]:
+    """Uniform numbers, by the seed: a control."""
+    rng = np.random.default_rng(samples.seed)
+    return [rng.random(len(group.units)) for group in groups]
+
+
+CRITERIA: Mapping[str, Criterion] = {
+    "l2": magnitude(2),
+    "l1": magnitude(1),
+    "taylor": taylor,
+    "bn_scale": batch_norm_scale,
+    "lamp": lamp,
+    "fpgm": geometric_median,
+    "random": chance,
+}
+
+
+def _weights(tensors: Tensors, group: Group) -> list[Place]:
+    """Places in tensors of two axes or more."""
+    return [place for place in group.places if tensors[place[0]].ndim > 1]
+
+
+def _norms(tensors: Tensors, group: Group, place: Place, power: int) -> Scores:
+    """[unit]: the norm of all of a unit's elements in one tensor."""
+    name, axis = place
+    weight = tensors[name].detach().abs().double() ** power
+    others = [one for one in range(weight.ndim) if one != axis]
+    by_index = (weight.sum(dim=others) if others else weight).numpy()
+    sums = np.array([by_index[indices].sum() for indices in group.places[place]])
+    return np.asarray(sums ** (1.0 / power))
+
+
+def _rows(tensors: Tensors, group: Group, place: Place) -> torch.Tensor:
+    """[unit, elements]: each unit's weights in one tensor, shorter ones filled up with zeros."""
+    weight = tensors[place[0]].detach().double().movedim(place[1], 0).flatten(1)
+    rows = [weight[torch.from_numpy(indices)].flatten() for indices in group.places[place]]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _normed(scores: Scores) -> Scores:
+    return np.asarray(scores / max(_TINY, float(scores.mean())))
+
+
+def _mean(parts: Sequence[Scores]) -> Scores:
+    return np.asarray(np.mean(parts, axis=0))
+
+
+def _lamp(squares: Scores) -> Scores:
+    order = np.argsort(squares, kind="stable")
+    not_smaller = np.cumsum(squares[order][::-1])[::-1]
+    scores = np.empty_like(squares)
+    scores[order] = squares[order] / np.maximum(_TINY, not_smaller)
+    return scores
+
+
+def _first_order(tensors: Tensors, group: Group, norms: Collection[str]) -> Scores:
+    """[unit]: Σ gradient · weight over the tensors that make it."""
+    # A normalized unit is γ·x̂ + β whatever its filter's scale: these two alone take it to zero.
+    normalized = any(place[0] in norms for place in group.places)
+    total = np.zeros(len(group.units))
+    for place, indices in group.places.items():
+        tensor = tensors[place[0]]
+        makes = place[0] in norms if normalized else place in group.makers or tensor.ndim == 1
+        if tensor.grad is not None and makes:
+            product = (tensor.grad * tensor.detach()).movedim(place[1], 0)
+            by_index = product.reshape(len(product), -1).sum(dim=1).double().numpy()
+            total += [by_index[one].sum() for one in indices]
+    return total
+
+
+def _batches(samples: Samples) -> list[Samples]:
+    n = len(samples.inputs[0])
+    return [
+        Samples(
+            tuple(one[start : start + _BATCH_SIZE] for one in samples.inputs),
+            None if samples.labels is None else samples.labels[start : start + _BATCH_SIZE],
+            samples.seed,
+        )
+        for start in range(0, n, _BATCH_SIZE)
+    ]
+
+
+def _loss(module: nn.Module, batch: Samples) -> torch.Tensor:
+    outputs = first_output(module(*batch.inputs))
+    if outputs.ndim != 2:
+        return outputs.square().sum() / 2
+    labels = outputs.argmax(dim=1) if batch.labels is None else batch.labels
+    if int(labels.max()) >= outputs.shape[1]:
+        return outputs.square().sum() / 2
+    return nn.functional.cross_entropy(outputs, labels)
+
+
+def first_output(outputs: Any) -> torch.Tensor:
+    """The first of what `forward` returned."""
+    while not isinstance(outputs, torch.Tensor):
+        values = outputs.values() if isinstance(outputs, Mapping) else outputs
+        outputs = next(iter(values))
+    return outputs

@@ -1,0 +1,271 @@
+"""Pruning: channels, heads, neurons and whole blocks that a network can do without.
+
+Structured: what goes is really gone, from all tensors that it has a part in. Weights are set to
+zero only where the target may have kernels for that. Winning accuracy back is a later step's.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optimizer.model_source import read_signature
+from optimizer.recipe import Needs, Traits
+from optimizer.space import Categorical, Parameters, Space
+from optimizer.techniques import Context
+from optimizer.torch_variant import load_torch, torch_model
+from optimizer.variant import Json, Kind, Model, Stage, TorchModel, TorchVariant
+from serve.machine import Machine
+
+if TYPE_CHECKING:
+    import torch
+
+    from optimizer.pruning.graph import InputShape
+    from optimizer.pruning.groups import Group, Network
+    from optimizer.pruning.importance import Samples
+
+_NAME = "pruning"
+_CHANNELS, _BLOCKS, _BOTH, _WEIGHTS = "channels", "blocks", "both", "weights"
+_RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7)
+_N_CHECKED = 2
+_N_FOR_SENSITIVITY = 32
+_REMEMBERED = 8
+"""Networks whose groups are kept in memory: finding them takes seconds."""
+
+
+class Pruning:
+    traits = Traits(
+        name=_NAME,
+        version="1",
+        stage=Stage.PRUNE,
+        accepts=Kind.TORCH,
+        gives=Kind.TORCH,
+        needs=Needs.UNLABELLED,
+        packages=("torch", "numpy"),
+        preserves=False,
+    )
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, ...], Network] = {}
+
+    def check(self, model: Model, context: Context) -> str | None:
+        assert isinstance(model, TorchModel)
+        from optimizer.pruning.graph import Untraceable
+        from optimizer.pruning.masks import why_no_speed
+
+        try:
+            network = self._network(model)
+        except Untraceable as error:
+            return str(error)
+        if network.groups or self._blocks(model, network):
+            return None
+        unknown = ", ".join(sorted(network.flow.unknown))
+        reason = "nothing of the model can go: every layer's width is tied to an input or output"
+        reason += f", or to an operator without a rule ({unknown})" if unknown else ""
+        no_speed = why_no_speed(context.machine)
+        return f"{reason}; and {no_speed}" if no_speed else None
+
+    def space(self, model: Model, context: Context) -> Space:
+        assert isinstance(model, TorchModel)
+        from optimizer.pruning.importance import CRITERIA
+
+        network = self._network(model)
+        n_blocks = len(self._blocks(model, network))
+        kinds = self._kinds(network, n_blocks, context.machine)
+        widths = {"what": (_CHANNELS, _BOTH)}
+        scopes = [residual for residual in (False, True) if _in_scope(network, residual)]
+        criteria = [name for name in CRITERIA if name != "random"]
+        if not _has_norms(network):
+            criteria.remove("bn_scale")
+        return {
+            "what": Categorical(kinds),
+            "ratio": Categorical(_RATIOS, when=widths),
+            "residual": Categorical(tuple(scopes) or (True,), when=widths),
+            "criterion": Categorical(tuple(criteria), when=widths),
+            "allocation": Categorical(("cost", "uniform", "global", "sensitivity"), when=widths),
+            "multiple": Categorical((8, 16, 4, 1), when=widths),
+            "blocks": Categorical(
+                tuple(range(1, max(2, n_blocks))), when={"what": (_BLOCKS, _BOTH)}
+            ),
+            "pattern": Categorical(("2:4", "global", "layer"), when={"what": (_WEIGHTS,)}),
+            "sparsity": Categorical(
+                (0.5, 0.7, 0.8, 0.9),
+                when={"what": (_WEIGHTS,), "pattern": ("global", "layer")},
+            ),
+        }
+
+    def describe(self, parameters: Parameters) -> str:
+        what = str(parameters["what"])
+        if what == _WEIGHTS:
+            return f"{parameters['pattern']} sparse" + (
+                f" {float(parameters['sparsity']):.0%}" if "sparsity" in parameters else ""
+            )
+        parts = [f"{parameters['blocks']} blocks less"] if "blocks" in parameters else []
+        if "ratio" in parameters:
+            parts.append(f"{float(parameters['ratio']):.0%} pruned by {parameters['criterion']}")
+        return ", ".join(parts)
+
+    def apply(
+        self, model: Model, parameters: Parameters, context: Context, directory: Path
+    ) -> TorchVariant:
+        assert isinstance(model, TorchModel)
+        if parameters["what"] == _WEIGHTS:
+            return self._mask(model, parameters, directory)
+        samples = _samples(model, context)
+        operations: dict[str, Json] = {}
+        if "blocks" in parameters:
+            operations["bypassed"] = self._bypassed(model, int(parameters["blocks"]), samples)
+        if "ratio" in parameters:
+            forms = operations.get("bypassed", {})
+            module, operations["widths"] = self._narrowed(model, parameters, samples, forms)
+        else:
+            module = self.restructure(load_torch(model), operations)
+        return torch_model(directory, model, module, self, operations)
+
+    def restructure(self, module: "torch.nn.Module", operations: Json) -> "torch.nn.Module":
+        from optimizer.pruning.depth import bypass
+        from optimizer.pruning.surgery import operate
+
+        module = bypass(module, operations.get("bypassed", {}))
+        return operate(module, operations["widths"]) if "widths" in operations else module
+
+    # --- what the model is made of
+
+    def _network(self, model: TorchModel, forms: Json = None) -> "Network":
+        """The model's groups, after bypassing blocks; found once."""
+        from optimizer.pruning.depth import bypass
+        from optimizer.pruning.graph import trace
+        from optimizer.pruning.groups import network_of
+
+        key = (model.digest, *sorted(forms or {}))
+        if key not in self._known:
+            module = bypass(load_torch(model), forms or {})
+            found = network_of(trace(module, _inputs(model)))
+            while len(self._known) >= _REMEMBERED:
+                self._known.pop(next(iter(self._known)))
+            self._known[key] = found
+        return self._known[key]
+
+    def _blocks(self, model: TorchModel, network: "Network") -> tuple[str, ...]:
+        from optimizer.pruning.depth import blocks_of
+
+        return blocks_of(load_torch(model), network.flow.seen)
+
+    def _kinds(self, network: "Network", n_blocks: int, machine: Machine) -> tuple[str, ...]:
+        from optimizer.pruning.masks import why_no_speed
+
+        kinds = [_CHANNELS] if network.groups else []
+        kinds += [_BLOCKS] if n_blocks > 1 else []
+        kinds += [_BOTH] if len(kinds) == 2 else []
+        kinds += [] if why_no_speed(machine) else [_WEIGHTS]
+        return tuple(kinds)
+
+    # --- what goes
+
+    def _bypassed(self, model: TorchModel, n: int, samples: "Samples") -> dict[str, str]:
+        from optimizer.pruning.depth import forms_of, importance, least_important
+
+        module = load_torch(model)
+        blocks = self._blocks(model, self._network(model))
+        chosen = least_important(importance(module, blocks, samples.inputs), n)
+        return forms_of(module, chosen, _first(samples, _N_CHECKED))
+
+    def _narrowed(
+        self, model: TorchModel, parameters: Parameters, samples: "Samples", forms: Json
+    ) -> "tuple[torch.nn.Module, Json]":
+        """The pruned module, with the operations that make it. Raises ValueError where it doesn't
+        compute what zeros would."""
+        from optimizer.pruning.depth import bypass
+        from optimizer.pruning.surgery import (
+            MODULE,
+            TRACE,
+            difference,
+            masked_outputs,
+            operate,
+            operations_of,
+        )
+
+        network = self._network(model, forms)
+        gone = self._gone(model, network, parameters, samples, forms)
+        inputs = _first(samples, _N_CHECKED)
+        wanted = masked_outputs(bypass(load_torch(model), forms), network, gone, inputs)
+        problems = []
+        for form in (MODULE, TRACE):
+            operations = operations_of(network, gone, form, _inputs(model))
+            pruned = operate(bypass(load_torch(model), forms), operations)
+            problem = difference(pruned, wanted, inputs)
+            if not problem:
+                return pruned, operations
+            problems.append(problem)
+        raise ValueError(
+            f"the pruned network doesn't compute what zeros in its place would: {problems[1]} "
+            f"(and with the model's own forward: {problems[0]})"
+        )
+
+    def _gone(
+        self,
+        model: TorchModel,
+        network: "Network",
+        parameters: Parameters,
+        samples: "Samples",
+        forms: Json,
+    ) -> list[int]:
+        from optimizer.pruning.allocation import Candidates, allocate
+        from optimizer.pruning.costs import Costs
+        from optimizer.pruning.depth import bypass
+        from optimizer.pruning.importance import score
+        from optimizer.pruning.sensitivity import Sensitivity
+
+        module = bypass(load_torch(model), forms)
+        groups = _in_scope(network, bool(parameters["residual"]))
+        scores = score(str(parameters["criterion"]), module, groups, samples)
+        candidates = Candidates(groups, scores, Costs(network, groups), int(parameters["multiple"]))
+        sensitivity = Sensitivity(module, network, candidates, _first(samples, _N_FOR_SENSITIVITY))
+        counts = allocate(
+            str(parameters["allocation"]), candidates, float(parameters["ratio"]), sensitivity
+        )
+        return candidates.gone(counts)
+
+    def _mask(self, model: TorchModel, parameters: Parameters, directory: Path) -> TorchVariant:
+        from optimizer.pruning.masks import MASKS, compressed_bytes, mask
+
+        module = load_torch(model)
+        names = mask(module, str(parameters["pattern"]), float(parameters.get("sparsity", 0.5)))
+        packed, dense = compressed_bytes(module, names)
+        notes = (
+            f"{packed:,} bytes with its zeros packed, {dense:,} as it is: files and memory of "
+            "engines keep the zeros",
+        )
+        return torch_model(directory, model, module, self, {MASKS: list(names)}, notes)
+
+
+def _inputs(model: TorchModel) -> "list[InputShape]":
+    from optimizer.pruning.graph import InputShape
+
+    return [InputShape(one.datatype, one.shape) for one in read_signature(model.source).inputs]
+
+
+def _samples(model: TorchModel, context: Context) -> "Samples":
+    import torch
+
+    from optimizer.pruning.importance import Samples
+
+    read = context.calibration.read()
+    names = read_signature(model.source).input_names
+    inputs = tuple(torch.from_numpy(np.ascontiguousarray(read.inputs[name])) for name in names)
+    labels = None if read.labels is None else torch.from_numpy(read.labels)
+    return Samples(inputs, labels, context.seed)
+
+
+def _first(samples: "Samples", n: int) -> Sequence[Any]:
+    return [one[:n] for one in samples.inputs]
+
+
+def _in_scope(network: "Network", residual: bool) -> "list[Group]":
+    """All groups, or those alone that lie inside of residual branches."""
+    return [group for group in network.groups if residual or not group.is_residual]
+
+
+def _has_norms(network: "Network") -> bool:
+    return any(name.endswith(".running_mean") for name in network.flow.tensors)

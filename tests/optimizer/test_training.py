@@ -1,0 +1,520 @@
+"""Training: losses against their formulas, the loop, and what it must leave alone."""
+
+import copy
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from optimizer.data.splits import Samples
+from optimizer.training import losses
+from optimizer.training.augmentation import augmented
+from optimizer.training.batches import Batch, Batches
+from optimizer.training.checkpoint import Checkpoint
+from optimizer.training.distillation import Distillation, Mixture
+from optimizer.training.features import places_of
+from optimizer.training.loop import Progress, Settings, TrainingDiverged, train
+from optimizer.training.masks import Masks
+from optimizer.training.recalibration import recalibrate
+from optimizer.training.schedule import SCHEDULES
+from optimizer.training.teacher import Answers, Teacher, answering
+
+Values = NDArray[np.float64]
+N_CLASSES = 4
+
+
+class Images:
+    """A split of random images [1, 6, 6] in memory, whose class is their brightest quarter."""
+
+    name = "train"
+    digest = "images"
+
+    def __init__(self, n: int = 64, has_labels: bool = True) -> None:
+        rng = np.random.default_rng(0)
+        images = rng.normal(size=(n, 1, 6, 6)).astype(np.float32)
+        quarters = images.reshape(n, 2, 3, 2, 3).mean(axis=(2, 4)).reshape(n, 4)
+        self._images = images
+        self.labels = quarters.argmax(axis=1).astype(np.int64) if has_labels else None
+        self.n_reads = 0
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, indices: object = None) -> Samples:
+        self.n_reads += 1
+        rows = np.arange(len(self)) if indices is None else np.asarray(indices)
+        labels = None if self.labels is None else self.labels[rows]
+        return Samples({"image": self._images[rows]}, labels, "")
+
+
+def network(width: int = 4, n_classes: int = N_CLASSES, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Flatten(), nn.Dropout(0.1), nn.Linear(width * 36, n_classes),
+    ).eval()  # fmt: skip
+
+
+ANSWER = answering(["logits"], "logits")
+
+
+def data(has_labels: bool = True) -> Batches:
+    return Batches(Images(has_labels=has_labels), ["image"])
+
+
+def settings(**given: object) -> Settings:
+    plain = {"epochs": 2.0, "batch_size": 16, "learning_rate": 0.02, "seed": 0}
+    return Settings(**{**plain, **given})  # type: ignore[arg-type]
+
+
+def labelled() -> Distillation:
+    return Distillation(Mixture(alpha=1.0), ANSWER, None)
+
+
+def taught(teacher: nn.Module, **mixture: object) -> Distillation:
+    """By the teacher, whose features are taken where the loss needs them."""
+    mixed = Mixture(**mixture)  # type: ignore[arg-type]
+    example = [torch.zeros(2, 1, 6, 6)]
+    places = places_of(network(), teacher, example) if mixed.loss != "answers" else None
+    return Distillation(
+        mixed, ANSWER, Teacher(teacher, ANSWER, places.teacher if places else ()), places
+    )
+
+
+def logits(seed: int, shape: tuple[int, ...] = (5, 3)) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- losses
+
+
+def softmax(values: Values) -> Values:
+    return np.exp(values) / np.exp(values).sum(axis=1, keepdims=True)
+
+
+def plain_kl(student: Values, teacher: Values, temperature: float) -> float:
+    p, q = softmax(teacher / temperature), softmax(student / temperature)
+    return float(temperature**2 * (p * np.log(p / q)).sum(axis=1).mean())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_distillation_is_its_formula_when_that_is_written_in_numpy(
+    alpha: float, temperature: float
+) -> None:
+    student, teacher = network(seed=1), network(seed=2)
+    batch = data().read(np.arange(8))
+    with torch.no_grad():
+        given, wanted = (one(*batch.inputs).double().numpy() for one in (student, teacher))
+    loss = taught(teacher, alpha=alpha, temperature=temperature)(student, batch)
+    assert batch.labels is not None
+    entropy = -np.log(softmax(given)[np.arange(8), batch.labels.numpy()]).mean()
+    expected = alpha * entropy + (1 - alpha) * plain_kl(given, wanted, temperature)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_soft_targets_tend_to_squares_of_centred_logits_when_the_temperature_rises() -> None:
+    # Hinton et al. 2015, section 2.1: matching logits is the limit.
+    student, teacher = logits(1), logits(2)
+    difference = student - student.mean(1, keepdim=True) - teacher + teacher.mean(1, keepdim=True)
+    limit = float(difference.square().mean()) / 2
+    assert float(losses.soft_targets(student, teacher, 1e3)) == pytest.approx(limit, rel=1e-2)
+
+
+def test_losses_are_nothing_when_the_student_is_the_teacher() -> None:
+    answers, maps = logits(1), logits(2, (3, 4, 5, 5))
+    for value in (
+        losses.soft_targets(answers, answers, 3.0), losses.correlations(answers, answers, 3.0),
+        losses.relations(answers, answers), losses.directions(answers, answers),
+        losses.attention(maps, maps), losses.hint(maps, maps),
+    ):  # fmt: skip
+        assert float(value) == pytest.approx(0, abs=1e-9)
+
+
+def test_correlations_are_their_formula_when_that_is_written_in_numpy() -> None:
+    student, teacher = logits(1), logits(2)
+    p, q = softmax(teacher.numpy() / 2), softmax(student.numpy() / 2)
+    rows = [np.corrcoef(one, other)[0, 1] for one, other in zip(p, q, strict=True)]
+    columns = [np.corrcoef(one, other)[0, 1] for one, other in zip(p.T, q.T, strict=True)]
+    expected = 4 * ((1 - np.mean(rows)) + (1 - np.mean(columns)))
+    assert float(losses.correlations(student, teacher, 2.0)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_attention_is_its_formula_when_that_is_written_in_numpy() -> None:
+    student, teacher = logits(1, (3, 2, 4, 4)), logits(2, (3, 5, 4, 4))
+
+    def map_of(features: torch.Tensor) -> Values:
+        flat = np.square(features.numpy()).mean(axis=1).reshape(3, -1)
+        return np.asarray(flat / np.linalg.norm(flat, axis=1, keepdims=True))
+
+    expected = np.square(map_of(student) - map_of(teacher)).mean()
+    assert float(losses.attention(student, teacher)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_relations_are_their_formula_when_that_is_written_pair_by_pair() -> None:
+    student, teacher = logits(1, (4, 3)), logits(2, (4, 6))
+
+    def distances(points: Values) -> Values:
+        pairs = [[np.linalg.norm(one - other) for other in points] for one in points]
+        return np.asarray(pairs) / (np.sum(pairs) / 12)
+
+    apart = np.abs(distances(student.numpy()) - distances(teacher.numpy()))
+    expected = np.where(apart < 1, apart**2 / 2, apart - 0.5).mean()
+    assert float(losses.relations(student, teacher)) == pytest.approx(expected, rel=1e-5)
+    assert float(losses.relations(student[:1], teacher[:1])) == 0
+
+
+def test_relations_have_finite_gradients_when_samples_are_equal() -> None:
+    points = torch.ones(3, 2, requires_grad=True)
+    losses.relations(points, logits(1, (3, 2)).float()).backward()
+    assert points.grad is not None
+    assert torch.isfinite(points.grad).all()
+
+
+def test_directions_and_hint_are_their_formulas() -> None:
+    student, teacher = logits(1).numpy(), logits(2).numpy()
+    norms = np.linalg.norm(student, axis=1) * np.linalg.norm(teacher, axis=1)
+    cosine = ((student * teacher).sum(axis=1) / norms).mean()
+    assert float(losses.directions(logits(1), logits(2))) == pytest.approx(1 - cosine)
+    expected = np.square(student - teacher).mean() / np.square(teacher).mean()
+    assert float(losses.hint(logits(1), logits(2))) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        pytest.param({"alpha": 1.5}, "got alpha 1.5, want 0 to 1", id="alpha"),
+        pytest.param({"temperature": 0.0}, "got temperature 0.0, want above 0", id="temperature"),
+        pytest.param({"loss": "best"}, "got the loss best for classes", id="unknown loss"),
+        pytest.param({"kind": "embedding", "loss": "dist"}, "dist for embedding", id="no classes"),
+    ],
+)
+def test_mixture_refuses_values_by_name(mixture: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Mixture(**mixture)  # type: ignore[arg-type]
+
+
+def test_distillation_refuses_data_without_labels_when_labels_are_needed() -> None:
+    with pytest.raises(ValueError, match="data without labels, and alpha above 0 needs them"):
+        labelled()(network(), data(has_labels=False).read(np.arange(4)))
+
+
+def test_distillation_refuses_a_student_of_other_classes() -> None:
+    loss = taught(network(n_classes=7), alpha=0.0)
+    with pytest.raises(ValueError, match="the student gives 4 values a sample, the teacher 7"):
+        loss(network(), data().read(np.arange(4)))
+
+
+def test_distillation_refuses_to_learn_from_answers_without_a_teacher() -> None:
+    with pytest.raises(ValueError, match=r"got alpha 0.5 without a teacher, want 1"):
+        Distillation(Mixture(alpha=0.5), ANSWER, None)
+
+
+# --- teacher and features
+
+
+def test_teacher_answers_once_for_each_sample_when_answers_can_be_kept() -> None:
+    module = network()
+    runs: list[int] = []
+    module.register_forward_hook(lambda _module, inputs, _output: runs.append(len(inputs[0])))
+    teacher = Teacher(module, ANSWER, n_rows=64)
+    first = teacher.answers(data().read(np.arange(0, 40)))
+    teacher.answers(data().read(np.arange(30, 64)))
+    again = teacher.answers(data().read(np.arange(39, 4, -1)))
+    assert runs == [40, 34]
+    torch.testing.assert_close(again.output, first.output.flip(0)[:35])
+    fresh = Teacher(module, ANSWER)
+    fresh.answers(data().read(np.arange(4)))
+    fresh.answers(data().read(np.arange(4)))
+    assert runs == [40, 34, 4, 4]
+
+
+def test_places_are_the_last_of_each_size_in_either_network() -> None:
+    class Teachers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(1, 8, 3, padding=1)
+            self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+            self.down = nn.Conv2d(8, 6, 2, stride=2)
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            features: torch.Tensor = self.down(self.block(self.stem(image)))
+            return features.mean(dim=(2, 3))
+
+    places = places_of(network(), Teachers(), [torch.zeros(2, 1, 6, 6)])
+    assert places.student == ("2",)
+    assert places.teacher == ("block",)
+    assert places.channels == ((4, 8),)
+    with pytest.raises(ValueError, match=r"sizes none in the student and 6x6, 3x3 in the teacher"):
+        places_of(nn.Sequential(nn.Flatten()), Teachers(), [torch.zeros(2, 1, 6, 6)])
+
+
+# --- recalibration
+
+
+def test_recalibration_gives_the_statistics_that_are_computed_by_hand() -> None:
+    module = network()
+    batches = list(data().each(np.arange(64), 16))
+    weights = copy.deepcopy(list(module.parameters()))
+    recalibrate(module, batches)
+    with torch.no_grad():
+        seen = [module[0](batch.inputs[0]) for batch in batches]
+    mean = torch.stack([one.mean(dim=(0, 2, 3)) for one in seen]).mean(dim=0)
+    variance = torch.stack([one.var(dim=(0, 2, 3)) for one in seen]).mean(dim=0)
+    norm = module[1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, variance)
+    assert norm.momentum == 0.1
+    assert not any(part.training for part in module.modules())
+    assert all(map(torch.equal, module.parameters(), weights))
+
+
+# --- the loop
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        pytest.param({"alpha": 0.0}, id="answers"),
+        pytest.param({"alpha": 0.1, "loss": "dist"}, id="dist"),
+        pytest.param({"alpha": 0.5, "loss": "attention"}, id="attention"),
+        pytest.param({"alpha": 0.0, "loss": "feature"}, id="feature"),
+        pytest.param({"alpha": 0.0, "loss": "relational"}, id="relational"),
+        pytest.param({"kind": "embedding"}, id="embedding"),
+        pytest.param({"kind": "values"}, id="values"),
+    ],
+)
+def test_student_comes_nearer_to_the_teacher_when_it_is_trained(
+    mixture: dict[str, object],
+) -> None:
+    student, teacher = network(seed=1), network(width=6, seed=2)
+    before = copy.deepcopy(teacher.state_dict())
+    loss = taught(teacher, **mixture)
+    done = train(student, data(), loss, settings(epochs=4.0))
+    assert done.losses[-1] < 0.9 * done.losses[0]
+    assert done.n_steps == 16
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert not teacher.training
+    assert not student.training
+
+
+@pytest.mark.parametrize("given", [{}, {"optimizer": "adamw"}, {"augmentation": "flip_and_crop"}])
+def test_training_gives_the_same_weights_when_the_seed_is_the_same(
+    given: dict[str, object],
+) -> None:
+    def weights(seed: int) -> dict[str, torch.Tensor]:
+        module = network()
+        torch.manual_seed(seed + 100)  # the process's own state plays no part
+        train(module, data(), labelled(), settings(seed=seed, **given))
+        return module.state_dict()
+
+    one, other = weights(0), weights(0)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert any(not torch.equal(one[name], tensor) for name, tensor in weights(1).items())
+
+
+def test_training_leaves_the_process_its_random_numbers() -> None:
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    module, state = network(), torch.random.get_rng_state()
+    train(module, data(), labelled(), settings())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_training_ends_within_an_epoch_when_part_of_one_is_asked_for() -> None:
+    assert train(network(), data(), labelled(), settings(epochs=1.5)).n_steps == 6
+    assert train(network(), data(), labelled(), settings(epochs=0.25)).n_steps == 1
+
+
+def test_training_fails_by_its_step_when_the_loss_is_no_number() -> None:
+    module = network()
+    with torch.no_grad():
+        module[5].weight[0, 0] = math.nan
+    with pytest.raises(TrainingDiverged, match=r"nan at step 1 of 8, .* lower training.learning"):
+        train(module, data(), labelled(), settings())
+
+
+def test_bf16_trains_with_weights_in_fp32() -> None:
+    module = network()
+    done = train(module, data(), labelled(), settings(precision="bf16"))
+    assert all(one.dtype == torch.float32 for one in module.parameters())
+    assert math.isfinite(done.losses[-1])
+
+
+def test_masks_stay_zero_when_all_other_weights_move() -> None:
+    module = network()
+    with torch.no_grad():
+        module[5].weight[:, ::2] = 0
+        module[0].weight[0, 0, 0, 0] = 0  # one zero alone isn't pruned
+    before = module[5].weight.detach().clone()
+    train(module, data(), labelled(), settings(), Masks(module))
+    after = module[5].weight.detach()
+    assert (after[:, ::2] == 0).all()
+    assert (after[:, 1::2] != before[:, 1::2]).all()
+    assert module[0].weight[0, 0, 0, 0] != 0
+
+
+def test_masks_keep_named_layers_however_few_zeros_they_have() -> None:
+    module = network()
+    with torch.no_grad():
+        module[0].weight[0, 0, 0, 0] = 0
+    train(module, data(), labelled(), settings(), Masks(module, ["0"]))
+    assert module[0].weight[0, 0, 0, 0] == 0
+    with pytest.raises(ValueError, match="got the layers absent, none has a weight"):
+        Masks(module, ["absent"])
+
+
+class Worsening:
+    """A loss whose value on held-out data rises from the second epoch on."""
+
+    def __init__(self) -> None:
+        self.n_looks = 0
+
+    def parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def __call__(self, module: nn.Module, batch: Batch) -> torch.Tensor:
+        total = ANSWER(module, batch, ()).output.square().mean()
+        if module.training:
+            return total
+        self.n_looks += 1
+        return total * 0 + (1.0 if self.n_looks == 2 else 1.0 + self.n_looks)
+
+
+def test_training_ends_early_with_the_best_epochs_weights_when_it_gets_no_better() -> None:
+    module, same = network(), network()
+    done = train(module, data(), Worsening(), settings(epochs=10.0, patience=2))
+    assert done.held_out == [2.0, 1.0, 4.0, 5.0]
+    assert len(done.losses) == 4
+    assert all(torch.equal(done.best[n], tensor) for n, tensor in module.state_dict().items())
+    assert not torch.equal(same[5].weight, module[5].weight)
+
+
+class Killed(Exception):
+    pass
+
+
+class Dying(Distillation):
+    """Is killed in the third epoch."""
+
+    n_calls = 0
+
+    def __call__(self, module: nn.Module, batch: Batch) -> torch.Tensor:
+        self.n_calls += 1
+        if self.n_calls > 10:
+            raise Killed
+        return super().__call__(module, batch)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_training_comes_to_the_same_weights_when_it_is_resumed(
+    optimizer: str, tmp_path: Path
+) -> None:
+    how = settings(epochs=4.0, optimizer=optimizer, augmentation="flip")
+    whole = network()
+    history = train(whole, data(), labelled(), how).losses
+    checkpoint = Checkpoint(tmp_path / "kept" / "training.safetensors", "this one")
+    with pytest.raises(Killed):
+        train(network(), data(), Dying(Mixture(alpha=1.0), ANSWER, None), how, None, checkpoint)
+    resumed = network()
+    loss = Counting()
+    done = train(resumed, data(), loss, how, None, checkpoint)
+    assert loss.n_calls == 8  # two epochs of four steps, of four
+    assert done.losses == history
+    assert all(torch.equal(t, whole.state_dict()[n]) for n, t in resumed.state_dict().items())
+
+
+class Counting(Distillation):
+    n_calls = 0
+
+    def __init__(self) -> None:
+        super().__init__(Mixture(alpha=1.0), ANSWER, None)
+
+    def __call__(self, module: nn.Module, batch: Batch) -> torch.Tensor:
+        self.n_calls += 1
+        return super().__call__(module, batch)
+
+
+def test_checkpoint_is_none_when_it_is_absent_damaged_or_anothers(tmp_path: Path) -> None:
+    path = tmp_path / "training.safetensors"
+    mine = Checkpoint(path, "mine")
+    assert mine.load() is None
+    mine.save({"a": torch.ones(2)}, {"n": 1})
+    assert mine.load() is not None
+    assert Checkpoint(path, "another").load() is None
+    path.write_bytes(path.read_bytes()[:-4])
+    assert mine.load() is None
+    mine.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- schedules and augmentation
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_reaches_its_peak_and_ends_near_nothing(name: str) -> None:
+    rates = [SCHEDULES[name](step, 100) for step in range(100)]
+    assert max(rates) == pytest.approx(1)
+    assert 0 < rates[-1] < 0.01
+    assert all(0 < rate <= 1 for rate in rates)
+
+
+def test_one_cycle_is_torchs() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
+    given = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=101)
+    wanted = []
+    for _ in range(100):
+        wanted.append(given.get_last_lr()[0])
+        optimizer.step()
+        given.step()
+    rates = [SCHEDULES["one_cycle"](step, 100) for step in range(100)]
+    np.testing.assert_allclose(rates, wanted, atol=0.03)
+
+
+def test_augmented_images_are_shifted_or_flipped_views_of_themselves() -> None:
+    images = torch.arange(8 * 64, dtype=torch.float32).reshape(8, 1, 8, 8) + 1
+    generator = torch.Generator().manual_seed(0)
+    (flipped,) = augmented("flip", [images], generator)
+    is_same = [torch.equal(one, other) for one, other in zip(flipped, images, strict=True)]
+    is_mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(flipped, images, strict=True)]
+    assert all(a != b for a, b in zip(is_same, is_mirrored, strict=True))
+    assert 0 < sum(is_same) < 8
+    (cropped,) = augmented("flip_and_crop", [images], generator)
+    for view, image in zip(cropped, images, strict=True):
+        padded = nn.functional.pad(image, (1, 1, 1, 1))
+        windows = [
+            window[:, y : y + 8, x : x + 8]
+            for window in (padded, padded.flip(-1))
+            for y in range(3)
+            for x in range(3)
+        ]
+        assert any(torch.equal(view, window) for window in windows)
+
+
+def test_augmentation_refuses_what_isnt_a_batch_of_images() -> None:
+    with pytest.raises(ValueError, match=r"flip: got inputs \[2, 5\], want one \[n, channel"):
+        augmented("flip", [torch.zeros(2, 5)], torch.Generator())
+
+
+def test_progress_waits_since_its_best_epoch() -> None:
+    assert Progress().n_waited == 0
+    assert Progress(held_out=[3.0, 1.0, 2.0, 1.5]).n_waited == 2
+
+
+def test_answers_are_taken_by_the_name_of_the_output() -> None:
+    class Two(nn.Module):
+        def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return image.flatten(1)[:, :2], image.flatten(1)[:, 2:5]
+
+    batch = data().read(np.arange(2))
+    answers = answering(["a", "b"], "b")(Two(), batch, ())
+    assert isinstance(answers, Answers)
+    assert torch.equal(answers.output, batch.inputs[0].flatten(1)[:, 2:5])
