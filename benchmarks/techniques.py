@@ -189,10 +189,10 @@ def recalibrate(module: nn.Module, images: torch.Tensor) -> None:
     module.eval()
 
 
-def operations(module: nn.Module, example: torch.Tensor) -> float:
+def operations(module: nn.Module, *example: torch.Tensor) -> float:
     """Multiply-adds of convolutions and linear layers for one sample, by hooks."""
     total = 0.0
-    for block, count in blocks_of(module, [example]).items():
+    for block, count in blocks_of(module, example).items():
         if block.kind == "conv":
             space = [
                 (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
