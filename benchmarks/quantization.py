@@ -36,10 +36,10 @@ from optimizer.parity import fixed_sizes
 from optimizer.quantization.dynamic import quantize_dynamic
 from optimizer.quantization.graph import Graph, folded
 from optimizer.quantization.layout import layers_of
+from optimizer.quantization.processor import kernel_layout
 from optimizer.quantization.qdq import Arithmetic
 from optimizer.quantization.sensitivity import fewest
 from optimizer.quantization.static import Settings, prepare
-from optimizer.techniques.quantization import kernel_layout
 from optimizer.timing import Contender, Effort, measure
 from serve.engines import EngineSpec, load_engine
 from serve.machine import this_machine

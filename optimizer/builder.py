@@ -21,7 +21,7 @@ from optimizer.errors import (
 )
 from optimizer.model_source import read_signature
 from optimizer.parity import check_outputs, check_parity
-from optimizer.recipe import EFFORT, Choice, Recipe, steps_with_ids
+from optimizer.recipe import EFFORT, Choice, Recipe, Traits, steps_with_ids
 from optimizer.search.landscape import Option, Unbuildable
 from optimizer.space import check_parameters
 from optimizer.store import Store, StoredVariant
@@ -175,12 +175,19 @@ class Builder:
         )
 
     def _takers(self, recipe: Recipe) -> list[Technique]:
-        """Nothing is there to recover where no step has changed the network."""
+        """Nothing is there to recover where no step has changed the network, and nothing to prepare
+        for where no technique is of that stage."""
+        stages = {one.traits.stage for one in self.techniques.values()}
+
+        def is_of_use(traits: Traits) -> bool:
+            if traits.prepares is not None:
+                return traits.prepares in stages
+            return traits.stage is not Stage.RECOVER or recipe.is_structural
+
         return [
             one
             for one in self.techniques.values()
-            if recipe.can_take(one.traits)
-            and (one.traits.stage is not Stage.RECOVER or recipe.is_structural)
+            if recipe.can_take(one.traits) and is_of_use(one.traits)
         ]
 
     def _model(self, recipe: Recipe) -> Model:

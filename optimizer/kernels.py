@@ -14,7 +14,7 @@ from optimizer.result import KernelShare
 from serve.engines import EngineSpec, KernelTime, engine_module
 from serve.tensor import Array
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MIN_INT8_SHARE = 0.8
 """Of the heavy operators that the graph has quantized: so many must have run in int8 kernels,
 else the variant isn't what it says. Fusing may hide one or the other."""
@@ -25,6 +25,8 @@ N_RUNS = 5
 _MAX_SHOWN = 12
 _INTEGER = ("ConvInteger", "MatMulInteger")
 """Operators of ONNX that take 8-bit numbers as they are."""
+PACKED = "MatMulNBits"
+"""ONNX Runtime's product with weights alone in few bits."""
 # Parts of the names that the engines give their heavy operators, in lower case.
 _HEAVY = ("conv", "matmul", "gemm", "fullyconnected", "attention")
 
@@ -99,7 +101,8 @@ def is_heavy(operator: str) -> bool:
 
 def n_quantized(path: Path) -> int:
     """Heavy operators of an ONNX graph that take integers, or inputs that are all dequantized from
-    8 bits (biases apart): those that an engine should run in int8."""
+    8 bits (biases apart): those that an engine should run in int8. With weights alone in few bits
+    it may compute as it likes."""
     return len(quantized_nodes(path))
 
 
@@ -120,6 +123,18 @@ def quantized_nodes(path: Path) -> list[str]:
         if node.op_type in _INTEGER
         or (is_heavy(node.op_type) and dequantized.issuperset(node.input[:2]))
     ]
+
+
+def precision_of(path: Path) -> str:
+    """Of an ONNX graph as it is given: int4 or int8 where any of its heavy operators is."""
+    import onnx
+
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    bits = {one.i for node in nodes if node.op_type == PACKED
+            for one in node.attribute if one.name == "bits"}  # fmt: skip
+    if bits & {2, 3, 4}:
+        return "int4"
+    return "int8" if bits or n_quantized(path) else "fp32"
 
 
 def fallback_reason(

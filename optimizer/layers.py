@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import onnx
 
 _HEAVY = ("Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger", "MatMulInteger",
-          "QLinearConv", "QLinearMatMul", "QGemm", "Attention", "MultiHeadAttention")  # fmt: skip
+          "QLinearConv", "QLinearMatMul", "QGemm", "MatMulNBits", "Attention",
+          "MultiHeadAttention")  # fmt: skip
 # Operators that engines fuse into the heavy one before them, so that a kernel bears their name.
 _FUSED = ("Relu", "Clip", "Sigmoid", "Mul", "Add", "Tanh", "Gelu", "HardSwish", "HardSigmoid",
           "LeakyRelu", "BatchNormalization", "QuantizeLinear", "DequantizeLinear")  # fmt: skip

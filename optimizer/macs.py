@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optimizer.kernels import PACKED
 from optimizer.layers import kernels_by_node
 from serve.engines import KernelTime
 
@@ -29,6 +30,7 @@ def macs_of(path: Path) -> dict[str, int]:
     import onnx
 
     model = onnx.load(path, load_external_data=False)
+    _unpack(model.graph)
     for value in model.graph.input:
         for place, axis in enumerate(value.type.tensor_type.shape.dim):
             if not axis.HasField("dim_value"):
@@ -44,6 +46,21 @@ def macs_of(path: Path) -> dict[str, int]:
         if macs:
             found[node.name or f"{node.op_type}_{index}"] = macs
     return found
+
+
+def _unpack(graph: "onnx.GraphProto") -> None:
+    """Put plain products in the place of those with packed weights, whose shapes ONNX's inference
+    doesn't know. The weights become inputs without values."""
+    from onnx import TensorProto, helper
+
+    for index, node in enumerate(graph.node):
+        if node.op_type == PACKED:
+            sizes = {one.name: one.i for one in node.attribute}
+            name = f"{node.input[1]}_unpacked_{index}"
+            shape = [sizes["K"], sizes["N"]]
+            graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+            plain = helper.make_node("MatMul", [node.input[0], name], node.output, node.name)
+            node.CopyFrom(plain)
 
 
 def _shapes(graph: "onnx.GraphProto") -> dict[str, tuple[int, ...]]:

@@ -42,6 +42,8 @@ class Traits:
     preserves: bool = True
     """Whether outputs stay equal where the precision does. False for what changes the structure
     or the weights: accuracy judges that."""
+    prepares: Stage | None = None
+    """The stage that it is for: it is of no use in a recipe without a later step of it."""
 
 
 EFFORT = "effort"
@@ -101,6 +103,13 @@ class Recipe:
     def trains(self) -> bool:
         """Whether a step of it trains, by how much is the ladder's matter."""
         return any(EFFORT in choice.parameters for choice in self.choices)
+
+    @property
+    def lacks(self) -> frozenset[Stage]:
+        """The stages that its steps prepare for, and that are still to come."""
+        wanted = {choice.traits.prepares for choice in self.choices}
+        had = {choice.traits.stage for choice in self.choices}
+        return frozenset(stage for stage in wanted if stage is not None and stage not in had)
 
     def skeleton(self) -> "Recipe":
         """The recipe without the steps that change the network or its weights."""

@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
 Objective = Literal["cost", "latency", "size", "energy"]
 TechniqueName = Literal[
-    "pruning", "decomposition", "recovery", "quantization", "compilation", "torch_compilation"
-]
+    "pruning", "decomposition", "recovery", "quantization_aware_training", "quantization",
+    "compilation", "torch_compilation",
+]  # fmt: skip
 TECHNIQUES: tuple[TechniqueName, ...] = (
-    "pruning", "decomposition", "recovery", "quantization", "compilation", "torch_compilation",
+    "pruning", "decomposition", "recovery", "quantization_aware_training", "quantization",
+    "compilation", "torch_compilation",
 )  # fmt: skip
 _BY_DEFAULT: tuple[TechniqueName, ...] = ("quantization", "compilation", "torch_compilation")
 """What trains nothing."""
@@ -517,6 +519,10 @@ class Techniques(Strict):
             raise ValueError(f"want {', '.join(sorted(both))} in include or exclude, not both")
         if "compilation" not in self.enabled:
             raise ValueError("want compilation among those left: it makes what the server runs")
+        if "quantization_aware_training" in self.enabled and "quantization" not in self.enabled:
+            raise ValueError(
+                "want quantization among those left: quantization_aware_training prepares for it"
+            )
         return self
 
 

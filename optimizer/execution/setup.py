@@ -9,7 +9,7 @@ import numpy as np
 from optimizer.builder import Builder
 from optimizer.data.splits import DataSplits, Samples, Split, load_splits
 from optimizer.errors import SpecInvalid
-from optimizer.kernels import n_quantized
+from optimizer.kernels import precision_of
 from optimizer.model_source import check_model, read_signature, source_digest
 from optimizer.spec import OnnxSource, Spec
 from optimizer.store import Store
@@ -115,4 +115,4 @@ def make_builder(
 def _precision(spec: Spec) -> str:
     """Of the model as it is given: an ONNX file may be quantized already."""
     given = spec.model
-    return "int8" if isinstance(given, OnnxSource) and n_quantized(given.path) else "fp32"
+    return precision_of(given.path) if isinstance(given, OnnxSource) else "fp32"

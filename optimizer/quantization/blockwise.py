@@ -1,9 +1,10 @@
-"""Blockwise: weights alone in 4 bits, with a scale for each block of inputs of each output.
+"""Blockwise: weights alone in 4 or 8 bits, with a scale for each block of inputs of each output.
 
 For products whose weights are so many that reading them is the work. ONNX Runtime multiplies them
 packed (MatMulNBits), with activations rounded to 8 bits block by block as they come; other engines
-have to know that operator. Level 8 stands for zero, and the largest value of a block is at an end
-of the levels, as in llama.cpp's Q4_0; the scale is the one with the least squared error around it.
+have to know that operator. The middle level stands for zero, and the largest value of a block is
+at an end of the levels, as in llama.cpp's Q4_0; the scale is the one with the least squared error
+around it.
 """
 
 from dataclasses import dataclass
@@ -23,30 +24,39 @@ BLOCK = 32
 """Inputs that share a scale: what the kernels of ONNX Runtime are fastest with."""
 MIN_WEIGHTS = 2**16
 """Of a layer that is worth it."""
-_ZERO = 8
+BITS = (4, 8)
+"""That the kernels know."""
 _SHARES = np.linspace(1.0, 0.7, 31)
 _INT8 = 4
-"""MatMulNBits' accuracy level: activations in 8 bits."""
+"""MatMulNBits' accuracy level: activations in 8 bits. The levels below leave them in fp32, for
+which there is no fast kernel of 8-bit weights."""
 
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """`packed` [outputs, blocks, BLOCK / 2] has two levels a byte, the earlier in the lower bits;
-    a level stands for (level − 8) × its block's scale."""
+    """`packed` [outputs, blocks, BLOCK · bits / 8] has a level a byte, or of 4 bits two, the
+    earlier in the lower bits; a level stands for (level − 2^(bits − 1)) × its block's scale."""
 
     packed: NDArray[np.uint8]
     scales: Floats
     """[outputs, blocks]."""
+    bits: int
 
     def restored(self, n_inputs: int) -> Floats:
         """The weights that they stand for, [inputs, outputs]."""
-        levels = np.stack([self.packed & 15, self.packed >> 4], axis=-1).astype(np.float32) - _ZERO
-        levels = levels.reshape(*self.scales.shape, BLOCK) * self.scales[..., None]
-        return np.ascontiguousarray(levels.reshape(len(levels), -1)[:, :n_inputs].T)
+        levels = self.packed
+        if self.bits == 4:
+            levels = np.stack([levels & 15, levels >> 4], axis=-1)
+        levels = levels.reshape(*self.scales.shape, BLOCK).astype(np.float32)
+        values = (levels - np.float32(2 ** (self.bits - 1))) * self.scales[..., None]
+        return np.ascontiguousarray(values.reshape(len(values), -1)[:, :n_inputs].T)
 
 
-def to_blocks(weights: Floats) -> Blocks:
-    """Of weights [inputs, outputs]. Raises ValueError for weights that aren't finite."""
+def to_blocks(weights: Floats, bits: int) -> Blocks:
+    """Of weights [inputs, outputs], in 4 or 8 bits. Raises ValueError for weights that aren't
+    finite, and for other bits."""
+    if bits not in BITS:
+        raise ValueError(f"got {bits} bits, want {' or '.join(map(str, BITS))}")
     if not np.isfinite(weights).all():
         raise ValueError("the weights have values that are NaN or infinite")
     n_inputs, n_outputs = weights.shape
@@ -54,10 +64,12 @@ def to_blocks(weights: Floats) -> Blocks:
     padded = np.zeros((n_outputs, n_blocks * BLOCK), np.float32)
     padded[:, :n_inputs] = weights.T
     rows = padded.reshape(n_outputs, n_blocks, BLOCK)
-    scales = _best_scales(rows)
-    levels = (_levels(rows, scales) + _ZERO).astype(np.uint8)
-    packed = levels[..., 0::2] | (levels[..., 1::2] << 4)
-    return Blocks(np.ascontiguousarray(packed), scales)
+    zero = 2 ** (bits - 1)
+    scales = _best_scales(rows, zero)
+    levels = (_levels(rows, scales, zero) + zero).astype(np.uint8)
+    if bits == 4:
+        levels = levels[..., 0::2] | (levels[..., 1::2] << 4)
+    return Blocks(np.ascontiguousarray(levels), scales, bits)
 
 
 def blockwise_layers(graph: Graph) -> tuple[str, ...]:
@@ -69,15 +81,15 @@ def blockwise_layers(graph: Graph) -> tuple[str, ...]:
     )
 
 
-def quantize_blockwise(graph: Graph) -> Graph:
-    """The graph with the weights of its large matrix products in 4 bits."""
+def quantize_blockwise(graph: Graph, bits: int) -> Graph:
+    """The graph with the weights of its large matrix products in 4 or 8 bits."""
     from onnx import helper
 
     graph = graph.copy()
     added: list[onnx.NodeProto] = []
     names = blockwise_layers(graph)
     for name in names:
-        added += _product(graph, graph.node(name))
+        added += _product(graph, graph.node(name), bits)
     kept = [node for node in graph.nodes if node.name not in names]
     if all(one.domain != DOMAIN for one in graph.model.opset_import):
         graph.model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
@@ -86,14 +98,14 @@ def quantize_blockwise(graph: Graph) -> Graph:
     return graph
 
 
-def _product(graph: Graph, node: "onnx.NodeProto") -> "list[onnx.NodeProto]":
+def _product(graph: Graph, node: "onnx.NodeProto", bits: int) -> "list[onnx.NodeProto]":
     """What takes the node's place, under its name."""
     from onnx import helper
 
     weights, stored = graph.weight(node.input[1]), node.input[1]
     if weight_axis(node) == 0:
         weights = weights.T
-    blocks = to_blocks(weights)
+    blocks = to_blocks(weights, bits)
     packed, scales = graph.fresh(f"{stored}_quantized"), graph.fresh(f"{stored}_scale")
     graph.set_weight(packed, blocks.packed)
     graph.set_weight(scales, blocks.scales.reshape(-1))
@@ -109,7 +121,7 @@ def _product(graph: Graph, node: "onnx.NodeProto") -> "list[onnx.NodeProto]":
             domain=DOMAIN,
             K=weights.shape[0],
             N=weights.shape[1],
-            bits=4,
+            bits=bits,
             block_size=BLOCK,
             accuracy_level=_INT8,
         )
@@ -121,21 +133,22 @@ def _product(graph: Graph, node: "onnx.NodeProto") -> "list[onnx.NodeProto]":
     return found
 
 
-def _best_scales(rows: Floats) -> Floats:
-    """With the largest value at level 0 or 15, whichever is its side: 8 levels below zero, 7
-    above; the side is the scale's sign."""
+def _best_scales(rows: Floats, zero: int) -> Floats:
+    """With the largest value at the first or the last level, whichever is its side: there is one
+    more below `zero` than above; the side is the scale's sign."""
     index = np.abs(rows).argmax(axis=-1)[..., None]
     largest = np.take_along_axis(rows, index, axis=-1)[..., 0]
-    full = np.where(largest == 0, 1.0, -largest / _ZERO).astype(np.float32)
+    full = np.where(largest == 0, 1.0, -largest / zero).astype(np.float32)
     best, least = full.copy(), np.full(full.shape, np.inf, np.float32)
     for share in _SHARES:
         scales = full * np.float32(share)
-        errors = (_levels(rows, scales) * scales[..., None] - rows) ** 2
+        errors = (_levels(rows, scales, zero) * scales[..., None] - rows) ** 2
         total = errors.sum(axis=-1)
         better = total < least
         best[better], least[better] = scales[better], total[better]
     return best
 
 
-def _levels(rows: Floats, scales: Floats) -> Floats:
-    return np.clip(np.round(rows / scales[..., None]), -_ZERO, _ZERO - 1)
+def _levels(rows: Floats, scales: Floats, zero: int) -> Floats:
+    """Around zero, `-zero` to `zero - 1`."""
+    return np.clip(np.round(rows / scales[..., None]), -zero, zero - 1)

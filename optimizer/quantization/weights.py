@@ -18,8 +18,9 @@ _MAX_PAIR = 128
 """255 · 128 fits into 16 bits, the largest activation times two weights that add up to it."""
 _MAX_BIAS = 2**31 - 1
 _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
-_SHARES = np.linspace(1.0, 0.7, 31)
-"""Of the scale that clips nothing: those that the search for the least error tries."""
+_SHARES = np.append(np.linspace(1.0, 0.7, 31), (_MAX_PAIR - 1) / _MAX_PAIR)
+"""Of the scale that clips nothing: those that the search for the least error tries. The last is for
+weights that were rounded before, so that rounding them again changes nothing."""
 
 
 @dataclass(frozen=True, eq=False)

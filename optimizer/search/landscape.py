@@ -5,7 +5,7 @@ the enumeration of baselines. Which decisions there are depends on the ones befo
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -86,7 +86,11 @@ def walk(landscape: Landscape, starts_from: Kind, choose: Chooser) -> Decisions:
     try:
         for stages in _by_rank():
             options = landscape(recipe)
-            chosen = [one for stage in stages if (one := _decide_step(stage, options, decide))]
+            chosen = [
+                one
+                for stage in stages
+                if (one := _decide_step(stage, options, decide, recipe.lacks))
+            ]
             if len(chosen) > 1:  # of one rank, so either may come first
                 names = tuple(traits.name for traits, _ in chosen)
                 first = decide("first", Categorical(names))
@@ -95,7 +99,16 @@ def walk(landscape: Landscape, starts_from: Kind, choose: Chooser) -> Decisions:
                 recipe = recipe.then(traits, parameters)
     except (TechniqueNotApplicable, TechniqueFailed, ParityMismatch) as error:
         return Decisions(recipe, values, error)
-    return Decisions(recipe, values)
+    return Decisions(recipe, values, _useless(recipe))
+
+
+def _useless(recipe: Recipe) -> TechniqueNotApplicable | None:
+    """Why a step is of no use in the recipe: nothing came of what it prepares for."""
+    for traits in (choice.traits for choice in recipe.choices):
+        if traits.prepares in recipe.lacks:
+            reason = f"it prepares for a step of stage {traits.prepares.value}, and none can follow"
+            return TechniqueNotApplicable(traits.name, reason)
+    return None
 
 
 def _by_rank() -> list[list[Stage]]:
@@ -162,14 +175,17 @@ def _combinations(
 
 
 def _decide_step(
-    stage: Stage, options: Sequence[Option], decide: Callable[[str, Distribution], Value]
+    stage: Stage,
+    options: Sequence[Option],
+    decide: Callable[[str, Distribution], Value],
+    lacks: Collection[Stage],
 ) -> tuple[Traits, dict[str, Value]] | None:
     here = [option for option in options if option.traits.stage is stage]
     # A step can be gone without where an engine takes what there is already.
-    avoidable = any(
+    avoidable = not lacks and any(
         option.traits.stage is Stage.COMPILE for option in options if option not in here
     )
-    option = _decide_option(stage, here, decide, avoidable)
+    option = _decide_option(stage, here, decide, avoidable, stage in lacks)
     return None if option is None else (option.traits, _decide_parameters(option, decide))
 
 
@@ -177,12 +193,13 @@ def _decide_option(
     stage: Stage,
     options: Sequence[Option],
     decide: Callable[[str, Distribution], Value],
-    avoidable: bool = False,
+    avoidable: bool,
+    is_lacking: bool,
 ) -> Option | None:
     if not options:
         return None
     by_name = {option.traits.name: option for option in options}
-    optional = all(option.traits.optional for option in options)
+    optional = all(option.traits.optional for option in options) and not is_lacking
     # What is needed for most engines comes first, going without it for the others last.
     names = (NONE, *by_name) if optional else (*by_name, *((NONE,) if avoidable else ()))
     # What changes the network isn't had off the shelf.

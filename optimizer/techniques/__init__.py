@@ -25,6 +25,10 @@ TECHNIQUES: Mapping[str, tuple[str, str]] = {
     "pruning": ("optimizer.techniques.pruning", "Pruning"),
     "decomposition": ("optimizer.techniques.decomposition", "Decomposition"),
     "recovery": ("optimizer.techniques.recovery", "Recovery"),
+    "quantization_aware_training": (
+        "optimizer.techniques.quantization_aware_training",
+        "QuantizationAwareTraining",
+    ),
     "export": ("optimizer.techniques.export", "Export"),
     "quantization": ("optimizer.techniques.quantization", "Quantization"),
     "compilation": ("optimizer.techniques.compilation", "Compilation"),

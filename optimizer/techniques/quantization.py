@@ -1,8 +1,9 @@
 """Quantization: an fp32 ONNX model to int8, after training.
 
 Statically, with ranges of activations from calibration samples; for matrix products also with
-ranges found in each call, or with 4-bit weights alone where they are many. The arithmetic is that
-of `optimizer.quantization`; which layout runs in 8-bit kernels is measured in docs/experiments.md.
+ranges found in each call, or with 8- or 4-bit weights alone where they are many. The arithmetic
+is that of `optimizer.quantization`; which layout runs in 8-bit kernels is measured in
+docs/experiments.md.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from optimizer.quantization.dynamic import dynamic_layers, quantize_dynamic
 from optimizer.quantization.equalization import pairs_of
 from optimizer.quantization.graph import Graph, folded
 from optimizer.quantization.layout import layers_of
+from optimizer.quantization.processor import kernel_layout
 from optimizer.quantization.qdq import Arithmetic
 from optimizer.quantization.smoothing import smoothable
 from optimizer.quantization.static import Settings, quantize_static
@@ -22,7 +24,6 @@ from optimizer.recipe import Needs, Traits
 from optimizer.space import Categorical, Distribution, Parameters, Space, Value
 from optimizer.techniques import Context
 from optimizer.variant import Kind, Model, OnnxModel, Stage, onnx_model
-from serve.machine import Machine
 
 if TYPE_CHECKING:
     import onnx
@@ -31,8 +32,8 @@ _FILE = "model.onnx"
 _HEAVY = ("Conv", "MatMul", "Gemm")
 _MIN_OPSET = 13
 """The first whose QuantizeLinear has an axis, for weights per channel."""
-# Instructions that add four 8-bit products to 32 bits without saturating in between.
-_DOT_PRODUCT_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
+_WEIGHTS: Mapping[str, int] = {"int8_weights": 8, "int4_weights": 4}
+"""Formats of weights alone, and their bits."""
 _STATIC: Mapping[str, tuple[Value, ...]] = {"format": ("static",)}
 _METHODS = ("mse", "minmax", "entropy", "percentile")
 _SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
@@ -42,7 +43,7 @@ _ALPHAS = (0.75, 0.5, 0.9)
 class Quantization:
     traits = Traits(
         name="quantization",
-        version="2",
+        version="3",
         stage=Stage.PRECISION,
         accepts=Kind.ONNX,
         gives=Kind.ONNX,
@@ -89,8 +90,8 @@ class Quantization:
         return space
 
     def describe(self, parameters: Parameters) -> str:
-        if parameters["format"] == "int4_weights":
-            return "int4 weights"
+        if parameters["format"] in _WEIGHTS:
+            return f"int{_WEIGHTS[str(parameters['format'])]} weights"
         words = [str(parameters.get("calibration", parameters["format"]))]
         if "percentile" in parameters:
             words[0] += f" {parameters['percentile']}"
@@ -106,10 +107,11 @@ class Quantization:
         self, model: Model, parameters: Parameters, context: Context, directory: Path
     ) -> OnnxModel:
         assert isinstance(model, OnnxModel)
-        graph, notes = folded(model.path), model.notes
+        graph, notes, bits = folded(model.path), model.notes, 8
         settings = settings_of(parameters)
-        if parameters["format"] == "int4_weights":
-            made = quantize_blockwise(graph)
+        if parameters["format"] in _WEIGHTS:
+            bits = _WEIGHTS[str(parameters["format"])]
+            made = quantize_blockwise(graph, bits)
         elif parameters["format"] == "dynamic":
             made = quantize_dynamic(
                 graph,
@@ -122,7 +124,7 @@ class Quantization:
                 n_layers = len(layers_of(graph))
                 notes = (*notes, f"{n_kept} of {n_layers} layers stay in fp32, the most sensitive")
         (directory / _FILE).write_bytes(made.to_bytes())
-        return onnx_model(directory, _FILE, "int8", notes)
+        return onnx_model(directory, _FILE, f"int{bits}", notes)
 
 
 def settings_of(parameters: Parameters) -> Settings:
@@ -144,7 +146,7 @@ def settings_of(parameters: Parameters) -> Settings:
 def _formats(graph: Graph) -> tuple[str, ...]:
     if not _is_mostly_products(graph):
         return ("static",)
-    large = ("int4_weights",) if blockwise_layers(graph) else ()
+    large = tuple(_WEIGHTS) if blockwise_layers(graph) else ()
     return ("static", "dynamic", *large)
 
 
@@ -152,17 +154,6 @@ def _is_mostly_products(graph: Graph) -> bool:
     """Whether at least half of the layers are matrix products, as in encoders: a convolutional
     network's last layer isn't worth formats of its own."""
     return 2 * len(dynamic_layers(graph)) >= len(layers_of(graph))
-
-
-def kernel_layout(machine: Machine) -> tuple[str, bool]:
-    """(type of activations, whether pairs of products saturate) for the fast and exact kernels.
-
-    x86 multiplies unsigned by signed bytes; before VNNI the sum of two products saturates at 16
-    bits (vpmaddubsw), for which weights are kept small. ARM multiplies signed by signed.
-    """
-    if "x86_64" not in machine.system and "AMD64" not in machine.system:
-        return "int8", False
-    return "uint8", not _DOT_PRODUCT_FLAGS & set(machine.flags)
 
 
 @lru_cache(maxsize=1)

@@ -63,13 +63,15 @@ DATATYPES: dict[str, str] = {
 }
 BFLOAT16 = NUMPY_DTYPES["BF16"]
 _ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16 of the ONNX format
-# Kernels whose arithmetic is 8-bit whatever the types at their edges.
+# Kernels whose arithmetic is 8-bit whatever the types at their edges. MatMulNBits' is where the
+# graph asks for it (accuracy level 4), as the optimizer's do; the profile doesn't tell.
 INT8_OPERATORS = frozenset(
     {
         "ConvInteger",
         "DynamicQuantizeMatMul",
         "MatMulInteger",
         "MatMulIntegerToFloat",
+        "MatMulNBits",
         "QAttention",
         "QGemm",
         "QLinearAdd",

@@ -28,7 +28,8 @@ import openvino  # noqa: E402
 
 _log = logging.getLogger(__name__)
 # Declared precision -> the hint; without it OpenVINO takes bf16 on its own where the CPU has it.
-INFERENCE_PRECISIONS: dict[str, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
+INFERENCE_PRECISIONS: dict[str, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32",
+                                          "int4": "f32"}  # fmt: skip
 # "streams" "threads": each thread takes its part of the batch, instead of all sharing each kernel.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "hint": ("LATENCY", "THROUGHPUT"),

@@ -49,7 +49,11 @@ REFUSED = (
     Refused("narrow", "nn.Sequential(nn.Flatten(), nn.Linear(64, 4))", "no two convolutions"),
     Refused("tune", "nn.Sequential(nn.Flatten(), nn.Linear(64, 4))", "no batch normalization"),
     Refused("quantization", "nn.Sequential(nn.Flatten(), nn.ReLU())", "no operator worth it"),
-)
+    Refused(
+        "quantization_aware_training", "nn.Sequential(nn.Flatten(), nn.ReLU())",
+        "no convolution or linear layer",
+    ),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,8 @@ def cases() -> Iterator[object]:
     ):
         yield pytest.param("quantization", parameters, id="quantization by other parameters")
     yield pytest.param("compilation", {"engine": "openvino"}, id="compilation to OpenVINO")
-    yield pytest.param("tune", {"effort": "full"}, id="tune at full effort")
+    for trains in ("tune", "quantization_aware_training"):
+        yield pytest.param(trains, {"effort": "full"}, id=f"{trains} at full effort")
 
 
 @pytest.mark.parametrize(("name", "given"), list(cases()))

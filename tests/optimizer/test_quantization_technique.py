@@ -7,11 +7,13 @@ import numpy as np
 import onnx
 import pytest
 
+from optimizer.kernels import precision_of
+from optimizer.macs import macs_of, shares_by_precision
 from optimizer.quantization.graph import Graph, folded
 from optimizer.space import Value, defaults
 from optimizer.techniques import Context, load_technique
 from optimizer.variant import OnnxModel, onnx_model
-from serve.engines import EngineSpec, load_engine
+from serve.engines import EngineSpec, engine_module, load_engine
 from serve.machine import Machine
 from tests.optimizer.onnx_networks import (
     ArraySplit,
@@ -67,19 +69,32 @@ def test_encoders_are_offered_dynamic_ranges_and_smoothing(tmp_path: Path) -> No
     assert sorted(dynamic) == ["activations", "format", "reduce_range"]
 
 
-def test_large_products_are_offered_4_bit_weights_which_compute_in_both_engines(
-    tmp_path: Path,
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.03), (4, 0.2)])
+def test_large_products_are_offered_weights_in_few_bits_which_compute_in_both_engines(
+    bits: int, error: float, tmp_path: Path
 ) -> None:
     x = random(8, 5, 16)
     model, context = stored(encoder(4096), tmp_path / "base"), context_of(x)
-    result = made(model, context, tmp_path / "made", format="int4_weights")
-    assert load_technique("quantization").describe({"format": "int4_weights"}) == "int4 weights"
+    result = made(model, context, tmp_path / "made", format=f"int{bits}_weights")
+    words = load_technique("quantization").describe({"format": f"int{bits}_weights"})
+    assert words == f"int{bits} weights"
+    assert result.precision == precision_of(result.path) == f"int{bits}"
     wanted = run(folded(model.path), x)
     for engine, sizes in (("onnxruntime", ()), ("openvino", (8,))):
-        spec = EngineSpec(engine, result.file, "int8", batch_sizes=sizes)
+        spec = EngineSpec(engine, result.file, result.precision, batch_sizes=sizes)
         loaded = load_engine(result.directory, spec)
         given = next(iter(loaded.run({"x": x}).values()))
-        assert np.sqrt(((given - wanted) ** 2).mean() / wanted.var()) < 0.2, engine
+        assert np.sqrt(((given - wanted) ** 2).mean() / wanted.var()) < error, engine
+
+
+def test_packed_products_ran_in_8_bits_by_all_of_their_multiply_accumulates(tmp_path: Path) -> None:
+    model, context = stored(encoder(4096), tmp_path / "base"), context_of(random(8, 5, 16))
+    result = made(model, context, tmp_path / "made", format="int8_weights")
+    macs = macs_of(result.path)
+    assert list(macs.values()) == list(macs_of(model.path).values())
+    spec = EngineSpec("onnxruntime", result.file, "int8")
+    times = engine_module("onnxruntime").profile(result.directory, spec, {"x": random(8, 5, 16)}, 1)
+    assert shares_by_precision(result.path, times) == {"int8": pytest.approx(1.0)}
 
 
 def test_convolutional_networks_are_offered_equalization(tmp_path: Path) -> None:

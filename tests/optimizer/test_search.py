@@ -8,7 +8,7 @@ from optimizer.errors import TechniqueFailed
 from optimizer.recipe import Recipe, Traits
 from optimizer.search.coordinator import Answer, Coordinator, Trial
 from optimizer.search.landscape import Decisions, Landscape, Option, baselines, remembered, walk
-from optimizer.space import Categorical, Number
+from optimizer.space import Categorical, Distribution, Number, Value
 from optimizer.variant import Kind, Stage
 
 EXPORT = Traits("export", "1", Stage.EXPORT, Kind.TORCH, Kind.ONNX, optional=False)
@@ -214,6 +214,46 @@ def test_recipe_has_the_effort_of_the_rung_that_it_is_built_for() -> None:
     assert [c.parameters["effort"] for c in short.choices if c.traits is TUNE] == ["short"]
     assert trial.recipe.with_effort("full") == trial.recipe
     assert not short.skeleton().is_structural
+
+
+AWARE = Traits(
+    "aware", "1", Stage.RECOVER, Kind.TORCH, Kind.TORCH, preserves=False, prepares=Stage.PRECISION
+)
+EAGER = Traits("eager", "1", Stage.COMPILE, Kind.TORCH, Kind.ENGINE, optional=False)
+
+
+def preparing(recipe: Recipe) -> Sequence[Option]:
+    """Trained for int8 or not, exported or run as it is."""
+    if recipe.gives is not Kind.TORCH:
+        return landscape(recipe)
+    aware = [Option(AWARE, {"effort": Categorical(("full",))})] if recipe.can_take(AWARE) else []
+    return [*aware, Option(EXPORT, {}), Option(EAGER, {"engine": Categorical(("torch",))})]
+
+
+@pytest.mark.parametrize("sampler", ["gp", "random", "grid"])
+def test_step_that_prepares_for_a_stage_is_only_in_recipes_with_that_stage(sampler: str) -> None:
+    found = {names(trial) for trial in run(60, given=preparing, sampler=sampler)}
+    assert found == {
+        ("eager",), ("export", "compilation"), ("export", "quantization", "compilation"),
+        ("aware", "export", "quantization", "compilation"),
+    }  # fmt: skip
+
+
+def test_step_that_prepares_for_a_stage_is_refused_when_nothing_of_it_can_follow() -> None:
+    def without_int8(recipe: Recipe) -> Sequence[Option]:
+        return [option for option in preparing(recipe) if option.traits is not INT8]
+
+    def choose(name: str, distribution: Distribution) -> Value:
+        return "aware" if name.startswith("recover") else default_of(distribution)
+
+    failure = walk(without_int8, Kind.TORCH, choose).failure
+    assert str(failure) == (
+        "aware is not applicable: it prepares for a step of stage precision, and none can follow"
+    )
+
+
+def default_of(distribution: Distribution) -> Value:
+    return distribution.default
 
 
 @pytest.mark.parametrize("sampler", ["gp", "tpe", "random", "nsga2", "grid"])

@@ -1,0 +1,229 @@
+"""Lesson: how a network learns from the study's base, for the techniques of stage RECOVER.
+
+The base is the teacher, with labels where there are any (Hinton et al. 2015). How it is to train is
+the spec's, and comes as parameters. What is done to the network before and after, and why, is the
+technique's matter; the loop and the losses have modules of their own.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optimizer.model_source import read_signature
+from optimizer.recipe import EFFORT, EFFORTS, Traits
+from optimizer.space import Categorical, Parameters, Space, Value
+from optimizer.spec import TrainingSpec
+from optimizer.techniques import Context
+from optimizer.torch_source import load_source
+from optimizer.torch_variant import load_torch, read_plan
+from optimizer.variant import TorchModel, canonical_json
+from serve.machine import this_machine
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from optimizer.training.batches import Batches
+    from optimizer.training.checkpoint import Checkpoint
+    from optimizer.training.distillation import Distillation, Mixture
+    from optimizer.training.loop import Settings
+
+_RECALIBRATION_BATCH = 128
+_RATES = {"sgd": 0.02, "adamw": 3e-4}
+"""Peaks for weights that were trained before, at a batch of 128."""
+_LEARNS = {"classification": "classes", "embedding": "embedding", "custom": "values"}
+_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+_IMAGE_AXES = 3
+# Parameters that are the spec's `training` as it is.
+_GIVEN = ("epochs", "short_epochs", "batch_size", "weight_decay", "schedule", "augmentation",
+          "precision", "patience")  # fmt: skip
+
+
+def reason_against(model: TorchModel, context: Context) -> str | None:
+    """Why it can't be trained as the spec wants it, or None."""
+    training = context.training
+    if context.train is None:
+        return "there is no training data"
+    if training.precision == "bf16" and not _BF16_FLAGS & set(this_machine().flags):
+        return "training.precision is bf16, and this machine has no instructions for it"
+    inputs = read_signature(model.source).inputs
+    is_image = len(inputs) == 1 and len(inputs[0].shape) == _IMAGE_AXES
+    if training.augmentation != "none" and not is_image:
+        shapes = ", ".join(f"{one.name} {list(one.shape)}" for one in inputs)
+        return (
+            f"training.augmentation is {training.augmentation}, and the model takes {shapes}: "
+            "want one input [channel, y, x]"
+        )
+    return None
+
+
+def space_of(model: TorchModel, context: Context) -> Space:
+    """What is searched, and the spec's training as it is, so that ids cover it."""
+    training = context.training
+    learns = _LEARNS[context.task.kind]
+    optimizer = training.optimizer or _optimizer_for(load_torch(model))
+    output = context.task.output or read_signature(model.source).output_names[0]
+    fixed: dict[str, Value] = {
+        **{name: getattr(training, name) for name in _GIVEN},
+        "optimizer": optimizer,
+        "learning_rate": training.learning_rate or _RATES[optimizer],
+        "learns": learns,
+        "output": output,
+    }
+    return {
+        EFFORT: Categorical(EFFORTS),
+        **_mixed(training, learns, _has_labels(context)),
+        **{name: Categorical((value,)) for name, value in fixed.items()},
+    }
+
+
+def described(parameters: Parameters) -> str:
+    """What was trained in a few words; for no training, that it was recalibrated."""
+    effort = str(parameters[EFFORT])
+    epochs = epochs_of(parameters)
+    if not epochs:
+        return "recalibrated"
+    alpha = float(parameters["alpha"])
+    loss = str(parameters["loss"])
+    how = "fine-tuned" if alpha == 1 and loss in ("answers", "dist") else "distilled"
+    with_ = "" if loss == "answers" else f", {loss}"
+    labels = f", {alpha:g} of labels" if 0 < alpha < 1 else ""
+    return f"{how} {epochs:g} epochs ({effort}{with_}{labels})"
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """What a network is to learn, and from what: `module` is the model's, and is changed."""
+
+    model: TorchModel
+    module: "nn.Module"
+    data: "Batches"
+    parameters: Parameters
+    context: Context
+
+    def recalibrate(self) -> None:
+        """Batch normalization's statistics anew."""
+        from optimizer.training.recalibration import N_SAMPLES, recalibrate
+
+        order = np.random.default_rng(self.context.seed).permutation(len(self.data))
+        batches = self.data.each(order[:N_SAMPLES], _RECALIBRATION_BATCH, whole=True)
+        recalibrate(self.module, batches)
+
+    def settings(self) -> "Settings":
+        """Those of the parameters."""
+        from optimizer.training.loop import Settings
+
+        names = ("batch_size", "learning_rate", "optimizer", "weight_decay", "schedule",
+                 "augmentation", "precision", "patience")  # fmt: skip
+        given: Mapping[str, Any] = {name: self.parameters[name] for name in names}
+        return Settings(epochs=epochs_of(self.parameters), seed=self.context.seed, **given)
+
+    def checkpoint(self, traits: Traits, part: str = "") -> "Checkpoint | None":
+        """Of this very training by that technique, so that a build that was killed goes on where
+        it was; a technique that trains in parts names them."""
+        from optimizer.training.checkpoint import Checkpoint
+
+        context = self.context
+        if context.checkpoints is None or context.train is None:
+            return None
+        packages = {name: metadata.version(name) for name in traits.packages}
+        content = [traits.name, part, self.model.digest, traits.version, dict(self.parameters),
+                   context.seed, context.train.digest, packages]  # fmt: skip
+        identity = hashlib.sha256(canonical_json(content).encode()).hexdigest()
+        return Checkpoint(context.checkpoints / f"{identity}.safetensors", identity)
+
+    def train(self, settings: "Settings", checkpoint: "Checkpoint | None") -> None:
+        """By the loop and the loss of the parameters. Raises TrainingDiverged and ValueError."""
+        from optimizer.training.loop import train
+        from optimizer.training.masks import Masks
+
+        loss = _loss(self.model, self.module, self.data, self.parameters, self.context.seed)
+        masks = Masks(self.module, _masked(self.model))
+        train(self.module, self.data, loss, settings, masks, checkpoint)
+
+
+def lesson_of(model: TorchModel, parameters: Parameters, context: Context) -> Lesson:
+    """The model's lesson; nobody else holds its module."""
+    from optimizer.training.batches import Batches
+
+    assert context.train is not None
+    data = Batches(context.train, read_signature(model.source).input_names)
+    return Lesson(model, load_torch(model), data, parameters, context)
+
+
+def _mixed(training: TrainingSpec, learns: str, has_labels: bool) -> dict[str, Categorical]:
+    """What is searched of the loss."""
+    is_classes = learns == "classes"
+    losses = tuple(one for one in training.losses if one != "dist" or is_classes) or ("answers",)
+    alphas = training.alphas if is_classes and has_labels else (0.0,)
+    space = {"loss": Categorical(losses), "alpha": Categorical(alphas)}
+    softened = tuple(alpha for alpha in alphas if alpha < 1)
+    if is_classes and softened:
+        space["temperature"] = Categorical(training.temperatures, when={"alpha": softened})
+    return space
+
+
+def epochs_of(parameters: Parameters) -> float:
+    """Passes over train at the effort of the parameters."""
+    effort = parameters[EFFORT]
+    key = {"recalibrate": None, "short": "short_epochs", "full": "epochs"}[str(effort)]
+    return float(parameters[key]) if key is not None else 0.0
+
+
+def _has_labels(context: Context) -> bool:
+    return context.train is not None and context.train.labels is not None
+
+
+def _optimizer_for(module: "nn.Module") -> str:
+    """What such networks are usually trained by: SGD with batch normalization, else AdamW."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    return "sgd" if any(isinstance(part, _BatchNorm) for part in module.modules()) else "adamw"
+
+
+def _loss(
+    model: TorchModel, module: "nn.Module", data: "Batches", parameters: Parameters, seed: int
+) -> "Distillation":
+    import torch
+
+    from optimizer.training.distillation import NEED_FEATURES, Distillation
+    from optimizer.training.features import places_of
+    from optimizer.training.teacher import Teacher, answering
+
+    mixture = _mixture(parameters)
+    signature = read_signature(model.source)
+    answer = answering(signature.output_names, str(parameters["output"]))
+    if not mixture.needs_teacher:
+        return Distillation(mixture, answer, None)
+    network = load_source(model.source)
+    places = None
+    if mixture.loss in NEED_FEATURES:
+        places = places_of(module, network, data.read(np.arange(min(2, len(data)))).inputs)
+    n_kept = len(data) if parameters["augmentation"] == "none" else 0
+    teacher = Teacher(network, answer, places.teacher if places else (), n_kept)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of the projections
+        return Distillation(mixture, answer, teacher, places)
+
+
+def _mixture(parameters: Parameters) -> "Mixture":
+    from optimizer.training.distillation import Mixture
+
+    given: Mapping[str, Any] = {
+        name: parameters[name] for name in ("loss", "alpha", "temperature") if name in parameters
+    }
+    return Mixture(kind=parameters["learns"], **given)  # type: ignore[arg-type]
+
+
+def _masked(model: TorchModel) -> list[str]:
+    """Layers that the plan's `masks` name, whichever technique put them there."""
+    steps = [step.operations for step in read_plan(model).steps]
+    return [
+        name
+        for operations in steps
+        if isinstance(operations, Mapping)
+        for name in operations.get("masks", ())
+    ]
