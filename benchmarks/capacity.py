@@ -96,7 +96,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--window-s", type=float, default=10.0)
     parser.add_argument("--overheads-s", type=float, default=3.0)
-    parser.add_argument("--threshold", type=float, default=12.0, help="in calls at batch 1")
+    parser.add_argument(
+        "--threshold", type=float, default=12.0, help="of slos, in calls at batch 1"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.mode == "build":
@@ -196,6 +198,10 @@ def measured_capacity(subject, arguments, threshold_s, predicted):
         p99_s = verified(subject, rate, TRUTH * arguments.window_s, 200 + seed).p99_s or np.inf
         print(f"{rate:.0f}/s: p99 {p99_s * 1e3:.1f} ms", flush=True)
         low, high = (rate, high) if p99_s <= threshold_s else (low, rate)
+    if low == 0.5 * predicted:
+        raise SystemExit(
+            f"{low:.0f}/s, half of the predicted rate, may be too much: not one was held"
+        )
     return (low + high) / 2
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from optimizer.data.splits import Samples, Split
+from optimizer.data.splits import Samples
 from optimizer.execution.setup import read_data
 from optimizer.model_source import source_digest
 from optimizer.space import Value, defaults
@@ -30,33 +30,6 @@ from serve.tensor import Array
 
 N_JUDGED = 2000
 BATCH_SIZE = 32
-
-
-@dataclass(frozen=True, eq=False)
-class First:
-    """The first samples of a split."""
-
-    split: Split
-    n: int
-
-    @property
-    def name(self) -> str:
-        return self.split.name
-
-    @property
-    def digest(self) -> str:
-        return f"{self.split.digest} first {self.n}"
-
-    @property
-    def labels(self) -> Array | None:
-        return None if self.split.labels is None else self.split.labels[: self.n]
-
-    def __len__(self) -> int:
-        return self.n
-
-    def read(self, indices: object = None) -> Samples:
-        rows = np.arange(self.n) if indices is None else np.asarray(indices)
-        return self.split.read(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +47,14 @@ class Bench:
         """Of an ONNX model, [n, class]."""
         engine = load_engine(model.directory, EngineSpec("onnxruntime", model.file))
         n = len(next(iter(inputs.values())))
-        parts = [
-            next(iter(engine.run({k: v[at : at + BATCH_SIZE] for k, v in inputs.items()}).values()))
-            for at in range(0, n, BATCH_SIZE)
-        ]
+        try:
+            batches = [
+                engine.run({k: v[at : at + BATCH_SIZE] for k, v in inputs.items()})
+                for at in range(0, n, BATCH_SIZE)
+            ]
+        finally:
+            engine.close()
+        parts = [next(iter(outputs.values())) for outputs in batches]
         return np.concatenate(parts)
 
 
@@ -115,7 +92,7 @@ def main() -> None:
     )
     context = Context(
         splits.calibration, this_machine(), spec.seed, BATCH_SIZE,
-        First(splits.train, given.samples), training, spec.task,
+        splits.train.subset("train", np.arange(given.samples)), training, spec.task,
     )  # fmt: skip
     judged = splits.validation.read(np.arange(given.judged))
     base = source_model(spec.model, source_digest(spec.model))

@@ -119,7 +119,7 @@ def student(seed: int) -> None:
     for alpha in (1.0, 0.1):
         training = STUDENT_TRAINING.model_copy(update={"alphas": (alpha,)})
         subject = cifar("spec.yaml", training, seed, STUDENT_ROWS)
-        kept(RESULTS, f"student seed {seed} alpha {alpha}", lambda one=subject: taught(one))  # type: ignore[misc]
+        kept(RESULTS, f"student seed {seed} alpha {alpha}", lambda one=subject: taught(one))
 
 
 PARTS = {"resnet56": resnet56, "student": student, "minilm": sentence_encoder}
@@ -133,7 +133,7 @@ def cifar(spec: str, training: TrainingSpec, seed: int, n_rows: int | None = Non
     train: Split = bench.splits.train
     if n_rows is not None:
         chosen = np.random.default_rng(0).permutation(len(train))[:n_rows]
-        train = bench.splits.train.subset("train", chosen)  # type: ignore[attr-defined]
+        train = bench.splits.train.subset("train", chosen)
     context = replace(bench.context, train=train, training=training, seed=seed)
     read = bench.splits.test.read()
     return Subject(bench.model, context, dict(read.inputs), read.labels)
@@ -153,7 +153,7 @@ def encoder(seed: int) -> Subject:
         MAX_BATCH,
         train,
         MINILM_TRAINING,
-        task,  # type: ignore[arg-type]
+        task,
     )
     model = source_model(network.source, source_digest(network.source))
     assert isinstance(model, TorchModel)
@@ -177,9 +177,9 @@ def taught(subject: Subject) -> Figures:
     spec = StudentSpec(factory=Importable("resnet", "resnet20", CIFAR))
     with tempfile.TemporaryDirectory() as scratch:
         chain = Chain(subject, Path(scratch))
-        student = chain.apply(Student(spec), subject.model, {})
+        untrained = chain.step(Student(spec), subject.model)
         started = time.monotonic()
-        trained = chain.step("recovery", student, effort="full")
+        trained = chain.step("recovery", untrained, effort="full")
         assert isinstance(trained, TorchModel)
         outputs = subject.outputs(trained)
         return {
@@ -198,18 +198,14 @@ class Chain:
     scratch: Path
     n_made: int = 0
 
-    def step(self, name: str, model: Model, **given: Value) -> Model:
-        technique = load_technique(name)
-        parameters = defaults(technique.space(model, self.subject.context), **given)
-        return self.apply(technique, model, parameters)
-
-    def apply(self, technique: Technique, model: Model, parameters: Mapping[str, Value]) -> Model:
+    def step(self, technique: str | Technique, model: Model, **given: Value) -> Model:
+        """By the table's technique of that name, or the one given."""
+        one = load_technique(technique) if isinstance(technique, str) else technique
+        parameters = defaults(one.space(model, self.subject.context), **given)
         self.n_made += 1
         directory = self.scratch / str(self.n_made)
         directory.mkdir()
-        if isinstance(technique, Student):
-            parameters = defaults(technique.space(model, self.subject.context))
-        return technique.apply(model, parameters, self.subject.context, directory)  # type: ignore[return-value]
+        return one.apply(model, parameters, self.subject.context, directory)
 
     def compiled(self, model: Model, engine: str, is_int8: bool) -> EngineModel:
         onnx = self.step("export", model)
