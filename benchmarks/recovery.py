@@ -41,6 +41,8 @@ from serve.engines import load_engine
 from serve.machine import this_machine
 
 RESULTS = Path(__file__).parent / "results" / "recovery"
+# Of trainings, so that one that was killed goes on after its last whole epoch.
+CHECKPOINTS = Path(tempfile.gettempdir()) / "trimserve-recovery"
 CIFAR = Path(__file__).parent.parent / "examples" / "cifar10"
 ENGINES = ("onnxruntime", "openvino")
 MAX_BATCH = 8
@@ -49,11 +51,15 @@ Figures = dict[str, float]
 
 # What is changed, by its measured time, and how it is trained.
 RESNET56 = {"what": "both", "blocks": 9, "ratio": 0.3, "criterion": "taylor", "multiple": 8}
-RESNET56_TRAINING = TrainingSpec(epochs=2, learning_rate=0.05, alphas=(0.1,))
+RESNET56_TRAINING = TrainingSpec(
+    epochs=6, learning_rate=0.05, alphas=(0.1,), augmentation="flip_and_crop"
+)
 MINILM = {"what": "channels", "ratio": 0.3, "criterion": "taylor", "multiple": 8}
 MINILM_TRAINING = TrainingSpec(epochs=3, batch_size=64, learning_rate=5e-4, losses=("answers",))
 STUDENT_ROWS = 6000
-STUDENT_TRAINING = TrainingSpec(epochs=8, batch_size=64, learning_rate=0.1)
+STUDENT_TRAINING = TrainingSpec(
+    epochs=8, batch_size=64, learning_rate=0.1, augmentation="flip_and_crop"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +140,9 @@ def cifar(spec: str, training: TrainingSpec, seed: int, n_rows: int | None = Non
     if n_rows is not None:
         chosen = np.random.default_rng(0).permutation(len(train))[:n_rows]
         train = bench.splits.train.subset("train", chosen)
-    context = replace(bench.context, train=train, training=training, seed=seed)
+    context = replace(
+        bench.context, train=train, training=training, seed=seed, checkpoints=CHECKPOINTS
+    )
     read = bench.splits.test.read()
     return Subject(bench.model, context, dict(read.inputs), read.labels)
 
@@ -154,6 +162,7 @@ def encoder(seed: int) -> Subject:
         train,
         MINILM_TRAINING,
         task,
+        CHECKPOINTS,
     )
     model = source_model(network.source, source_digest(network.source))
     assert isinstance(model, TorchModel)

@@ -19,7 +19,7 @@ from optimizer.variant import Kind, Model, Stage, TorchModel, TorchVariant
 class Recovery:
     traits = Traits(
         name="recovery",
-        version="1",
+        version="2",
         stage=Stage.RECOVER,
         accepts=Kind.TORCH,
         gives=Kind.TORCH,
