@@ -6,7 +6,7 @@ nothing and judges nothing.
 """
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,16 +54,31 @@ def blocks_of(module: "torch.nn.Module", example: Sequence["torch.Tensor"]) -> C
     The module is run in eval mode without gradients and left as it was, the mode of each part
     included.
     """
+    return Counter(block for _, block in _met(module, example))
+
+
+def named_blocks(module: "torch.nn.Module", example: Sequence["torch.Tensor"]) -> dict[str, Block]:
+    """Layer's name → its block, as `blocks_of` finds them; without layers that a run meets with
+    different shapes."""
+    found: dict[str, set[Block]] = defaultdict(set)
+    for name, block in _met(module, example):
+        found[name].add(block)
+    return {name: next(iter(blocks)) for name, blocks in found.items() if len(blocks) == 1}
+
+
+def _met(module: "torch.nn.Module", example: Sequence["torch.Tensor"]) -> list[tuple[str, Block]]:
+    """Layers' names with their blocks, in the order in which the run comes by them."""
     import torch
     from torch import nn
 
-    found: Counter[Block] = Counter()
+    found: list[tuple[str, Block]] = []
+    names = {leaf: name for name, leaf in module.named_modules()}
 
     def note(leaf: nn.Module, inputs: tuple[Any, ...], _output: Any) -> None:
         if inputs and isinstance(inputs[0], torch.Tensor):
             block = _block(leaf, tuple(inputs[0].shape[1:]))
             if block is not None:
-                found[block] += 1
+                found.append((names[leaf], block))
 
     hooks = [
         leaf.register_forward_hook(note) for leaf in module.modules() if not list(leaf.children())

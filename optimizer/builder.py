@@ -25,7 +25,7 @@ from optimizer.recipe import EFFORT, Choice, Recipe, Traits, steps_with_ids
 from optimizer.search.landscape import Option, Unbuildable
 from optimizer.space import check_parameters
 from optimizer.store import Store, StoredVariant
-from optimizer.techniques import Context, Partial, Technique, Training
+from optimizer.techniques import Context, Partial, Technique, Timed, Training
 from optimizer.torch_variant import bound, load_torch
 from optimizer.variant import STRUCTURAL, Kind, Model, Stage, StoredTorch, TorchModel
 from serve.artifact import Step
@@ -130,6 +130,15 @@ class Builder:
                 return self._blocks(model)
             except Exception:  # noqa: BLE001  building it for good will tell what is wrong
                 return None
+
+    def timed_blocks(self, name: str) -> Sequence[Block]:
+        """The layers of the base that the technique of that name wants to know the times of.
+        Raises TechniqueFailed."""
+        technique = self.techniques[name]
+        if not isinstance(technique, Timed) or technique.traits.accepts is not self.base.kind:
+            return ()
+        with blamed(name):
+            return technique.timed_blocks(self.base, self.context)
 
     def _option(self, name: str, skeleton: Recipe) -> Option | None:
         technique = self.techniques[name]

@@ -7,11 +7,12 @@ is done with an estimate is the ladder's matter.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from optimizer import blocks
+from optimizer.block_times import SIZES, TABLE_ENGINE, time_key
 from optimizer.blocks import Block, block_inputs, write_block
 from optimizer.capacity import cost_per_million
 from optimizer.errors import MeasurerUnavailable
@@ -26,8 +27,6 @@ from optimizer.store import Key, Store
 from optimizer.timing import Contender, Effort
 from optimizer.variant import canonical_json
 
-_SIZES = (1, 8, 32)
-"""Batch sizes that blocks are timed at."""
 _EFFORT = Effort(
     min_passes=8, max_passes=40, seconds=0.15, max_warmup_passes=12, max_warmup_s=0.1, max_retries=0
 )
@@ -64,6 +63,10 @@ class Estimates:
             if value["base"] == self.base_id and value["cores"] == self.cores:
                 self._take(variant_id, value)
 
+    def measure(self, wanted: Sequence[Block]) -> None:
+        """Time the blocks of a table for techniques, as far as they aren't known."""
+        self._time(dict.fromkeys(wanted, 1), TABLE_ENGINE)
+
     def learn(self, recipe: Recipe, row: Variant) -> None:
         """Set the row's measured seconds beside its sum over blocks."""
         found = self.blocks_of(recipe)
@@ -74,7 +77,7 @@ class Estimates:
         self._time(found, row.engine)
         pairs = {
             str(size): [total, measured[size]]
-            for size in _SIZES
+            for size in SIZES
             if size in measured and (total := self._sum(counts, row.engine, size)) is not None
         }
         value = {
@@ -111,7 +114,7 @@ class Estimates:
         """By batch size, those that are known."""
         found = {
             size: correction(list(self._pairs[family, size].values()))
-            for size in _SIZES
+            for size in SIZES
             if (family, size) in self._pairs
         }
         return {size: one for size, one in found.items() if one is not None}
@@ -150,8 +153,7 @@ class Estimates:
                     self._times[engine, block.key, int(size)] = float(seconds)
 
     def _timed(self, block: Block, engine: str) -> Mapping[str, float]:
-        serving = {"engine": engine, "instances": self.cores, "batch_sizes": list(_SIZES)}
-        key = Key(block.key, self.measurer.machine, "block", blocks.PROTOCOL_VERSION, serving)
+        key = time_key(block, self.measurer.machine, engine, self.cores)
         stored: Any = self.store.recorded(key)
         if stored is None:
             try:
@@ -166,11 +168,11 @@ class Estimates:
     def _measured(self, block: Block, engine: str) -> dict[str, float]:
         with self.store.workshop() as directory:
             model = write_block(block, engine, directory)
-            sizes = fixed_sizes(engine, _SIZES)
+            sizes = fixed_sizes(engine, SIZES)
             contender = Contender(directory, model.served(self.cores, 1, sizes))
-            inputs = block_inputs(block, _SIZES[-1], self.spec.seed)
+            inputs = block_inputs(block, SIZES[-1], self.spec.seed)
             timing = self.measurer.time(
-                contender, None, inputs, _SIZES, effort=_EFFORT, seed=self.spec.seed
+                contender, None, inputs, SIZES, effort=_EFFORT, seed=self.spec.seed
             )
         return {str(time.batch_size): time.p50_s for time in timing.times.times}
 

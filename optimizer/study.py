@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 
 from optimizer.choice import nearest_miss, ranked
 from optimizer.data.splits import DataSplits
-from optimizer.errors import SpecInvalid
+from optimizer.errors import SpecInvalid, TechniqueFailed
 from optimizer.estimates import Estimates
 from optimizer.evaluator import Evaluator
 from optimizer.execution.delegation import DelegatingBuilder
@@ -202,6 +202,8 @@ class _Study:
             if stages & set(STRUCTURAL)
             else None
         )
+        if estimates is not None:
+            self._time_layers(estimates, builder)
         accuracy = spec.slo.accuracy
         judgement = Judgement(
             evaluator,
@@ -215,6 +217,16 @@ class _Study:
         )  # fmt: skip
         trials.recall()
         return trials
+
+    def _time_layers(self, estimates: Estimates, builder: DelegatingBuilder) -> None:
+        """For techniques that are shaped by the target's times; one that fails here is told when
+        its space is asked for."""
+        for name in builder.techniques:
+            with suppress(TechniqueFailed):
+                wanted = builder.timed_blocks(name)
+                if wanted:
+                    self._observer.phase(f"timing {len(wanted)} layers for {name}")
+                    estimates.measure(wanted)
 
     def _front_end(self, store: Store, inputs: Mapping[str, Array]) -> FrontEnd:
         """The model of what serving costs beside the engine."""

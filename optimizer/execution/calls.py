@@ -47,10 +47,15 @@ def _blocks(builder: Builder, arguments: Mapping[str, Json]) -> Json:
     return None if found is None else [[asdict(one), count] for one, count in found.items()]
 
 
+def _timed_blocks(builder: Builder, arguments: Mapping[str, Json]) -> Json:
+    return [asdict(one) for one in builder.timed_blocks(arguments["technique"])]
+
+
 _CALLS: Mapping[str, Callable[[Builder, Mapping[str, Json]], Json]] = {
     "build": _build,
     "option": _option,
     "blocks": _blocks,
+    "timed_blocks": _timed_blocks,
 }
 
 
@@ -89,6 +94,10 @@ def blocks_from(stored: Json) -> dict[Block, int] | None:
     if stored is None:
         return None
     return {Block(**_with_tuples(values)): count for values, count in stored}
+
+
+def timed_blocks_from(stored: Sequence[Mapping[str, Json]]) -> list[Block]:
+    return [Block(**_with_tuples(values)) for values in stored]
 
 
 def machine_from(stored: Mapping[str, Json]) -> Machine:

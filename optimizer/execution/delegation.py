@@ -3,17 +3,18 @@
 So the process that searches runs no technique, no user's code and no torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from optimizer.blocks import Block
 from optimizer.builder import Builder
 from optimizer.errors import ParityMismatch, TechniqueFailed, TechniqueNotApplicable
 from optimizer.execution import Executor
-from optimizer.execution.calls import blocks_from, option_from, recipe_to
+from optimizer.execution.calls import blocks_from, option_from, recipe_to, timed_blocks_from
 from optimizer.recipe import Recipe
 from optimizer.search.landscape import Option
 from optimizer.store import StoredVariant
+from optimizer.techniques import Timed
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,6 +47,11 @@ class DelegatingBuilder(Builder):
             return blocks_from(self.executor.build("blocks", {"recipe": recipe_to(recipe)}))
         except TechniqueFailed:  # building it for good will tell what is wrong
             return None
+
+    def timed_blocks(self, name: str) -> Sequence[Block]:
+        if not isinstance(self.techniques[name], Timed):
+            return ()
+        return timed_blocks_from(self.executor.build("timed_blocks", {"technique": name}))
 
     def _option(self, name: str, skeleton: Recipe) -> Option | None:
         arguments = {"technique": name, "recipe": recipe_to(skeleton)}

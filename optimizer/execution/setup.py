@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from optimizer.block_times import StoredTimes
 from optimizer.builder import Builder
 from optimizer.data.splits import DataSplits, Samples, Split, load_splits
 from optimizer.errors import SpecInvalid
@@ -56,7 +57,12 @@ class Surroundings:
         return first(self.splits.validation, N_TIMED_SAMPLES).inputs
 
     def builder(self, store: Store) -> Builder:
-        context = replace(self.context, checkpoints=store.checkpoints)
+        cores = self.spec.target.cores or self.machine.cores
+        context = replace(
+            self.context,
+            checkpoints=store.checkpoints,
+            block_seconds=StoredTimes(store, self.machine, cores),
+        )
         return Builder(store, self.base, self.techniques, context, self.inputs)
 
     def check(self) -> None:

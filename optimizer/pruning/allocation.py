@@ -1,7 +1,7 @@
 """Allocation: how many units each group loses, so that a share of the operations goes.
 
-Whatever the rule, the ratio means the same: the share of the network's multiply-adds that are
-to go. Which units of a group go is by their scores.
+The ratio is the share of the network's multiply-adds that are to go, and for `latency` of the
+seconds that the target's table has for it. Which units of a group go is by their scores.
 """
 
 # ruff: noqa: ARG001  every rule takes what the table passes
@@ -10,12 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from optimizer.pruning.costs import Costs, Counts
 from optimizer.pruning.groups import Group
 from optimizer.pruning.importance import Scores
+from optimizer.pruning.knapsack import choose
+from optimizer.pruning.latency import Latency
 
 _STEPS = 256
+_ROUNDS = 8
+"""Of knapsacks, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +32,8 @@ class Candidates:
     costs: Costs
     multiple: int
     """Of channels that a layer keeps."""
+    latency: Latency | None = None
+    """By the target's table, for the rule `latency`."""
 
     def levels(self, index: int) -> list[int]:
         """How many units of the group may go, rising from 0: what stays is a multiple, and not
@@ -38,6 +45,10 @@ class Candidates:
         kept = [n for n in range(n_units - 1, 0, -1) if n * width % self.multiple == 0]
         return [0, *(n_units - n for n in kept)]
 
+    def lost(self, index: int) -> NDArray[np.float64]:
+        """[count]: the importance of so many units of the group, of those that go first."""
+        return np.concatenate([[0.0], np.cumsum(np.sort(self.scores[index]))])
+
     def gone(self, counts: Counts) -> list[int]:
         """The units that go: of each group those with the lowest scores."""
         return [
@@ -47,7 +58,8 @@ class Candidates:
         ]
 
 
-Rule = Callable[[Candidates, float], Counts]
+Left = Callable[[Counts], float]
+"""What is left of the network when so many units of each group go."""
 Sensitivity = Callable[[int, int], float]
 """(group's index, units gone) → how far the outputs move when only those go; at least 0."""
 
@@ -58,8 +70,8 @@ def width_of(group: Group) -> int:
 
 
 def allocate(rule: str, candidates: Candidates, ratio: float, sensitivity: Sensitivity) -> Counts:
-    """How many units go from each group so that at least `ratio` of the operations go, or, where
-    multiples don't allow that, as few more as the rule can.
+    """How many units go from each group so that at least `ratio` of the operations (for `latency`
+    of the seconds) go, or, where multiples don't allow that, as few more as the rule can.
 
     Raises ValueError for a ratio out of (0, 1), or one that would empty a layer.
     """
@@ -67,15 +79,21 @@ def allocate(rule: str, candidates: Candidates, ratio: float, sensitivity: Sensi
         raise ValueError(f"ratio: got {ratio:g}, want more than 0 and less than 1")
     if rule not in RULES:
         raise ValueError(f"allocation: got {rule!r}, want one of {', '.join(RULES)}")
-    _check_reachable(candidates, ratio)
-    target = (1 - ratio) * candidates.costs.operations(_none(candidates))
+    left = _seconds(candidates) if rule == "latency" else candidates.costs.operations
+    _check_reachable(candidates, ratio, left)
+    target = (1 - ratio) * left(_none(candidates))
     return RULES[rule](candidates, target, sensitivity)
 
 
-def _check_reachable(candidates: Candidates, ratio: float) -> None:
+def _seconds(candidates: Candidates) -> Left:
+    if candidates.latency is None:
+        raise ValueError("allocation: got latency without a table of the target's times")
+    return candidates.latency.seconds
+
+
+def _check_reachable(candidates: Candidates, ratio: float, left: Left) -> None:
     most = np.array([candidates.levels(index)[-1] for index in range(len(candidates.groups))])
-    before = candidates.costs.operations(_none(candidates))
-    possible = 1 - candidates.costs.operations(most) / before
+    possible = 1 - left(most) / left(_none(candidates))
     if ratio > possible:
         fullest = int(np.argmax([len(group.units) for group in candidates.groups]))
         group = candidates.groups[fullest]
@@ -134,22 +152,97 @@ def _by_cost(candidates: Candidates, target: float, sensitivity: Sensitivity) ->
     """The least importance for the most effort saved, step by step: the knapsack of Shen et al.
     2022 ("Structural Pruning via Latency-Saliency Knapsack") by its greedy solution, and with
     counted in place of measured costs."""
-    costs, counts = candidates.costs, _none(candidates)
+
+    def effort(counts: Counts) -> float:
+        return candidates.costs.effort(counts, candidates.multiple)
+
+    return _greedy(candidates, _none(candidates), target, candidates.costs.operations, effort)
+
+
+def _by_latency(candidates: Candidates, target: float, sensitivity: Sensitivity) -> Counts:
+    """The knapsack of Shen et al. 2022 (equation 6) with measured seconds: the most importance kept
+    within the budget.
+
+    A layer's seconds depend on its inputs' group, too. The paper prunes in steps, each with the
+    inputs of the step before; here each group's seconds are taken with the others as they are,
+    the knapsack solved, and that again from its solution until it stays, beginning with the greedy
+    solution. What then misses the budget is mended step by step, what it has to spare given back.
+    """
+    seconds = _seconds(candidates)
+    losses = [
+        candidates.lost(index)[candidates.levels(index)] for index in range(len(candidates.groups))
+    ]
+
+    def loss(counts: Counts) -> float:
+        return sum(float(candidates.lost(index)[n]) for index, n in enumerate(counts))
+
+    counts = _greedy(candidates, _none(candidates), target, seconds, seconds)
+    tried = [_given_back(candidates, counts, target, seconds)]
+    for _ in range(_ROUNDS):
+        chosen = choose(losses, _alone(candidates, counts, seconds), target - seconds(counts))
+        if chosen is None:
+            break
+        new = np.array([candidates.levels(index)[at] for index, at in enumerate(chosen)])
+        if np.array_equal(new, counts):
+            break
+        counts = new
+        mended = _greedy(candidates, counts, target, seconds, seconds)
+        tried.append(_given_back(candidates, mended, target, seconds))
+    return min(tried, key=lambda one: (loss(one), seconds(one)))
+
+
+def _alone(candidates: Candidates, counts: Counts, left: Left) -> list[NDArray[np.float64]]:
+    """For each group and level: what is left more than now, if that alone changes."""
+    now, found = left(counts), []
+    for index in range(len(candidates.groups)):
+        row = []
+        for level in candidates.levels(index):
+            tried = counts.copy()
+            tried[index] = level
+            row.append(left(tried) - now)
+        found.append(np.array(row))
+    return found
+
+
+def _greedy(
+    candidates: Candidates, counts: Counts, target: float, left: Left, price_in: Left
+) -> Counts:
+    """From `counts` on, a level at a time where least is lost for what it saves of `price_in`,
+    until `left` is at the target."""
     steps = [candidates.levels(index) for index in range(len(candidates.groups))]
-    lost = [np.concatenate([[0.0], np.cumsum(np.sort(one))]) for one in candidates.scores]
-    while costs.operations(counts) > target:
-        now = costs.effort(counts, candidates.multiple)
+    lost = [candidates.lost(index) for index in range(len(candidates.groups))]
+    while left(counts) > target:
+        now = price_in(counts)
         best, best_price = counts, np.inf
         for index, levels in enumerate(steps):
             for level in levels[levels.index(int(counts[index])) + 1 :][:1]:
                 tried = counts.copy()
                 tried[index] = level
-                saved = now - costs.effort(tried, candidates.multiple)
-                price = (lost[index][level] - lost[index][counts[index]]) / max(saved, 1e-9)
+                saved = now - price_in(tried)
+                price = (lost[index][level] - lost[index][counts[index]]) / max(saved, 1e-12)
                 if price < best_price:
                     best, best_price = tried, price
         counts = best
     return counts
+
+
+def _given_back(candidates: Candidates, counts: Counts, target: float, left: Left) -> Counts:
+    """Levels taken back as long as the target holds, what matters most first."""
+    while True:
+        best, most = None, 0.0
+        for index in range(len(candidates.groups)):
+            levels, lost = candidates.levels(index), candidates.lost(index)
+            at = levels.index(int(counts[index]))
+            if at == 0:
+                continue
+            tried = counts.copy()
+            tried[index] = levels[at - 1]
+            gained = float(lost[levels[at]] - lost[levels[at - 1]])
+            if gained > most and left(tried) <= target:
+                best, most = tried, gained
+        if best is None:
+            return counts
+        counts = best
 
 
 RULES: Mapping[str, Callable[[Candidates, float, Sensitivity], Counts]] = {
@@ -157,6 +250,7 @@ RULES: Mapping[str, Callable[[Candidates, float, Sensitivity], Counts]] = {
     "global": _global,
     "sensitivity": _by_sensitivity,
     "cost": _by_cost,
+    "latency": _by_latency,
 }
 
 

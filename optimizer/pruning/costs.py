@@ -23,6 +23,9 @@ class Costs:
 
     def __init__(self, network: Network, groups: Sequence[Group]) -> None:
         works = network.flow.work
+        self.n_groups = len(groups)
+        self.layers = tuple(work.layer for work in works)
+        """Of each operator."""
         self._operations = np.array([work.operations for work in works])
         self._moved = np.array([work.moved for work in works])
         self._outputs = _Axis(network, groups, [work.outputs for work in works])
@@ -36,9 +39,17 @@ class Costs:
     def effort(self, gone: Counts, multiple: int) -> float:
         """What is left as kernels have to do it: widths rounded up to `multiple`, and elements
         written, at `MOVED` multiply-adds each."""
+        return float(self.efforts(gone, multiple).sum())
+
+    def efforts(self, gone: Counts, multiple: int) -> NDArray[np.float64]:
+        """[operator]: the effort of each."""
         outputs = self._outputs.shares(gone, multiple)
         arithmetic = outputs * self._inputs.shares(gone, multiple)
-        return float(self._operations @ arithmetic + MOVED * self._moved @ outputs)
+        return np.asarray(self._operations * arithmetic + MOVED * self._moved * outputs)
+
+    def shares(self, gone: Counts) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """[operator]: how much of its outputs is left, and of its inputs, of 1."""
+        return self._outputs.shares(gone, 1), self._inputs.shares(gone, 1)
 
 
 class _Axis:

@@ -5,11 +5,12 @@ one model and its parameters; it knows neither the others nor the search.
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
+from optimizer.blocks import Block
 from optimizer.data.splits import Split
 from optimizer.recipe import Traits
 from optimizer.space import Parameters, Space
@@ -56,6 +57,9 @@ class Context:
     checkpoints: Path | None = None
     """A folder that outlives a killed build, where a training may keep how far it has come. It
     decides no result."""
+    block_seconds: Callable[[Block], float | None] | None = None
+    """What the target takes for a batch of a single layer, None where that wasn't measured. As
+    with the machine, what decides a result enters through the parameters."""
 
 
 class Technique(Protocol):
@@ -101,6 +105,16 @@ class Partial(Protocol):
 
     def missing(self, model: Model, context: Context) -> Mapping[str, str]:
         """Part → why it can't be used here, shown to the user."""
+        ...
+
+
+@runtime_checkable
+class Timed(Protocol):
+    """What a technique offers beside the contract where the target's times of layers shape it."""
+
+    def timed_blocks(self, model: Model, context: Context) -> Sequence[Block]:
+        """The layers to be timed before its space is asked for; then the context has their
+        seconds."""
         ...
 
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from optimizer.blocks import Block, named_blocks
 from optimizer.model_source import read_signature
 from optimizer.recipe import Needs, Traits
 from optimizer.space import Categorical, Parameters, Space
 from optimizer.techniques import Context
+from optimizer.torch_example import example_inputs
 from optimizer.torch_variant import load_torch, torch_model
 from optimizer.variant import Json, Kind, Model, Stage, TorchModel, TorchVariant
 from serve.machine import Machine
@@ -24,9 +26,12 @@ if TYPE_CHECKING:
     from optimizer.pruning.graph import InputShape
     from optimizer.pruning.groups import Group, Network
     from optimizer.pruning.importance import Samples
+    from optimizer.pruning.latency import Seconds
 
 _NAME = "pruning"
 _CHANNELS, _BLOCKS, _BOTH, _WEIGHTS = "channels", "blocks", "both", "weights"
+_ALLOCATIONS = ("cost", "uniform", "global", "sensitivity")
+_LATENCY, _TABLE = "latency", "latencies"
 _RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7)
 _N_CHECKED = 2
 _N_FOR_SENSITIVITY = 32
@@ -75,6 +80,7 @@ class Pruning:
         kinds = self._kinds(network, n_blocks, context.machine)
         widths = {"what": (_CHANNELS, _BOTH)}
         scopes = [residual for residual in (False, True) if _in_scope(network, residual)]
+        table = self._table(model, context)
         criteria = [name for name in CRITERIA if name != "random"]
         if not _has_norms(network):
             criteria.remove("bn_scale")
@@ -83,7 +89,10 @@ class Pruning:
             "ratio": Categorical(_RATIOS, when=widths),
             "residual": Categorical(tuple(scopes) or (True,), when=widths),
             "criterion": Categorical(tuple(criteria), when=widths),
-            "allocation": Categorical(("cost", "uniform", "global", "sensitivity"), when=widths),
+            "allocation": Categorical(
+                (*_ALLOCATIONS, *((_LATENCY,) if table else ())), when=widths
+            ),
+            **_table_of(table),
             "multiple": Categorical((8, 16, 4, 1), when=widths),
             "blocks": Categorical(
                 tuple(range(1, max(2, n_blocks))), when={"what": (_BLOCKS, _BOTH)}
@@ -95,6 +104,15 @@ class Pruning:
             ),
         }
 
+    def timed_blocks(self, model: Model, context: Context) -> Sequence[Block]:
+        """For the allocation by latency: what its table has to have."""
+        assert isinstance(model, TorchModel)
+        from optimizer.pruning.latency import table_blocks
+
+        if self.check(model, context) is not None or not self._network(model).groups:
+            return ()
+        return table_blocks(_layers(model).values())
+
     def describe(self, parameters: Parameters) -> str:
         what = str(parameters["what"])
         if what == _WEIGHTS:
@@ -103,7 +121,9 @@ class Pruning:
             )
         parts = [f"{parameters['blocks']} blocks less"] if "blocks" in parameters else []
         if "ratio" in parameters:
-            parts.append(f"{float(parameters['ratio']):.0%} pruned by {parameters['criterion']}")
+            of = " of latency" if parameters["allocation"] == _LATENCY else ""
+            share = f"{float(parameters['ratio']):.0%}{of}"
+            parts.append(f"{share} pruned by {parameters['criterion']}")
         return ", ".join(parts)
 
     def apply(
@@ -112,13 +132,17 @@ class Pruning:
         assert isinstance(model, TorchModel)
         if parameters["what"] == _WEIGHTS:
             return self._mask(model, parameters, directory)
+        self._check_table(model, parameters, context)
         samples = _samples(model, context)
         operations: dict[str, Json] = {}
         if "blocks" in parameters:
             operations["bypassed"] = self._bypassed(model, int(parameters["blocks"]), samples)
         if "ratio" in parameters:
             forms = operations.get("bypassed", {})
-            module, operations["widths"] = self._narrowed(model, parameters, samples, forms)
+            seconds = context.block_seconds
+            module, operations["widths"] = self._narrowed(
+                model, parameters, samples, forms, seconds
+            )
         else:
             module = self.restructure(load_torch(model), operations)
         return torch_model(directory, model, module, self, operations)
@@ -161,6 +185,24 @@ class Pruning:
         kinds += [] if why_no_speed(machine) else [_WEIGHTS]
         return tuple(kinds)
 
+    def _table(self, model: TorchModel, context: Context) -> str | None:
+        """The digest of the target's table of latencies; None where there is none."""
+        from optimizer.pruning.latency import table_digest
+
+        if context.block_seconds is None or not self._network(model).groups:
+            return None
+        return table_digest(_layers(model).values(), context.block_seconds)
+
+    def _check_table(self, model: TorchModel, parameters: Parameters, context: Context) -> None:
+        """Raises ValueError where the table isn't that of the parameters."""
+        wanted = parameters.get(_TABLE)
+        found = self._table(model, context) if wanted is not None else None
+        if found != wanted:
+            raise ValueError(
+                f"{_TABLE}: got {wanted}, and the target's table of latencies is "
+                f"{found or 'missing'}: want the table that the recipe was made with"
+            )
+
     # --- what goes
 
     def _bypassed(self, model: TorchModel, n: int, samples: "Samples") -> dict[str, str]:
@@ -172,7 +214,12 @@ class Pruning:
         return forms_of(module, chosen, _first(samples, _N_CHECKED))
 
     def _narrowed(
-        self, model: TorchModel, parameters: Parameters, samples: "Samples", forms: Json
+        self,
+        model: TorchModel,
+        parameters: Parameters,
+        samples: "Samples",
+        forms: Json,
+        seconds: "Seconds | None",
     ) -> "tuple[torch.nn.Module, Json]":
         """The pruned module, with the operations that make it. Raises ValueError where it doesn't
         compute what zeros would."""
@@ -187,7 +234,7 @@ class Pruning:
         )
 
         network = self._network(model, forms)
-        gone = self._gone(model, network, parameters, samples, forms)
+        gone = self._gone(model, network, parameters, samples, forms, seconds)
         inputs = _first(samples, _N_CHECKED)
         wanted = masked_outputs(bypass(load_torch(model), forms), network, gone, inputs)
         problems = []
@@ -210,17 +257,23 @@ class Pruning:
         parameters: Parameters,
         samples: "Samples",
         forms: Json,
+        seconds: "Seconds | None",
     ) -> list[int]:
         from optimizer.pruning.allocation import Candidates, allocate
         from optimizer.pruning.costs import Costs
         from optimizer.pruning.depth import bypass
         from optimizer.pruning.importance import score
+        from optimizer.pruning.latency import Latency
         from optimizer.pruning.sensitivity import Sensitivity
 
         module = bypass(load_torch(model), forms)
         groups = _in_scope(network, bool(parameters["residual"]))
         scores = score(str(parameters["criterion"]), module, groups, samples)
-        candidates = Candidates(groups, scores, Costs(network, groups), int(parameters["multiple"]))
+        costs = Costs(network, groups)
+        latency = None
+        if parameters["allocation"] == _LATENCY and seconds is not None:
+            latency = Latency(costs, _layers(model), seconds)
+        candidates = Candidates(groups, scores, costs, int(parameters["multiple"]), latency)
         sensitivity = Sensitivity(module, network, candidates, _first(samples, _N_FOR_SENSITIVITY))
         counts = allocate(
             str(parameters["allocation"]), candidates, float(parameters["ratio"]), sensitivity
@@ -238,6 +291,18 @@ class Pruning:
             "engines keep the zeros",
         )
         return torch_model(directory, model, module, self, {MASKS: list(names)}, notes)
+
+
+def _table_of(digest: str | None) -> Space:
+    """The parameter by which ids cover the table."""
+    if digest is None:
+        return {}
+    return {_TABLE: Categorical((digest,), when={"allocation": (_LATENCY,)})}
+
+
+def _layers(model: TorchModel) -> dict[str, Block]:
+    """The network's convolutions and matrix products by the names of their layers."""
+    return named_blocks(load_torch(model), example_inputs(read_signature(model.source)))
 
 
 def _inputs(model: TorchModel) -> "list[InputShape]":

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from optimizer.blocks import Block
 from optimizer.recipe import Traits
 from optimizer.space import Categorical, Parameters, Space
 from optimizer.techniques import Context
@@ -27,6 +29,9 @@ class Rogue:
     def space(self, model: Model, context: Context) -> Space:
         ways = ("talks", "listens", "raises", "is killed", "hangs")
         return {"way": Categorical(ways)}
+
+    def timed_blocks(self, model: Model, context: Context) -> Sequence[Block]:
+        return (Block("conv", (3, 8, 8), 16, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),)
 
     def describe(self, parameters: Parameters) -> str:
         return f"a rogue that {parameters['way']}"

@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 import pytest
 
+from optimizer.block_times import StoredTimes
 from optimizer.blocks import Block
 from optimizer.estimates import Estimates
 from optimizer.measuring import Batch, ContenderFailed
@@ -219,3 +220,21 @@ def test_nothing_is_learned_when_a_variant_was_not_timed(spec: Spec, store: Stor
     measurer = Clockwork()
     estimates(spec, store, measurer).learn(recipe(16), Variant("w16", "", "dropped"))
     assert measurer.timed == []
+
+
+def test_table_is_timed_once_and_found_again_by_techniques(spec: Spec, store: Store) -> None:
+    clockwork = Clockwork()
+    layers = [Block("linear", (8,), 16), Block("linear", (8,), 24)]
+    estimates(spec, store, clockwork).measure(layers)
+    estimates(spec, store, clockwork).measure(layers)  # another study
+    assert clockwork.timed == [16, 24]
+    found = StoredTimes(store, MACHINE, 2)
+    assert [found(layer) for layer in layers] == [block_s(16, 8), block_s(24, 8)]
+    assert found(Block("linear", (8,), 32)) is None
+    assert StoredTimes(store, MACHINE, 1)(layers[0]) is None
+
+
+def test_table_lacks_what_the_engine_cannot_run(spec: Spec, store: Store) -> None:
+    layer = Block("linear", (8,), 16)
+    estimates(spec, store, Clockwork(failure=ContenderFailed("no kernel"))).measure([layer])
+    assert StoredTimes(store, MACHINE, 2)(layer) is None

@@ -28,6 +28,7 @@ from optimizer.execution.calls import (
     option_from,
     space_from,
     space_to,
+    timed_blocks_from,
 )
 from optimizer.execution.delegation import DelegatingBuilder
 from optimizer.execution.inline import InlineExecutor
@@ -128,6 +129,17 @@ def test_worker_gives_the_same_options_and_blocks_as_the_inline_executor(
     blocks = blocks_from(processes.build("blocks", {"recipe": NARROW}))
     assert blocks
     assert blocks == blocks_from(inline.build("blocks", {"recipe": NARROW}))
+
+
+def test_worker_gives_the_same_layers_to_time_as_the_inline_executor(
+    processes: ProcessExecutor, inline: InlineExecutor
+) -> None:
+    for technique, n in (("rogue", 1), ("narrow", 0)):
+        asked = {"technique": technique}
+        layers = timed_blocks_from(processes.build("timed_blocks", asked))
+        assert layers == timed_blocks_from(inline.build("timed_blocks", asked))
+        assert len(layers) == n
+        assert all(hash(layer) for layer in layers)
 
 
 def test_blocks_are_none_when_the_recipe_cannot_be_made(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from optimizer.blocks import Block, named_blocks
 from optimizer.data.splits import Samples as Read
 from optimizer.pruning import masks
 from optimizer.pruning.allocation import RULES, Candidates, allocate
@@ -18,6 +19,7 @@ from optimizer.pruning.depth import Bypass, blocks_of, bypass, importance, least
 from optimizer.pruning.graph import named_tensors, trace
 from optimizer.pruning.groups import Group
 from optimizer.pruning.importance import CRITERIA, Samples, Scores, score
+from optimizer.pruning.latency import Latency
 from optimizer.pruning.sensitivity import Sensitivity
 from optimizer.recipe import Recipe
 from optimizer.space import Value, check_parameters, defaults
@@ -154,7 +156,15 @@ def candidates(name: str, multiple: int = 1, criterion: str = "l2") -> Candidate
     one = case(name)
     groups = one.network.groups
     scores = score(criterion, one.module(), groups, samples(name))
-    return Candidates(groups, scores, Costs(one.network, groups), multiple)
+    costs = Costs(one.network, groups)
+    layers = named_blocks(one.module(), samples(name).inputs)
+    return Candidates(groups, scores, costs, multiple, Latency(costs, layers, seconds))
+
+
+def seconds(block: Block) -> float:
+    """Of a made-up machine."""
+    n_inputs = block.input_shape[0] if block.kind == "conv" else block.input_shape[-1]
+    return 1e-6 + 1e-9 * n_inputs * block.n_outputs / block.groups
 
 
 def none_moves(_group: int, _n_gone: int) -> float:
@@ -170,9 +180,11 @@ def sensitivity_of(name: str, given: Candidates) -> Sensitivity:
 @pytest.mark.parametrize("name", ["vgg", "resnet_option_a", "densenet", "vit"])
 def test_allocation_reaches_the_ratio_when_it_can(rule: str, name: str) -> None:
     given = candidates(name)
-    before = given.costs.operations(np.zeros(len(given.groups), dtype=np.int64))
+    assert given.latency is not None
+    left = given.latency.seconds if rule == "latency" else given.costs.operations
+    before = left(np.zeros(len(given.groups), dtype=np.int64))
     counts = allocate(rule, given, 0.3, sensitivity_of(name, given))
-    assert 0.3 <= 1 - given.costs.operations(counts) / before < 0.6
+    assert 0.3 <= 1 - left(counts) / before < 0.6
     assert all(count < len(group.units) for count, group in zip(counts, given.groups, strict=True))
 
 
