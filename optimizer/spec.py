@@ -366,7 +366,8 @@ class DataSpec(Strict):
     """Three disjoint sets of samples: to learn from, to choose by, and to report once."""
 
     format: Literal["parquet", "numpy", "image_folder", "importable"]
-    train: SplitSpec
+    train: SplitSpec | None = None
+    """Without it calibration samples are generated from the model, and nothing can be trained."""
     validation: SplitSpec
     test: SplitSpec
     columns: Columns = Columns()
@@ -379,7 +380,8 @@ class DataSpec(Strict):
     """Without it: the names of the label's classes in the file, the subfolders of train, or the
     largest label of train and one."""
     calibration_samples: int | None = Field(default=None, ge=1)
-    """Drawn from train by the spec's seed. Without it 512, or all of a smaller train split."""
+    """Drawn from train by the spec's seed. Without it 512, or all of a smaller train split; 128
+    where they are generated."""
     overlap: Literal["refuse", "drop"] = "refuse"
     """Of a sample in two splits: an error, or leave it out of train (first) or validation;
     test always stays whole."""
@@ -389,7 +391,9 @@ class DataSpec(Strict):
         wanted = "call" if self.format == "importable" else "path"
         kind = "folder" if self.format == "image_folder" else "file"
         for name in ("train", "validation", "test"):
-            split: SplitSpec = getattr(self, name)
+            split: SplitSpec | None = getattr(self, name)
+            if split is None:
+                continue
             if getattr(split, wanted) is None:
                 raise ValueError(f"want {wanted} in {name} for the format {self.format}")
             if split.path is not None and split.path.is_dir() != (kind == "folder"):

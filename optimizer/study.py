@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from optimizer.choice import nearest_miss, ranked
+from optimizer.data.generated import NOTE as GENERATED
 from optimizer.data.splits import DataSplits
 from optimizer.errors import SpecInvalid, TechniqueFailed
 from optimizer.estimates import Estimates
@@ -140,6 +141,8 @@ class _Study:
             refuse_contradictions(self._spec, self._repository, self._measurer)
             self._observer.phase("reading model and data")
             splits = read_data(self._spec)
+            if splits.train is None:
+                self._note(GENERATED)
             has_labels = splits.validation.labels is not None
             self._task = make_task(self._spec.task, has_labels=has_labels)
             refuse_lost_output(self._spec, self._task)
@@ -374,6 +377,7 @@ class _Study:
             data_digests={
                 split.name: split.digest
                 for split in (splits.train, splits.calibration, splits.validation, splits.test)
+                if split is not None
             },
             seeds={"study": spec.seed},
             budget=self._budget(trials),

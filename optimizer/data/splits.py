@@ -114,7 +114,8 @@ class TableSplit:
 class DataSplits:
     """All data of a study. Train, validation and test share no sample."""
 
-    train: Split
+    train: Split | None
+    """None where the spec has no training data."""
     calibration: Split
     validation: Split
     test: Split
@@ -129,27 +130,36 @@ class DataSplits:
     leak nothing, but a confidence bound over them takes them for independent."""
 
 
-def load_splits(data: DataSpec, input_names: Sequence[str], seed: int) -> DataSplits:
-    """Read, hash and divide the data; `input_names` are the model's inputs.
+def load_splits(
+    data: DataSpec, input_names: Sequence[str], seed: int, generated: Split | None = None
+) -> DataSplits:
+    """Read, hash and divide the data; `input_names` are the model's inputs, `generated` the
+    calibration samples of a spec without training data.
 
     Raises SpecInvalid for files that can't be read, labels that don't fit, or overlap.
     """
     _check_inputs(data, input_names)
-    train = _table(data.train, data, input_names, None)
-    tables = {
-        "train": train,
-        "validation": _table(data.validation, data, input_names, train.classes),
-        "test": _table(data.test, data, input_names, train.classes),
-    }
+    tables: dict[str, Table] = {}
+    given = {"train": data.train, "validation": data.validation, "test": data.test}
+    for name, spec in given.items():
+        if spec is not None:
+            classes = next(iter(tables.values())).classes if tables else None
+            tables[name] = _table(spec, data, input_names, classes)
     preprocessing = _preprocessing(data)
     splits = {name: _whole(name, table, preprocessing) for name, table in tables.items()}
     n_classes = _n_classes(splits, data.n_classes)
     separate, n_dropped = _separated(splits, data.overlap)
-    calibration = _calibration(separate["train"], data.calibration_samples, seed)
-    named = {**separate, "calibration": calibration}
-    combined = "".join(named[name].digest for name in _ORDER)
+    calibration = generated
+    if "train" in separate:
+        calibration = _calibration(separate["train"], data.calibration_samples, seed)
+    assert calibration is not None, "who leaves out train gives generated samples"
+    named: dict[str, Split] = {**separate, "calibration": calibration}
+    combined = "".join(named[name].digest for name in _ORDER if name in named)
     return DataSplits(
-        **{name: named[name] for name in _ORDER},
+        train=named.get("train"),
+        calibration=calibration,
+        validation=named["validation"],
+        test=named["test"],
         digest=hashlib.sha256(combined.encode()).hexdigest(),
         n_classes=n_classes,
         n_dropped=n_dropped,
@@ -222,7 +232,8 @@ def _whole(name: str, table: Table, preprocessing: str) -> TableSplit:
 def _n_classes(splits: Mapping[str, TableSplit], given: int | None) -> int:
     """How many classes there are; every label must be one of them.
 
-    As given, or as the training file names them, or one more than its largest label.
+    As given, or as the training file names them, or one more than its largest label; without
+    training data validation's.
     """
     labels = {name: split.labels for name, split in splits.items()}
     without = [name for name, values in labels.items() if values is None]
@@ -232,13 +243,14 @@ def _n_classes(splits: Mapping[str, TableSplit], given: int | None) -> int:
         raise SpecInvalid(
             _SOURCE, [f"data.{name}: has no labels, though others have" for name in without]
         )
-    train = labels["train"]
-    assert train is not None
-    if len(np.unique(train)) < 2:
+    first = next(iter(splits))
+    own = labels[first]
+    assert own is not None
+    if len(np.unique(own)) < 2:
         raise SpecInvalid(
-            _SOURCE, [f"data.train: every label is {train[0]}, want at least 2 classes"]
+            _SOURCE, [f"data.{first}: every label is {own[0]}, want at least 2 classes"]
         )
-    n_classes = given or splits["train"].table.n_classes or int(train.max()) + 1
+    n_classes = given or splits[first].table.n_classes or int(own.max()) + 1
     problems = [
         f"data.{name}: got the label {outside[0]} at sample "
         f"{int(np.flatnonzero(values == outside[0])[0])} ({len(outside)} in all), "
@@ -255,7 +267,7 @@ def _separated(
     splits: Mapping[str, TableSplit], overlap: str
 ) -> tuple[dict[str, TableSplit], dict[str, int]]:
     """Splits without what they share with a later one, and how many samples that were."""
-    order = ("train", "validation", "test")
+    order = tuple(splits)
     shared = {
         (name, other): _n_shared(splits[name], splits[other])
         for index, name in enumerate(order)

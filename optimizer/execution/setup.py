@@ -8,6 +8,7 @@ import numpy as np
 
 from optimizer.block_times import StoredTimes
 from optimizer.builder import Builder
+from optimizer.data.generated import GeneratedSplit, generated_split
 from optimizer.data.splits import DataSplits, Samples, Split, load_splits
 from optimizer.errors import SpecInvalid
 from optimizer.kernels import precision_of
@@ -58,8 +59,12 @@ class Surroundings:
 
     def builder(self, store: Store) -> Builder:
         cores = self.spec.target.cores or self.machine.cores
+        calibration = self.splits.calibration
+        if isinstance(calibration, GeneratedSplit):
+            calibration = replace(calibration, folder=store.checkpoints)
         context = replace(
             self.context,
+            calibration=calibration,
             checkpoints=store.checkpoints,
             block_seconds=StoredTimes(store, self.machine, cores),
         )
@@ -72,11 +77,17 @@ class Surroundings:
         is_logits = task.kind == "classification" and task.output is None
         n_classes = splits.n_classes if is_logits else 0
         check_model(self.spec.model, first(splits.validation, _N_CHECKED), n_classes)
+        if isinstance(splits.calibration, GeneratedSplit):
+            splits.calibration.check(str(self.spec.source))
 
 
 def read_data(spec: Spec) -> DataSplits:
     """The spec's data. Raises SpecInvalid."""
-    return load_splits(spec.data, read_signature(spec.model).input_names, spec.seed)
+    generated = None
+    if spec.data.train is None:
+        wanted = spec.data.calibration_samples
+        generated = generated_split(spec.model, str(spec.source), wanted, spec.seed)
+    return load_splits(spec.data, read_signature(spec.model).input_names, spec.seed, generated)
 
 
 def enabled_techniques(spec: Spec) -> dict[str, Technique]:

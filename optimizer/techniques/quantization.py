@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optimizer.data.generated import GeneratedSplit
 from optimizer.quantization.blockwise import blockwise_layers, quantize_blockwise
 from optimizer.quantization.dynamic import dynamic_layers, quantize_dynamic
 from optimizer.quantization.equalization import pairs_of
@@ -28,6 +29,8 @@ from optimizer.variant import Kind, Model, OnnxModel, Stage, onnx_model
 if TYPE_CHECKING:
     import onnx
 
+_INPUTS = "inputs"
+"""Says in recipe and label that the calibration samples aren't data; no choice."""
 _FILE = "model.onnx"
 _HEAVY = ("Conv", "MatMul", "Gemm")
 _MIN_OPSET = 13
@@ -85,6 +88,8 @@ class Quantization:
             space["alpha"] = Categorical(_ALPHAS, when={"smooth": (True,)})
         if len(layers_of(graph)) > 1:
             space["keep_fp32"] = Categorical(_SHARES, when=_STATIC)
+        if isinstance(context.calibration, GeneratedSplit):
+            space[_INPUTS] = Categorical(("generated",), when=_STATIC)
         space["activations"] = Categorical((activations,))
         space["reduce_range"] = Categorical((reduce_range,))
         return space
@@ -93,6 +98,8 @@ class Quantization:
         if parameters["format"] in _WEIGHTS:
             return f"int{_WEIGHTS[str(parameters['format'])]} weights"
         words = [str(parameters.get("calibration", parameters["format"]))]
+        if _INPUTS in parameters:
+            words.append(f"on {parameters[_INPUTS]} inputs")
         if "percentile" in parameters:
             words[0] += f" {parameters['percentile']}"
         if parameters.get("equalize", "none") != "none":
