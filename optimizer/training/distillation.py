@@ -17,6 +17,7 @@ from optimizer.training.batches import Batch
 from optimizer.training.features import Places
 from optimizer.training.teacher import Answering, Answers, Teacher
 
+Kind = Literal["classes", "embedding", "values"]
 LOSSES = ("answers", "dist", "attention", "feature", "relational")
 """What answers differ by; for classes correlations in its place; or that and a further term."""
 NEED_FEATURES = frozenset({"attention", "feature"})
@@ -33,7 +34,7 @@ class Mixture:
     labels `alpha` is 0; at 1 only labels and further terms count. `temperature` is that of the
     softmax."""
 
-    kind: Literal["classes", "embedding", "values"] = "classes"
+    kind: Kind = "classes"
     loss: str = "answers"
     alpha: float = 0.0
     temperature: float = 4.0
@@ -81,7 +82,10 @@ class Distillation:
 
     def __call__(self, module: nn.Module, batch: Batch) -> torch.Tensor:
         """Raises ValueError where labels are missing or shapes don't fit."""
-        student = self._answer(module, batch, self._places)
+        return self.of(self._answer(module, batch, self._places), batch)
+
+    def of(self, student: Answers, batch: Batch) -> torch.Tensor:
+        """The loss of a student's answers to the batch."""
         mixture = self._mixture
         total = torch.zeros(())
         if mixture.alpha > 0:
@@ -91,21 +95,12 @@ class Distillation:
         teacher = self._teacher.answers(batch)
         _check_shapes(student.output, teacher.output)
         if mixture.alpha < 1:
-            answered = self._answered(student.output, teacher.output)
-            total = total + (1 - mixture.alpha) * answered
+            total = total + (1 - mixture.alpha) * difference(
+                mixture, student.output, teacher.output
+            )
         if mixture.loss in _WEIGHTS:
             total = total + _WEIGHTS[mixture.loss] * self._further(student, teacher)
         return total
-
-    def _answered(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        mixture = self._mixture
-        if mixture.kind == "embedding":
-            return losses.directions(student, teacher)
-        if mixture.kind == "values":
-            return losses.hint(student, teacher)
-        if mixture.loss == "dist":
-            return losses.correlations(student, teacher, mixture.temperature)
-        return losses.soft_targets(student, teacher, mixture.temperature)
 
     def _further(self, student: Answers, teacher: Answers) -> torch.Tensor:
         if self._mixture.loss == "relational":
@@ -119,6 +114,17 @@ class Distillation:
                 for project, (own, wanted) in zip(self._projections, pairs, strict=True)
             ]
         return torch.stack(terms).mean()
+
+
+def difference(mixture: Mixture, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """What the outputs differ by, as the mixture has it."""
+    if mixture.kind == "embedding":
+        return losses.directions(student, teacher)
+    if mixture.kind == "values":
+        return losses.hint(student, teacher)
+    if mixture.loss == "dist":
+        return losses.correlations(student, teacher, mixture.temperature)
+    return losses.soft_targets(student, teacher, mixture.temperature)
 
 
 def _labelled(output: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:

@@ -1,0 +1,107 @@
+"""Latency: how long a network takes on the target, from the measured times of its blocks.
+
+The sum over blocks is corrected by networks that were timed whole, for each precision apart; how
+well it ranks is told from networks that the correction hasn't seen. It measures nothing.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from optimizer.architecture.networks import BlockFactory, build
+from optimizer.architecture.plan import EncoderPlan, Plan
+from optimizer.blocks import Block, blocks_of
+from optimizer.search.block_table import Correction, Pair, Times, block_sum, correction
+
+_LENGTH = 16
+"""Tokens of the text that an encoder's blocks are traced with, or its longest if that is less."""
+
+
+class Unmeasured(Exception):
+    """The table lacks a block of the network."""
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """Seconds of batches of `batch_size`. Without a correction the sum of the blocks."""
+
+    times: Times
+    batch_size: int
+    correction: Correction | None = None
+
+    def __call__(self, blocks: Counter[Block]) -> float:
+        """Raises Unmeasured."""
+        counts = {block.key: count for block, count in blocks.items()}
+        total = block_sum(counts, self.times, self.batch_size)
+        if total is None:
+            missing = next(
+                block for block in blocks if (block.key, self.batch_size) not in self.times
+            )
+            raise Unmeasured(f"{missing}: not measured at batch {self.batch_size}")
+        return total if self.correction is None else self.correction.estimate(total)
+
+    def corrected(self, pairs: Sequence[Pair]) -> "LatencyModel":
+        """By networks timed whole; as it is while they are too few."""
+        return LatencyModel(self.times, self.batch_size, correction(pairs))
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How far estimates can be trusted: Spearman's rank correlation with the truth and the mean
+    relative error, of `n_networks` each of which its own correction hadn't seen."""
+
+    rank_correlation: float
+    relative_error: float
+    n_networks: int
+
+
+def trust(pairs: Sequence[Pair]) -> Trust | None:
+    """By leaving out one network at a time; None where that leaves too few to correct by, or all
+    take equally long."""
+    estimates = []
+    for index, pair in enumerate(pairs):
+        found = correction([*pairs[:index], *pairs[index + 1 :]])
+        if found is None:
+            return None
+        estimates.append(found.estimate(pair.sum_s))
+    given, wanted = np.array(estimates), np.array([pair.whole_s for pair in pairs])
+    if len(pairs) == 0 or np.ptp(given) == 0 or np.ptp(wanted) == 0:
+        return None
+    ranks = float(np.corrcoef(_ranks(given), _ranks(wanted))[0, 1])
+    return Trust(ranks, float(np.abs(given / wanted - 1).mean()), len(pairs))
+
+
+def _ranks(
+    values: "np.ndarray[tuple[int], np.dtype[np.float64]]",
+) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    """Equal values share the mean of their ranks."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    means = ends - (counts + 1) / 2
+    return np.asarray(means[inverse], dtype=np.float64)
+
+
+def blocks_in(plan: Plan, blocks: Mapping[str, BlockFactory] | None = None) -> Counter[Block]:
+    """The plan's blocks, each with how often it occurs. No arithmetic is done for it. Raises
+    ValueError as `build` does."""
+    if blocks:
+        return _traced(plan, blocks)
+    return Counter(_known(plan))
+
+
+@lru_cache(maxsize=4096)
+def _known(plan: Plan) -> Counter[Block]:
+    return _traced(plan, None)
+
+
+def _traced(plan: Plan, blocks: Mapping[str, BlockFactory] | None) -> Counter[Block]:
+    with torch.device("meta"):
+        network = build(plan, blocks)
+        if isinstance(plan, EncoderPlan):
+            tokens = torch.zeros((1, min(_LENGTH, plan.max_length)), dtype=torch.int64)
+            return blocks_of(network, (tokens, torch.ones_like(tokens)))
+        return blocks_of(network, (torch.zeros((1, *plan.image)),))
