@@ -44,9 +44,10 @@ def main() -> None:
         assert isinstance(exported, OnnxModel)
         wanted = outputs_of(exported.path, judged.inputs)
         print(f"fp32: {(wanted.argmax(1) == judged.labels).mean():.2%} of {given.judged}")
+        splits = sources(bench)
         print("| calibrated on | method | top-1 | agrees with fp32 | squared error |")
         print("|---|---|---|---|---|")
-        for name, split in sources(bench).items():
+        for name, split in splits.items():
             for method in METHODS:
                 directory = Path(scratch) / f"{name} {method}"
                 made = step(bench, "quantization", exported, directory, split, method)
