@@ -37,37 +37,49 @@ class Policy(nn.Module):
 
     def draw(self, generator: torch.Generator) -> Choices:
         """A network by the policy's probabilities."""
-        with torch.no_grad():
-            return self._walk(None, generator)[0]
-
-    def judge(self, choices: Choices) -> tuple[torch.Tensor, torch.Tensor]:
-        """The log-probability of the network, and the entropy of its decisions summed."""
-        _, probability, entropy = self._walk(choices, None)
-        return probability, entropy
-
-    def _walk(
-        self, given: Choices | None, generator: torch.Generator | None
-    ) -> tuple[Choices, torch.Tensor, torch.Tensor]:
-        """Through the decisions: along those given, or else drawing them. Closed ones are passed
-        over, so they cost neither probability nor entropy."""
         x, state = self.start[None], None
-        total, entropy = torch.zeros(()), torch.zeros(())
 
         def choose(index: int, _earlier: Sequence[int]) -> int:
-            nonlocal x, state, total, entropy
+            nonlocal x, state
             state = self.cell(x, state)
-            logits = functional.log_softmax(self.heads[index](state[0])[0], dim=0)
-            if given is not None:
-                option = given[index]
-            else:
-                option = int(torch.multinomial(logits.exp(), 1, generator=generator))
-            total = total + logits[option]
-            entropy = entropy - (logits.exp() * logits).sum()
-            x = self.options[index].weight[option][None]  # type: ignore[index]
+            likely = functional.softmax(self.heads[index](state[0])[0], dim=0)
+            option = int(torch.multinomial(likely, 1, generator=generator))
+            x = self._of_option(index, torch.tensor([option]))
             return option
 
-        choices = self.space.completed(choose)
-        return choices, total, entropy
+        with torch.no_grad():
+            return self.space.completed(choose)
+
+    def judge(self, networks: Sequence[Choices]) -> tuple[torch.Tensor, torch.Tensor]:
+        """[n] log-probabilities of the networks, and [n] entropies of their decisions summed.
+        Decisions that aren't open are passed over: they cost neither."""
+        is_open = torch.tensor([self.space.is_open(choices) for choices in networks])
+        options = torch.tensor([list(choices) for choices in networks])
+        x = self.start.expand(len(networks), -1)
+        state = (torch.zeros_like(x), torch.zeros_like(x))
+        total = x.new_zeros(len(networks))
+        entropy = torch.zeros_like(total)
+        for index in range(len(self.space.decisions)):
+            asked = is_open[:, index]
+            if not bool(asked.any()):
+                continue
+            made = self.cell(x, state)
+            logits = functional.log_softmax(self.heads[index](made[0]), dim=1)
+            chosen = logits.gather(1, options[:, index, None])[:, 0]
+            total = total + torch.where(asked, chosen, 0)
+            entropy = entropy - torch.where(asked, (logits.exp() * logits).sum(1), 0)
+            of_these = asked[:, None]
+            state = (
+                torch.where(of_these, made[0], state[0]),
+                torch.where(of_these, made[1], state[1]),
+            )
+            x = torch.where(of_these, self._of_option(index, options[:, index]), x)
+        return total, entropy
+
+    def _of_option(self, index: int, options: torch.Tensor) -> torch.Tensor:
+        """[n, width]: what the cell reads when these were chosen."""
+        embedded: torch.Tensor = self.options[index](options)
+        return embedded
 
 
 @dataclass
@@ -116,7 +128,7 @@ class Controller:
         baseline = reward if self._baseline is None else self._baseline
         self._baseline = self._decay * baseline + (1 - self._decay) * reward
         with torch.no_grad():
-            log_probability = float(self.policy.judge(choices)[0])
+            log_probability = float(self.policy.judge([choices])[0])
         self._told.append(_Told(choices, reward - baseline, log_probability))
         if len(self._told) == self._batch:
             self._learn(self._told)
@@ -125,16 +137,16 @@ class Controller:
     def _learn(self, told: Sequence[_Told]) -> None:
         for _ in range(self._passes if self._method == "ppo" else 1):
             self._optimizer.zero_grad()
-            loss = torch.stack([self._loss(one) for one in told]).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            self._loss(told).backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
 
-    def _loss(self, one: _Told) -> torch.Tensor:
-        log_probability, entropy = self.policy.judge(one.choices)
+    def _loss(self, told: Sequence[_Told]) -> torch.Tensor:
+        log_probability, entropy = self.policy.judge([one.choices for one in told])
+        advantage = torch.tensor([one.advantage for one in told])
         if self._method == "ppo":
-            ratio = (log_probability - one.log_probability).exp()
+            ratio = (log_probability - torch.tensor([one.log_probability for one in told])).exp()
             clipped = ratio.clamp(1 - self._clip, 1 + self._clip)
-            gain = torch.minimum(ratio * one.advantage, clipped * one.advantage)
+            gain = torch.minimum(ratio * advantage, clipped * advantage)
         else:
-            gain = log_probability * one.advantage
-        return -gain - self._entropy_bonus * entropy
+            gain = log_probability * advantage
+        return -(gain + self._entropy_bonus * entropy).mean()

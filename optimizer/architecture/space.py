@@ -84,6 +84,11 @@ class ArchitectureSpace:
             return True
         return _exists(self.decisions[index], self._chosen(earlier))
 
+    def is_open(self, choices: Sequence[int]) -> list[bool]:
+        """[decision]: whether it exists there and has more than one option."""
+        chosen = self._chosen(choices)
+        return [len(one.options) > 1 and _exists(one, chosen) for one in self.decisions]
+
     def completed(self, choose: Callable[[int, Sequence[int]], int]) -> Choices:
         """The choices that `choose(index, earlier choices)` takes; it is asked only for decisions
         that exist and have more than one option."""
