@@ -108,7 +108,7 @@ SAMPLES: Mapping[str, Mapping[str, Callable[[Path], ArraySplit]]] = {
         "evaluation": lambda _: images("cifar10-train.parquet", 45000, 45500, 32, *CIFAR),
     },
     "efficientnet-lite0": {
-        "calibration": lambda _: images("imagenet-sample-500.parquet", 0, 100, 224, *LITE),
+        "calibration": lambda _: images("imagenet-sample-500.parquet", 0, 96, 224, *LITE),
         "evaluation": lambda _: images("imagenet-sample-500.parquet", 100, 500, 224, *LITE),
     },
     "minilm": {
@@ -319,7 +319,8 @@ class Bench:
             for name in ["fp32", *self.contenders()]:
                 if is_over():
                     return
-                usable = name == "fp32" or "error" not in quality[name].get(engine, {"error": ""})
+                found = quality[name].get(engine, {"error": ""})
+                usable = name == "fp32" or not isinstance(found.get("error"), str)
                 if usable and name != "ours":
                     self.results.once(
                         (self.network, "time", engine, name),

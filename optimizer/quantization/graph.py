@@ -78,7 +78,9 @@ class Graph:
     def set_weight(self, tensor: str, values: NDArray[Any]) -> None:
         from onnx import numpy_helper
 
-        new = numpy_helper.from_array(np.ascontiguousarray(values), tensor)
+        # Not ascontiguousarray, which makes a vector of a scalar: ONNX Runtime fuses no addition
+        # whose scales are vectors.
+        new = numpy_helper.from_array(np.asarray(values, order="C"), tensor)
         if tensor in self._weights:
             self._weights[tensor].CopyFrom(new)
         else:

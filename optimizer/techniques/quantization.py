@@ -46,7 +46,7 @@ _ALPHAS = (0.75, 0.5, 0.9)
 class Quantization:
     traits = Traits(
         name="quantization",
-        version="3",
+        version="4",
         stage=Stage.PRECISION,
         accepts=Kind.ONNX,
         gives=Kind.ONNX,
