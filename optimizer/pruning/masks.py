@@ -1,12 +1,13 @@
 """Masks: single weights set to zero, and kept there by whoever trains afterwards.
 
 A masked layer is named in the plan; its zeros are the mask, so that no second file can disagree
-with the weights. Dense kernels compute with zeros as with anything else: which targets gain is
-`why_no_speed`'s to say.
+with the weights. A schedule in the plan says that zeros are still to come, from whoever trains:
+which they are is decided here all the same. Dense kernels compute with zeros as with anything
+else: which targets gain is `why_no_speed`'s to say.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -15,8 +16,13 @@ from serve.machine import Machine
 
 MASKS = "masks"
 """The key under which a plan's operations name the masked layers."""
-PATTERNS = ("layer", "global", "2:4")
+GRADUAL = "gradual"
+"""The key of {pattern, sparsity} that those layers come to while they are trained, where they are
+given without new zeros."""
+TWO_OF_FOUR = "2:4"
+PATTERNS = ("layer", "global", TWO_OF_FOUR)
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_OF_FOUR = 0.5
 _SPARSE_RUNTIMES = ("onnxruntime-gpu",)
 """What may run 2:4 kernels, by TensorRT, on a GPU that has them."""
 
@@ -46,29 +52,44 @@ def mask(module: nn.Module, pattern: str, sparsity: float) -> tuple[str, ...]:
 
     `layer` takes the share `sparsity` of every layer, `global` of all together, `2:4` two of
     every four neighbours along a filter (Mishra et al. 2021, "Accelerating Sparse Deep Neural
-    Networks", section 3), whatever `sparsity` is; a filter whose length is no multiple of four
-    stays dense. Raises ValueError.
+    Networks", section 3), where `sparsity` has to be 0.5; a filter whose length is no multiple of
+    four stays dense. Raises ValueError.
     """
     if pattern not in PATTERNS:
         raise ValueError(f"pattern: got {pattern!r}, want one of {', '.join(PATTERNS)}")
     if not 0 < sparsity < 1:
         raise ValueError(f"sparsity: got {sparsity:g}, want more than 0 and less than 1")
     weights = maskable(module)
-    if pattern == "2:4":
+    if pattern == TWO_OF_FOUR:
         weights = {name: one for name, one in weights.items() if one[0].numel() % 4 == 0}
     if not weights:
         raise ValueError(f"pattern: {pattern} fits no layer of the model")
-    kept = _kept([weight.detach() for weight in weights.values()], pattern, sparsity)
-    for name, keep in zip(weights, kept, strict=True):
+    kept = largest({name: one.detach().abs() for name, one in weights.items()}, pattern, sparsity)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.mul_(kept[name])
+    return tuple(weights)
+
+
+def largest(
+    magnitudes: Mapping[str, torch.Tensor], pattern: str, sparsity: float
+) -> dict[str, torch.Tensor]:
+    """Layer → which of its weights [out, ...] stay, all but the share `sparsity` with the least
+    magnitudes; of equal ones the first go.
+
+    For `2:4` these are among the two least of every four: with a `sparsity` below 0.5, some of
+    them. Raises ValueError where it is more, and where nothing stays of a layer.
+    """
+    if pattern == TWO_OF_FOUR and sparsity > _OF_FOUR:
+        raise ValueError(f"sparsity: got {sparsity:g}, want at most {_OF_FOUR:g} for {pattern}")
+    kept = dict(zip(magnitudes, _kept([*magnitudes.values()], pattern, sparsity), strict=True))
+    for name, keep in kept.items():
         if not keep.any():
             raise ValueError(
                 f"sparsity: got {sparsity:g}, which leaves nothing of {name}, want less, or "
                 "pattern layer"
             )
-    with torch.no_grad():
-        for weight, keep in zip(weights.values(), kept, strict=True):
-            weight.mul_(keep)
-    return tuple(weights)
+    return kept
 
 
 def compressed_bytes(module: nn.Module, names: Sequence[str]) -> tuple[int, int]:
@@ -85,25 +106,25 @@ def compressed_bytes(module: nn.Module, names: Sequence[str]) -> tuple[int, int]
     return dense - saved, dense
 
 
-def _kept(weights: Sequence[torch.Tensor], pattern: str, sparsity: float) -> list[torch.Tensor]:
-    if pattern == "2:4":
-        return [_two_of_four(weight) for weight in weights]
-    if pattern == "layer":
-        return [_largest(weight.abs().flatten(), sparsity).view_as(weight) for weight in weights]
-    together = torch.cat([weight.abs().flatten() for weight in weights])
-    parts = torch.split(_largest(together, sparsity), [weight.numel() for weight in weights])
-    return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
+def _kept(magnitudes: Sequence[torch.Tensor], pattern: str, sparsity: float) -> list[torch.Tensor]:
+    if pattern == TWO_OF_FOUR:
+        magnitudes = [_with_two_of_four_safe(one) for one in magnitudes]
+    if pattern != "global":
+        return [_without_least(one.flatten(), sparsity).view_as(one) for one in magnitudes]
+    together = torch.cat([one.flatten() for one in magnitudes])
+    parts = torch.split(_without_least(together, sparsity), [one.numel() for one in magnitudes])
+    return [part.view_as(one) for part, one in zip(parts, magnitudes, strict=True)]
 
 
-def _largest(magnitudes: torch.Tensor, sparsity: float) -> torch.Tensor:
+def _without_least(magnitudes: torch.Tensor, sparsity: float) -> torch.Tensor:
     """[n]: whether one is among the largest, of which the share 1 - sparsity stays."""
     keep = torch.ones_like(magnitudes, dtype=torch.bool)
     keep[magnitudes.argsort(stable=True)[: round(sparsity * len(magnitudes))]] = False
     return keep
 
 
-def _two_of_four(weight: torch.Tensor) -> torch.Tensor:
-    fours = weight.flatten(1).abs().reshape(-1, 4)
-    keep = torch.zeros_like(fours, dtype=torch.bool)
-    largest = fours.argsort(dim=1, descending=True, stable=True)[:, :2]
-    return keep.scatter_(1, largest, value=True).view_as(weight)
+def _with_two_of_four_safe(magnitudes: torch.Tensor) -> torch.Tensor:
+    """The two largest of every four as infinite."""
+    fours = magnitudes.flatten(1).reshape(-1, 4)
+    safe = fours.argsort(dim=1, descending=True, stable=True)[:, :2]
+    return fours.scatter(1, safe, math.inf).view_as(magnitudes)

@@ -1,7 +1,8 @@
 """Pruning: channels, heads, neurons and whole blocks that a network can do without.
 
 Structured: what goes is really gone, from all tensors that it has a part in. Weights are set to
-zero only where the target may have kernels for that. Winning accuracy back is a later step's.
+zero, at once or by who trains, only where the target may have kernels for that. Winning accuracy
+back is a later step's.
 """
 
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ _NAME = "pruning"
 _CHANNELS, _BLOCKS, _BOTH, _WEIGHTS = "channels", "blocks", "both", "weights"
 _ALLOCATIONS = ("cost", "uniform", "global", "sensitivity")
 _LATENCY, _TABLE = "latency", "latencies"
+_GRADUAL = "gradual"
 _RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7)
 _N_CHECKED = 2
 _N_FOR_SENSITIVITY = 32
@@ -102,6 +104,7 @@ class Pruning:
                 (0.5, 0.7, 0.8, 0.9),
                 when={"what": (_WEIGHTS,), "pattern": ("global", "layer")},
             ),
+            "schedule": Categorical(("one_shot", _GRADUAL), when={"what": (_WEIGHTS,)}),
         }
 
     def timed_blocks(self, model: Model, context: Context) -> Sequence[Block]:
@@ -116,9 +119,9 @@ class Pruning:
     def describe(self, parameters: Parameters) -> str:
         what = str(parameters["what"])
         if what == _WEIGHTS:
-            return f"{parameters['pattern']} sparse" + (
-                f" {float(parameters['sparsity']):.0%}" if "sparsity" in parameters else ""
-            )
+            share = f" {float(parameters['sparsity']):.0%}" if "sparsity" in parameters else ""
+            by = ", gradual" if parameters.get("schedule") == _GRADUAL else ""
+            return f"{parameters['pattern']} sparse{share}{by}"
         parts = [f"{parameters['blocks']} blocks less"] if "blocks" in parameters else []
         if "ratio" in parameters:
             of = " of latency" if parameters["allocation"] == _LATENCY else ""
@@ -281,16 +284,24 @@ class Pruning:
         return candidates.gone(counts)
 
     def _mask(self, model: TorchModel, parameters: Parameters, directory: Path) -> TorchVariant:
-        from optimizer.pruning.masks import MASKS, compressed_bytes, mask
+        from optimizer.pruning.masks import GRADUAL, MASKS, compressed_bytes, mask
 
         module = load_torch(model)
-        names = mask(module, str(parameters["pattern"]), float(parameters.get("sparsity", 0.5)))
+        pattern, sparsity = str(parameters["pattern"]), float(parameters.get("sparsity", 0.5))
+        is_gradual = parameters.get("schedule") == _GRADUAL
+        names = mask(module, pattern, sparsity)
         packed, dense = compressed_bytes(module, names)
         notes = (
+            f"{sparsity:.0%} of the weights of {len(names)} layers "
+            f"{'become zero while it is recovered' if is_gradual else 'are zero'}; "
             f"{packed:,} bytes with its zeros packed, {dense:,} as it is: files and memory of "
             "engines keep the zeros",
         )
-        return torch_model(directory, model, module, self, {MASKS: list(names)}, notes)
+        operations: dict[str, Json] = {MASKS: list(names)}
+        if is_gradual:  # the masked module said whether and how far it can be
+            module = load_torch(model)
+            operations[GRADUAL] = {"pattern": pattern, "sparsity": sparsity}
+        return torch_model(directory, model, module, self, operations, notes)
 
 
 def _table_of(digest: str | None) -> Space:

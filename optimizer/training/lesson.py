@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from optimizer.training.checkpoint import Checkpoint
     from optimizer.training.distillation import Distillation, Mixture
     from optimizer.training.loop import Settings
+    from optimizer.training.masks import Masks
 
 _RECALIBRATION_BATCH = 128
 _RATES = {"sgd": 0.02, "adamw": 3e-4}
@@ -138,20 +139,24 @@ class Lesson:
     def train(self, settings: "Settings", checkpoint: "Checkpoint | None") -> None:
         """By the loop and the loss of the parameters. Raises TrainingDiverged and ValueError."""
         from optimizer.training.loop import train
-        from optimizer.training.masks import Masks
 
         loss = _loss(self.model, self.module, self.data, self.parameters, self.context.seed)
-        masks = Masks(self.module, _masked(self.model))
+        masks = _masks(self.model, self.module)
         train(self.module, self.data, loss, settings, masks, checkpoint)
 
 
 def lesson_of(model: TorchModel, parameters: Parameters, context: Context) -> Lesson:
-    """The model's lesson; nobody else holds its module."""
+    """The model's lesson; nobody else holds its module. Where it isn't trained, zeros that were to
+    come by and by are there at once. Raises ValueError where they would leave nothing of a layer.
+    """
     from optimizer.training.batches import Batches
 
     assert context.train is not None
     data = Batches(context.train, read_signature(model.source).input_names)
-    return Lesson(model, load_torch(model), data, parameters, context)
+    module = load_torch(model)
+    if not epochs_of(parameters):
+        _masks(model, module).apply()
+    return Lesson(model, module, data, parameters, context)
 
 
 def _mixed(training: TrainingSpec, learns: str, has_labels: bool) -> dict[str, Categorical]:
@@ -218,12 +223,17 @@ def _mixture(parameters: Parameters) -> "Mixture":
     return Mixture(kind=parameters["learns"], **given)  # type: ignore[arg-type]
 
 
-def _masked(model: TorchModel) -> list[str]:
-    """Layers that the plan's `masks` name, whichever technique put them there."""
-    steps = [step.operations for step in read_plan(model).steps]
-    return [
-        name
-        for operations in steps
-        if isinstance(operations, Mapping)
-        for name in operations.get("masks", ())
-    ]
+def _masks(model: TorchModel, module: "nn.Module") -> "Masks":
+    """Of the layers that the plan's `masks` name, whichever technique put them there; with the goal
+    of the step that says `gradual`."""
+    from optimizer.pruning.masks import GRADUAL, MASKS
+    from optimizer.training.masks import Goal, Masks
+
+    layers: list[str] = []
+    goal = None
+    for step in read_plan(model).steps:
+        operations = step.operations if isinstance(step.operations, Mapping) else {}
+        layers += operations.get(MASKS, ())
+        if GRADUAL in operations:
+            goal = Goal(tuple(operations[MASKS]), **operations[GRADUAL])
+    return Masks(module, layers, goal)

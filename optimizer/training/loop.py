@@ -98,17 +98,16 @@ def train(
     rows, held_out = _divided(len(data), settings)
     plan = _Plan(len(rows), settings)
     optimizer = _optimizer([*module.parameters(), *loss.parameters()], settings)
-    progress = Progress()
-    if checkpoint is not None:
-        progress = _resumed(checkpoint, module, loss, optimizer)
-    run = _Run(module, data, loss, settings, plan, optimizer, masks)
+    run = _Run(module, data, loss, settings, plan, optimizer, masks or Masks(nn.Identity()))
+    progress = Progress() if checkpoint is None else _resumed(checkpoint, run)
     with _seeded(settings.seed):
         for epoch in range(len(progress.losses), plan.n_epochs):
             run.epoch(epoch, rows, progress)
-            if settings.patience:
+            # Before all zeros have come, a better loss is no merit.
+            if settings.patience and run.masks.is_settled(progress.n_steps, plan.n_steps):
                 _look(run, held_out, progress)
             if checkpoint is not None:
-                _save(checkpoint, module, loss, optimizer, progress)
+                _save(checkpoint, run, progress)
             if settings.patience and progress.n_waited >= settings.patience:
                 break
     if progress.best:
@@ -147,7 +146,7 @@ class _Run:
     settings: Settings
     plan: _Plan
     optimizer: torch.optim.Optimizer
-    masks: Masks | None
+    masks: Masks
 
     def epoch(self, epoch: int, rows: Rows, progress: Progress) -> None:
         # By the epoch, so that one that is resumed draws what it would have drawn.
@@ -183,8 +182,7 @@ class _Run:
         parameters = [one for group in self.optimizer.param_groups for one in group["params"]]
         nn.utils.clip_grad_norm_(parameters, _MAX_NORM)
         self.optimizer.step()
-        if self.masks is not None:
-            self.masks.apply()
+        self.masks.apply(step + 1, self.plan.n_steps)
         return value
 
     def of(self, batch: Batch) -> torch.Tensor:
@@ -247,17 +245,12 @@ def _look(run: _Run, held_out: Rows, progress: Progress) -> None:
         progress.best = {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
-def _save(
-    checkpoint: Checkpoint,
-    module: nn.Module,
-    loss: Loss,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-) -> None:
-    tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
+def _save(checkpoint: Checkpoint, run: _Run, progress: Progress) -> None:
+    tensors = {f"module.{name}": tensor for name, tensor in run.module.state_dict().items()}
+    tensors |= {f"masks.{name}": tensor for name, tensor in run.masks.state().items()}
     tensors |= {f"best.{name}": tensor for name, tensor in progress.best.items()}
-    tensors |= {f"loss.{i}": tensor for i, tensor in enumerate(loss.parameters())}
-    for index, state in optimizer.state_dict()["state"].items():
+    tensors |= {f"loss.{i}": tensor for i, tensor in enumerate(run.loss.parameters())}
+    for index, state in run.optimizer.state_dict()["state"].items():
         tensors |= {
             f"optimizer.{index}.{name}": value
             for name, value in state.items()
@@ -268,22 +261,21 @@ def _save(
     checkpoint.save(tensors, {"n_steps": progress.n_steps})
 
 
-def _resumed(
-    checkpoint: Checkpoint, module: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer
-) -> Progress:
+def _resumed(checkpoint: Checkpoint, run: _Run) -> Progress:
     found = checkpoint.load()
     if found is None:
         return Progress()
     tensors, counters = found
-    module.load_state_dict(_within(tensors, "module"))
+    run.module.load_state_dict(_within(tensors, "module"))
+    run.masks.load_state(_within(tensors, "masks"))
     with torch.no_grad():
-        for index, parameter in enumerate(loss.parameters()):
+        for index, parameter in enumerate(run.loss.parameters()):
             parameter.copy_(tensors[f"loss.{index}"])
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in _within(tensors, "optimizer").items():
         place, _, key = name.partition(".")
         state.setdefault(int(place), {})[key] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
     return Progress(
         int(counters["n_steps"]),
         tensors["progress.losses"].tolist(),

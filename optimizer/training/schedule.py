@@ -1,4 +1,4 @@
-"""Schedules: the learning rate at each step, as a share of its peak.
+"""Schedules: the learning rate at each step, as a share of its peak; and how sparsity rises.
 
 Pure functions of the step; what is trained is elsewhere.
 """
@@ -28,6 +28,13 @@ def one_cycle(step: int, n_steps: int) -> float:
         return _FROM + (1 - _FROM) * (1 - math.cos(math.pi * step / n_rising)) / 2
     share = (step - n_rising) / (n_steps - n_rising)
     return _TO + (1 - _TO) * (1 + math.cos(math.pi * share)) / 2
+
+
+def rising(step: int, n_steps: int, initial: float, final: float) -> float:
+    """The sparsity after `step` of `n_steps` (Zhu and Gupta 2017, "To prune, or not to prune",
+    equation 1, begun at step 0): fast at first, where there are many weights to do without."""
+    left = 1 - min(step / n_steps, 1.0)
+    return float(final + (initial - final) * left**3)
 
 
 SCHEDULES: Mapping[str, Schedule] = {"one_cycle": one_cycle, "cosine": cosine}

@@ -527,6 +527,8 @@ def test_zeros_are_offered_when_the_target_may_have_kernels_for_them(tmp_path: P
     made = technique.apply(model, parameters, context, tmp_path)
     assert isinstance(made, TorchVariant)
     assert technique.describe(parameters) == "global sparse 50%"
+    by_and_by = defaults(space, what="weights", schedule="gradual")
+    assert technique.describe(by_and_by) == "2:4 sparse, gradual"
     (step,) = read_plan(made).steps
     names = step.operations[masks.MASKS]
     module = load_torch(made)

@@ -13,15 +13,18 @@ from optimizer.builder import Builder
 from optimizer.data.splits import Samples
 from optimizer.errors import SpecInvalid
 from optimizer.execution.setup import enabled_techniques
+from optimizer.pruning.masks import MASKS
 from optimizer.recipe import Recipe
 from optimizer.space import Value, defaults
 from optimizer.spec import TaskSpec, TrainingSpec, read_spec
 from optimizer.store import Store
 from optimizer.techniques import Context
 from optimizer.techniques.decomposition import Decomposition
+from optimizer.techniques.pruning import Pruning
+from optimizer.techniques.quantization_aware_training import QuantizationAwareTraining
 from optimizer.techniques.recovery import Recovery
 from optimizer.techniques.student import Student
-from optimizer.torch_variant import load_torch, torch_model
+from optimizer.torch_variant import load_torch, read_plan, torch_model
 from optimizer.training import losses
 from optimizer.variant import Json, TorchVariant
 from tests.optimizer.synthetic import Narrow
@@ -158,6 +161,116 @@ def test_recovery_keeps_what_the_plan_masks(bench: TorchBench, tmp_path: Path) -
     assert isinstance(weight, torch.Tensor)
     assert (weight[0] == 0).all()
     assert (weight[1:] != load_torch(sparse).get_submodule("3").weight[1:]).all()  # type: ignore[index]
+
+
+def on_sparse_target(at: Context) -> Context:
+    """Where the runtime may have kernels for zeros, so that they are in the space."""
+    return replace(at, machine=replace(at.machine, runtimes={"onnxruntime-gpu": "1.32"}))
+
+
+def masked(bench: TorchBench, directory: Path, **given: Value) -> TorchVariant:
+    """With parameters of another target: what is in the space depends on it, what is made not."""
+    directory.mkdir()
+    technique = Pruning()
+    space = technique.space(bench.torch, on_sparse_target(bench.context))
+    parameters = defaults(space, what="weights", **given)
+    return technique.apply(bench.torch, parameters, bench.context, directory)
+
+
+def zeros_of(model: TorchVariant) -> Mapping[str, torch.Tensor]:
+    """By masked layer."""
+    module = load_torch(model)
+    (step,) = read_plan(model).steps
+    return {n: module.get_parameter(f"{n}.weight").detach() == 0 for n in step.operations[MASKS]}
+
+
+def n_zeros(model: TorchVariant) -> tuple[int, int]:
+    """(zeros, weights)."""
+    zeros = zeros_of(model).values()
+    return sum(int(one.sum()) for one in zeros), sum(one.numel() for one in zeros)
+
+
+def test_recovery_brings_all_zeros_at_once_when_it_only_recalibrates(
+    bench: TorchBench, tmp_path: Path
+) -> None:
+    made = {}
+    for schedule in ("one_shot", "gradual"):
+        sparse = masked(bench, tmp_path / schedule, pattern="global", sparsity=0.8,
+                        schedule=schedule)  # fmt: skip
+        assert "80% of the weights of 3 layers" in sparse.notes[0]
+        directory = tmp_path / f"{schedule} recalibrated"
+        made[schedule], _ = recovered(sparse, context(bench), directory, effort="recalibrate")
+    one_shot, gradual = (load_torch(one).state_dict() for one in made.values())
+    assert all(torch.equal(one, gradual[name]) for name, one in one_shot.items())
+    n, n_weights = n_zeros(made["gradual"])
+    assert n == round(0.8 * n_weights)
+
+
+@pytest.mark.parametrize(
+    ("given", "sparsity"),
+    [({"pattern": "global", "sparsity": 0.7}, 0.7), ({"pattern": "layer", "sparsity": 0.9}, 0.9),
+     ({"pattern": "2:4"}, 0.5)],
+    ids=["global", "layer", "2:4"],
+)  # fmt: skip
+@pytest.mark.parametrize("technique", [Recovery(), QuantizationAwareTraining()], ids=["", "int8"])
+def test_zeros_that_come_in_training_are_as_many_as_were_asked_for(
+    technique: Recovery | QuantizationAwareTraining,
+    given: dict[str, Value],
+    sparsity: float,
+    bench: TorchBench,
+    tmp_path: Path,
+) -> None:
+    sparse = masked(bench, tmp_path / "sparse", schedule="gradual", **given)
+    assert n_zeros(sparse)[0] == 0
+    parameters = defaults(technique.space(sparse, context(bench)), effort="short")
+    (tmp_path / "made").mkdir()
+    made = technique.apply(sparse, parameters, context(bench), tmp_path / "made")
+    zeros = zeros_of(made)
+    n, n_weights = n_zeros(made)
+    by_layer = sum(round(sparsity * one.numel()) for one in zeros.values())
+    wanted = round(sparsity * n_weights) if given["pattern"] == "global" else by_layer
+    # In 8 bits some of the others are rounded to zero too.
+    assert n == wanted if isinstance(technique, Recovery) else n >= wanted
+
+
+def test_recovery_with_zeros_still_to_come_goes_on_where_it_was_killed(
+    bench: TorchBench, tmp_path: Path
+) -> None:
+    sparse = masked(bench, tmp_path / "sparse", pattern="global", sparsity=0.8, schedule="gradual")
+    at = context(bench, epochs=8.0)
+    whole, _ = recovered(sparse, at, tmp_path / "whole", effort="full")
+    kept = replace(at, checkpoints=tmp_path / "kept")
+    dying = replace(kept, train=Dying(bench, n_reads=11))  # in the third of four epochs of zeros
+    with pytest.raises(Killed):
+        recovered(sparse, dying, tmp_path / "killed", effort="full")
+    assert list((tmp_path / "kept").iterdir())
+    again, _ = recovered(sparse, kept, tmp_path / "again", effort="full")
+    assert again.digest == whole.digest
+
+
+def test_zeros_by_either_schedule_are_variants_of_their_own_in_the_store(
+    bench: TorchBench, tmp_path: Path
+) -> None:
+    at = on_sparse_target(context(bench))
+    techniques = {one.traits.name: one for one in (Pruning(), Recovery())}
+    found = {}
+    with Store(tmp_path / "store.sqlite") as store:
+        builder = Builder(store, bench.torch, techniques, at, bench.inputs)
+        for schedule in ("one_shot", "gradual"):
+            recipe = Recipe(bench.torch.kind)
+            pruned: dict[str, Value] = {"what": "weights", "schedule": schedule}
+            for name, given in (("pruning", pruned), ("recovery", {})):
+                technique = techniques[name]
+                parameters = defaults(technique.space(bench.torch, at), **given)
+                recipe = recipe.then(technique.traits, parameters)
+            built = builder.build(recipe.with_effort("short"))
+            assert isinstance(built.model, TorchVariant)
+            found[schedule] = builder.find(built.id)
+            assert found[schedule] == built
+    one_shot, gradual = found.values()
+    assert one_shot is not None
+    assert gradual is not None
+    assert one_shot.model.digest != gradual.model.digest
 
 
 def test_recovery_goes_on_where_it_was_killed_and_leaves_nothing(

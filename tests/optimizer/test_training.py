@@ -2,6 +2,9 @@
 
 import copy
 import math
+from collections.abc import Mapping
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +21,9 @@ from optimizer.training.checkpoint import Checkpoint
 from optimizer.training.distillation import Distillation, Mixture
 from optimizer.training.features import places_of
 from optimizer.training.loop import Progress, Settings, TrainingDiverged, train
-from optimizer.training.masks import Masks
+from optimizer.training.masks import Goal, Masks
 from optimizer.training.recalibration import recalibrate
-from optimizer.training.schedule import SCHEDULES
+from optimizer.training.schedule import SCHEDULES, rising
 from optimizer.training.teacher import Answers, Teacher, answering
 
 Values = NDArray[np.float64]
@@ -372,6 +375,139 @@ def test_masks_keep_named_layers_however_few_zeros_they_have() -> None:
         Masks(module, ["absent"])
 
 
+# --- sparsity that rises
+
+GOALS = {
+    "global": Goal(("0", "5"), "global", 0.8),
+    "layer": Goal(("0", "5"), "layer", 0.7),
+    "2:4": Goal(("5",), "2:4", 0.5),
+}
+
+
+class Watched(Masks):
+    """Notes which weights are zero after each step."""
+
+    def __init__(self, module: nn.Module, goal: Goal) -> None:
+        super().__init__(module, (), goal)
+        self._watched = {name: module.get_submodule(name).weight for name in goal.layers}
+        self.seen: list[Mapping[str, torch.Tensor]] = []
+
+    def apply(self, step: int = 1, n_steps: int = 1) -> None:
+        super().apply(step, n_steps)
+        self.seen.append({n: weight.detach() == 0 for n, weight in self._watched.items()})
+
+
+def flat(zeros: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([one.flatten() for one in zeros.values()])
+
+
+@pytest.mark.parametrize("step", [0, 1, 7, 25, 49, 50, 60])
+def test_sparsity_rises_by_the_cubic_of_its_paper(step: int) -> None:
+    initial, final, n = Fraction(1, 10), Fraction(9, 10), 50
+    t = min(step, n)
+    expected = final + (initial - final) * (1 - Fraction(t, n)) ** 3
+    assert rising(step, n, 0.1, 0.9) == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize("pattern", GOALS)
+def test_masks_rise_to_their_goal_over_the_first_half_of_the_steps(pattern: str) -> None:
+    module, goal = network(), GOALS[pattern]
+    masks = Watched(module, goal)
+    train(module, data(), labelled(), settings(epochs=5.0), masks)  # 20 steps
+    seen = [flat(zeros) for zeros in masks.seen]
+    n = len(seen[0])
+    for step, zeros in enumerate(seen, start=1):
+        wanted = goal.sparsity * (1 - max(0.0, 1 - step / 10) ** 3)
+        # Layers are rounded one by one.
+        assert int(zeros.sum()) == pytest.approx(wanted * n, abs=len(goal.layers) / 2)
+    assert all(bool((later | ~before).all()) for before, later in pairwise(seen))
+    assert torch.equal(seen[9], seen[-1])
+    at_end = {name: int(one.sum()) for name, one in masks.seen[-1].items()}
+    sizes = {name: one.numel() for name, one in masks.seen[-1].items()}
+    if pattern == "global":
+        assert sum(at_end.values()) == round(0.8 * n)
+    else:
+        assert at_end == {name: round(goal.sparsity * size) for name, size in sizes.items()}
+
+
+def test_rising_masks_take_the_least_of_what_is_left() -> None:
+    module = network()
+    masks = Masks(module, (), Goal(("5",), "layer", 0.5))
+    weight = module[5].weight
+    masked = torch.zeros_like(weight, dtype=torch.bool)
+    for step in (2, 5):
+        magnitudes = weight.detach().abs().masked_fill(masked, -1.0)
+        masks.apply(step, 10)
+        zeros = weight.detach() == 0
+        assert magnitudes[zeros].max() <= magnitudes[~zeros].min()
+        assert bool((zeros | ~masked).all())
+        masked = zeros
+        with torch.no_grad():
+            weight[masked] = 9.0  # as momentum may; it is undone
+    masks.apply(6, 10)
+    assert torch.equal(weight == 0, masked)
+    assert int(masked.sum()) == weight.numel() // 2
+
+
+def test_rising_masks_leave_two_of_every_four_when_that_is_their_pattern() -> None:
+    module = network()
+    train(module, data(), labelled(), settings(), Masks(module, (), GOALS["2:4"]))
+    fours = module[5].weight.detach().reshape(-1, 4)
+    assert ((fours == 0).sum(dim=1) == 2).all()
+
+
+def test_masks_rise_from_the_zeros_that_are_there() -> None:
+    module = network()
+    with torch.no_grad():
+        module[5].weight[:, ::2] = 0
+    masks = Watched(module, Goal(("5",), "layer", 0.75))
+    train(module, data(), labelled(), settings(epochs=5.0), masks)
+    shares = [float(flat(zeros).double().mean()) for zeros in masks.seen]
+    assert shares[4] == pytest.approx(0.75 - 0.25 / 8, abs=1e-2)
+    assert shares[-1] == 0.75
+    assert all(bool(zeros["5"][:, ::2].all()) for zeros in masks.seen)
+
+
+@pytest.mark.parametrize(
+    ("goal", "reason"),
+    [
+        pytest.param(Goal(("0", "5"), "global", 0.999), "leaves nothing of 0", id="empty layer"),
+        pytest.param(Goal(("5",), "2:4", 0.6), r"got 0\.6, want at most 0\.5", id="three of four"),
+        pytest.param(Goal(("absent",), "layer", 0.5), "got the layers absent", id="no layer"),
+    ],
+)
+def test_rising_masks_are_refused_with_value_and_bound(goal: Goal, reason: str) -> None:
+    module = network()
+    with torch.no_grad():
+        module[0].weight /= 1000
+    with pytest.raises(ValueError, match=reason):
+        Masks(module, (), goal).apply()
+
+
+def test_training_keeps_no_epoch_from_before_all_zeros_came() -> None:
+    module, goal = network(), GOALS["global"]
+    how = settings(epochs=6.0, patience=2)
+    # As it worsens from the second look on, the best epoch is the first that was looked at...
+    done = train(module, data(), Falling(), how, Masks(module, (), goal))
+    assert len(done.losses) - len(done.held_out) == 2  # ...which is the third of six
+    weights = torch.cat([module[int(name)].weight.detach().flatten() for name in goal.layers])
+    assert int((weights == 0).sum()) == round(0.8 * len(weights))
+
+
+class Falling:
+    """A loss whose value on held-out data rises from look to look."""
+
+    def __init__(self) -> None:
+        self.n_looks = 0
+
+    def parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def __call__(self, module: nn.Module, batch: Batch) -> torch.Tensor:
+        self.n_looks += not module.training
+        return ANSWER(module, batch, ()).output.square().mean() * 0.01 + self.n_looks
+
+
 class Worsening:
     """A loss whose value on held-out data rises from the second epoch on."""
 
@@ -429,6 +565,23 @@ def test_training_comes_to_the_same_weights_when_it_is_resumed(
     done = train(resumed, data(), loss, how, None, checkpoint)
     assert loss.n_calls == 8  # two epochs of four steps, of four
     assert done.losses == history
+    assert all(torch.equal(t, whole.state_dict()[n]) for n, t in resumed.state_dict().items())
+
+
+@pytest.mark.parametrize("pattern", GOALS)
+def test_training_with_rising_masks_comes_to_the_same_weights_when_it_is_resumed(
+    pattern: str, tmp_path: Path
+) -> None:
+    how = settings(epochs=8.0, augmentation="flip")  # zeros come in the first four epochs
+    whole = network()
+    train(whole, data(), labelled(), how, Masks(whole, (), GOALS[pattern]))
+    checkpoint = Checkpoint(tmp_path / "training.safetensors", "this one")
+    dying = Dying(Mixture(alpha=1.0), ANSWER, None)
+    killed = network()
+    with pytest.raises(Killed):
+        train(killed, data(), dying, how, Masks(killed, (), GOALS[pattern]), checkpoint)
+    resumed = network()
+    train(resumed, data(), labelled(), how, Masks(resumed, (), GOALS[pattern]), checkpoint)
     assert all(torch.equal(t, whole.state_dict()[n]) for n, t in resumed.state_dict().items())
 
 
