@@ -208,12 +208,12 @@ def _greedy(
     candidates: Candidates, counts: Counts, target: float, left: Left, price_in: Left
 ) -> Counts:
     """From `counts` on, a level at a time where least is lost for what it saves of `price_in`,
-    until `left` is at the target."""
+    until `left` is at the target or nothing more can go."""
     steps = [candidates.levels(index) for index in range(len(candidates.groups))]
     lost = [candidates.lost(index) for index in range(len(candidates.groups))]
     while left(counts) > target:
         now = price_in(counts)
-        best, best_price = counts, np.inf
+        best, best_price = None, np.inf
         for index, levels in enumerate(steps):
             for level in levels[levels.index(int(counts[index])) + 1 :][:1]:
                 tried = counts.copy()
@@ -222,6 +222,8 @@ def _greedy(
                 price = (lost[index][level] - lost[index][counts[index]]) / max(saved, 1e-12)
                 if price < best_price:
                     best, best_price = tried, price
+        if best is None:
+            break
         counts = best
     return counts
 

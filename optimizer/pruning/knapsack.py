@@ -26,9 +26,7 @@ def choose(
     room = budget - sum(least)
     if room < 0:
         return None
-    spans = [one - low for one, low in zip(sizes, least, strict=True)]
-    width = room / n_bins or 1.0
-    bins = [_bins(span, width) for span in spans]
+    bins = [_bins(one - low, room, n_bins) for one, low in zip(sizes, least, strict=True)]
     best = np.zeros(n_bins + 1)  # least loss of the sets so far, within so many bins
     taken: list[NDArray[np.int64]] = []
     for loss, steps in zip(losses, bins, strict=True):
@@ -41,9 +39,13 @@ def choose(
     return _traced(taken, bins, n_bins)
 
 
-def _bins(span: Amounts, width: float) -> NDArray[np.int64]:
+def _bins(span: Amounts, room: float, n_bins: int) -> NDArray[np.int64]:
+    """How many bins of the room each takes; more than there are where it doesn't fit."""
+    if room == 0:
+        return np.where(span > 0, n_bins + 1, 0)
     # What is a whole number of bins but for rounding isn't one more.
-    return np.asarray(np.ceil(span / width - 1e-9), dtype=np.int64)
+    bins = np.ceil(np.minimum(span, 2 * room) / room * n_bins - 1e-9)
+    return np.asarray(bins, dtype=np.int64)
 
 
 def _traced(

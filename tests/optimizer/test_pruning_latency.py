@@ -82,6 +82,12 @@ def test_knapsack_fits_and_is_near_the_best_when_sizes_are_any_numbers() -> None
         assert lost <= brute_force(losses, sizes, budget - 6 * room / 2000) + 1e-12
 
 
+@pytest.mark.parametrize("room", [0.0, 5e-324, 1e-22, 1e-3])
+def test_knapsack_stays_within_the_budget_when_there_is_hardly_room(room: float) -> None:
+    losses, sizes = [np.array([0.0, 1.0])] * 2, [np.array([0.5, 0.0])] * 2
+    assert choose(losses, sizes, room) == [1, 1]
+
+
 def test_knapsack_says_none_when_even_the_smallest_do_not_fit() -> None:
     assert choose([np.array([0.0])], [np.array([2.0])], 1.0) is None
 
@@ -221,6 +227,17 @@ def test_allocation_keeps_most_importance_of_all_that_reach_the_target() -> None
             if given.latency.seconds(np.array(levels)) <= target
         )
         assert lost(counts) <= 1.02 * best
+
+
+@pytest.mark.parametrize("exponent", [1 + 0.013 * step for step in range(8)])
+def test_allocation_ends_when_all_that_can_go_has_to(exponent: float) -> None:
+    """Whatever the sums are rounded to: with the second exponent they miss the target by that."""
+    given = candidates(lambda block: 1e-6 + bilinear(block) ** exponent)
+    assert given.latency is not None
+    none = np.zeros(len(given.groups), dtype=np.int64)
+    most = np.array([given.levels(index)[-1] for index in range(len(given.groups))])
+    ratio = 1 - given.latency.seconds(most) / given.latency.seconds(none)
+    assert allocate("latency", given, ratio, none_moves).tolist() == most.tolist()
 
 
 def test_allocation_by_latency_is_refused_without_a_table() -> None:
