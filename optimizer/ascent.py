@@ -7,7 +7,7 @@ other trials found enters only through `Surroundings`.
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from optimizer.builder import Builder
@@ -57,6 +57,7 @@ class Surroundings:
     """What a trial meets: the study's standing when it begins.
 
     `best` is the best candidate's value of the objective, `best_speedup` the highest measured;
+    `trained` are the variants whose training, the same on every rung, the study has counted;
     `bound` estimates a recipe from its blocks, `judge` compares a variant with the baseline on
     the validation split, `climbed` hears of each rung that the trial comes to.
     """
@@ -69,18 +70,21 @@ class Surroundings:
     bound: Callable[[Recipe], Bound | None]
     judge: Callable[[StoredVariant, StoredVariant], Quality]
     climbed: Callable[[Rung], None] = lambda _rung: None
+    trained: Collection[str] = ()
 
 
 @dataclass(frozen=True)
 class Ended:
     """How a trial ended. `row` is None for one that was ruled out by estimate; `recovery` is what
-    one that was trained in full has to teach."""
+    one that was trained in full has to teach; `trained` are variants that later trials may share,
+    whose training is counted with this one's."""
 
     answer: Answer
     climb: Climb
     row: Variant | None
     epochs: float = 0.0
     recovery: RecoveryRecord | None = None
+    trained: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -102,6 +106,7 @@ class Ascent:
     row: Variant | None = None
     drops: dict[Rung, float] = field(default_factory=dict)
     epochs: float = 0.0
+    trained: tuple[str, ...] = ()
     _seconds: list[tuple[Rung, float]] = field(default_factory=list)
 
     def run(self) -> Ended:
@@ -153,8 +158,21 @@ class Ascent:
     def _build(self) -> Reason | None:
         if self.trial.decisions.failure is not None:
             raise self.trial.decisions.failure
-        self._build_with(Rung.BUILT)
-        return None
+        reason = self._train_first()
+        if reason is None:
+            self._build_with(Rung.BUILT)
+        return reason
+
+    def _train_first(self) -> Reason | None:
+        """Count what is trained before all else and shared with other trials: once in a study,
+        whether the store has it or not, so that a study that goes on decides the same."""
+        found = self.builder.epochs_first(self._recipe)
+        wanted = {one: epochs for one, epochs in found.items() if one not in self.given.trained}
+        reason = self._unaffordable(sum(wanted.values()))
+        if reason is None:
+            self.trained = tuple(wanted)
+            self.epochs += sum(wanted.values())
+        return reason
 
     def _build_with(self, rung: Rung) -> StoredVariant:
         recipe = self._recipe.with_effort(_EFFORT_OF[rung])
@@ -212,12 +230,16 @@ class Ascent:
 
     def _train(self, rung: Rung) -> Reason | None:
         wanted = self.builder.epochs(self._recipe.with_effort(_EFFORT_OF[rung]))
-        limit = self.spec.budget.training_epochs
-        reason = epochs_reason(self.given.epochs_spent + self.epochs, wanted, limit)
+        reason = self._unaffordable(wanted)
         if reason is None:
             self._build_with(rung)
             self.epochs += wanted
         return reason
+
+    def _unaffordable(self, epochs: float) -> Reason | None:
+        limit = self.spec.budget.training_epochs
+        spent = self.given.epochs_spent + self.epochs
+        return epochs_reason(spent, epochs, limit) if epochs else None
 
     def _judge(self, rung: Rung) -> Reason | None:
         """Measure the accuracy; where training is still to come, whether it is worth it."""
@@ -303,10 +325,14 @@ class Ascent:
 
     def _failed(self, error: Unbuildable) -> Ended:
         recipe = self._failed_recipe()
+        reason = Reason(_CONSTRAINTS[type(error)], detail=str(error))
+        return self._unbuilt(recipe, reason, Answer(failed_id=self.builder.failed_id(recipe)))
+
+    def _unbuilt(self, recipe: Recipe, reason: Reason, answer: Answer) -> Ended:
+        """Ended with nothing to measure."""
         # The recipe may have got no further than another's; the reason tells them apart.
         variant_id = self.builder.variant_id(recipe)
-        digest = hashlib.sha256(f"{variant_id} {error}".encode()).hexdigest()
-        reason = Reason(_CONSTRAINTS[type(error)], detail=str(error))
+        digest = hashlib.sha256(f"{variant_id} {reason.detail}".encode()).hexdigest()
         row = Variant(
             id=digest,
             label=self.builder.label(recipe),
@@ -314,8 +340,8 @@ class Ascent:
             recipe=self.builder.steps(recipe),
             reasons=(reason,),
         )
-        answer = Answer(failed_id=self.builder.failed_id(recipe))
-        return Ended(answer, self._climb(dropped=True), row, self.epochs)
+        climb = self._climb(dropped=True)
+        return Ended(answer, climb, row, self.epochs, trained=self.trained)
 
     def _failed_recipe(self) -> Recipe:
         """The recipe as far as the step that can't be built, with the training that it was to be
@@ -334,7 +360,8 @@ class Ascent:
             value = reason.value if reason.constraint == "outclassed" else None
             broken = {} if reason.constraint == "outclassed" else {"latency": _HIDDEN_EXCESS}
             return Ended(Answer(value, broken), self._climb(dropped=True), None)
-        assert self.row is not None
+        if self.row is None:
+            return self._unbuilt(self._recipe, reason, Answer())
         reasons = (reason, *(one for one in self.row.reasons if one != reason))
         status: Status = (
             "infeasible" if reason.constraint in ("latency", "success_ratio") else "dropped"
@@ -352,7 +379,8 @@ class Ascent:
             is_final=not self._recipe.trains or Rung.FULL in self.drops,
         )
         answer = Answer(value if math.isfinite(value) else None, constraints)
-        return Ended(answer, self._climb(dropped), row, self.epochs, self._recovery())
+        climb = self._climb(dropped)
+        return Ended(answer, climb, row, self.epochs, self._recovery(), self.trained)
 
     def _recovery(self) -> RecoveryRecord | None:
         if Rung.FULL not in self.drops:

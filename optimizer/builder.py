@@ -66,6 +66,16 @@ class Builder:
         Raises TechniqueFailed."""
         return sum(self._epochs(choice) for choice in recipe.choices if EFFORT in choice.parameters)
 
+    def epochs_first(self, recipe: Recipe) -> dict[str, float]:
+        """By variant, the passes of the steps that train as much on every rung: recipes that begin
+        with the same steps share them. Raises TechniqueFailed."""
+        named = zip(recipe.choices, self.ids(recipe), strict=True)
+        return {
+            variant_id: self._epochs(choice)
+            for choice, variant_id in named
+            if choice.trains_first and isinstance(self.techniques[choice.traits.name], Training)
+        }
+
     def steps(self, recipe: Recipe) -> tuple[Step, ...]:
         """The recipe as a manifest records it."""
         return tuple(step for step, _ in self._steps(recipe))
@@ -118,16 +128,12 @@ class Builder:
 
     def blocks(self, recipe: Recipe) -> Mapping[Block, int] | None:
         """How often each block is in the network that the recipe's structural steps make; nothing
-        is kept of it. None where it can't be made, or isn't torch's."""
-        steps = [choice for choice in recipe.choices if choice.traits.stage in STRUCTURAL]
-        model: Model = self.base
+        is kept of it. None where it can't be made, isn't torch's, or would have to be trained to
+        be known."""
         with ExitStack() as workshops:
             try:
-                for choice in steps:
-                    directory = workshops.enter_context(self.store.workshop())
-                    technique = self.techniques[choice.traits.name]
-                    model = technique.apply(model, choice.parameters, self.context, directory)
-                return self._blocks(model)
+                model = self._outlined(recipe, workshops)
+                return None if model is None else self._blocks(model)
             except Exception:  # noqa: BLE001  building it for good will tell what is wrong
                 return None
 
@@ -139,6 +145,24 @@ class Builder:
             return ()
         with blamed(name):
             return technique.timed_blocks(self.base, self.context)
+
+    def _outlined(self, recipe: Recipe, workshops: ExitStack) -> Model | None:
+        """What the recipe's structural steps make, without training; None where a step trains
+        before them, and the store doesn't have what it made."""
+        model: Model = self.base
+        for choice, variant_id in zip(recipe.choices, self.ids(recipe), strict=True):
+            if choice.traits.stage not in (Stage.SPARSIFY, *STRUCTURAL):
+                continue
+            if choice.trains_first:
+                found = self.find(variant_id)
+                if found is None:
+                    return None
+                model = found.model
+            else:
+                directory = workshops.enter_context(self.store.workshop())
+                technique = self.techniques[choice.traits.name]
+                model = technique.apply(model, choice.parameters, self.context, directory)
+        return model
 
     def _option(self, name: str, skeleton: Recipe) -> Option | None:
         technique = self.techniques[name]
@@ -178,7 +202,8 @@ class Builder:
     def _steps(self, recipe: Recipe) -> tuple[tuple[Step, str], ...]:
         context = self.context
         # Digesting all of train takes a while, and few recipes train.
-        train = context.train.digest if context.train is not None and recipe.trains else ""
+        trains = any(choice.trains for choice in recipe.choices)
+        train = context.train.digest if context.train is not None and trains else ""
         return steps_with_ids(
             recipe, self.base.digest, context.seed, context.calibration.digest, train
         )

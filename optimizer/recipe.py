@@ -5,7 +5,7 @@ a technique accepts is the one that the step before it gives. Recipes are plain 
 and the applying are elsewhere.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cache
@@ -13,7 +13,7 @@ from importlib import metadata
 from types import MappingProxyType
 
 from optimizer.space import Parameters, Value
-from optimizer.variant import STRUCTURAL, Kind, Stage, variant_id
+from optimizer.variant import CHANGING, STRUCTURAL, Kind, Stage, variant_id
 from serve.artifact import Step
 
 
@@ -44,6 +44,10 @@ class Traits:
     or the weights: accuracy judges that."""
     prepares: Stage | None = None
     """The stage that it is for: it is of no use in a recipe without a later step of it."""
+    wants: tuple[tuple[str, tuple[Value, ...]], ...] = ()
+    """Parameters of that later step, each with the values that it is of use for."""
+    shares: tuple[str, ...] = ()
+    """Parameters that the later step has to have the same values of."""
 
 
 EFFORT = "effort"
@@ -51,6 +55,9 @@ EFFORT = "effort"
 It is no choice of the search's but the rung that a trial has come to."""
 EFFORTS = ("recalibrate", "short", "full")
 """By rising cost: batch-norm statistics alone, a few epochs, all that was asked for."""
+EPOCHS = "epochs"
+"""The parameter of a step without an effort that trains: its passes over train, the same on every
+rung, so that they are spent before the network is timed."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,22 @@ class Choice:
     def __hash__(self) -> int:
         return hash((self.traits, tuple(sorted(self.parameters.items(), key=repr))))
 
+    @property
+    def trains_first(self) -> bool:
+        """Whether it trains as much on every rung."""
+        return EPOCHS in self.parameters and EFFORT not in self.parameters
+
+    @property
+    def trains(self) -> bool:
+        """Whether all of train decides its result."""
+        return EFFORT in self.parameters or self.trains_first
+
+    def wanted(self) -> dict[str, tuple[Value, ...]]:
+        """Of the step that it prepares for: parameter → the values that it is of use for."""
+        given = self.parameters
+        shared = {name: (given[name],) for name in self.traits.shares if name in given}
+        return {**dict(self.traits.wants), **shared}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -77,12 +100,14 @@ class Recipe:
     def __post_init__(self) -> None:
         kind = self.starts_from
         seen: list[Stage] = []
-        for traits in (choice.traits for choice in self.choices):
+        for index, choice in enumerate(self.choices):
+            traits = choice.traits
             if traits.accepts is not kind:
                 raise ValueError(f"{traits.name} accepts {traits.accepts} models, got {kind}")
             if traits.stage in seen or any(stage.rank > traits.stage.rank for stage in seen):
                 done = ", ".join(stage.value for stage in seen)
                 raise ValueError(f"{traits.name} ({traits.stage.value}) can't come after {done}")
+            _check_prepared(choice, _wanted(self.choices[:index], traits.stage))
             seen.append(traits.stage)
             kind = traits.gives
 
@@ -99,9 +124,14 @@ class Recipe:
         """Whether it changes the network, whose accuracy then has to be won back."""
         return any(choice.traits.stage in STRUCTURAL for choice in self.choices)
 
+    def wanted(self, stage: Stage) -> dict[str, tuple[Value, ...]]:
+        """Parameters of a step of that stage, with the values that the steps that prepare for it
+        are of use for."""
+        return _wanted(self.choices, stage)
+
     @property
     def trains(self) -> bool:
-        """Whether a step of it trains, by how much is the ladder's matter."""
+        """Whether a step of it trains by as much as is the ladder's matter."""
         return any(EFFORT in choice.parameters for choice in self.choices)
 
     @property
@@ -113,8 +143,7 @@ class Recipe:
 
     def skeleton(self) -> "Recipe":
         """The recipe without the steps that change the network or its weights."""
-        changing = (*STRUCTURAL, Stage.RECOVER)
-        kept = tuple(choice for choice in self.choices if choice.traits.stage not in changing)
+        kept = tuple(choice for choice in self.choices if choice.traits.stage not in CHANGING)
         return Recipe(self.starts_from, kept)
 
     def with_effort(self, effort: str) -> "Recipe":
@@ -132,6 +161,24 @@ class Recipe:
 
     def __str__(self) -> str:
         return " → ".join(_shown(choice) for choice in self.choices) or "untouched"
+
+
+def _wanted(choices: Sequence[Choice], stage: Stage) -> dict[str, tuple[Value, ...]]:
+    found: dict[str, tuple[Value, ...]] = {}
+    for choice in choices:
+        if choice.traits.prepares is stage:
+            found |= choice.wanted()
+    return found
+
+
+def _check_prepared(choice: Choice, wanted: Mapping[str, tuple[Value, ...]]) -> None:
+    for name, values in wanted.items():
+        if choice.parameters.get(name) not in values:
+            allowed = " or ".join(map(str, values))
+            raise ValueError(
+                f"{choice.traits.name}: {name}: got {choice.parameters.get(name)}, want {allowed}, "
+                "for which an earlier step prepares"
+            )
 
 
 def _at(choice: Choice, effort: str) -> Choice:
@@ -164,7 +211,7 @@ def steps_with_ids(
     parent = base_id
     for choice in recipe.choices:
         step = step_of(choice, seed)
-        digest = train_digest if EFFORT in choice.parameters else data_digest
+        digest = train_digest if choice.trains else data_digest
         uses_data = choice.traits.needs is not Needs.NOTHING
         parent = variant_id(parent, asdict(step), digest if uses_data else "")
         steps.append((step, parent))

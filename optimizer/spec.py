@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 Objective = Literal["cost", "latency", "size", "energy"]
 TechniqueName = Literal[
-    "pruning", "decomposition", "recovery", "quantization_aware_training", "quantization",
-    "compilation", "torch_compilation",
+    "sparsity_training", "pruning", "decomposition", "recovery", "quantization_aware_training",
+    "quantization", "compilation", "torch_compilation",
 ]  # fmt: skip
 TECHNIQUES: tuple[TechniqueName, ...] = (
-    "pruning", "decomposition", "recovery", "quantization_aware_training", "quantization",
-    "compilation", "torch_compilation",
+    "sparsity_training", "pruning", "decomposition", "recovery", "quantization_aware_training",
+    "quantization", "compilation", "torch_compilation",
 )  # fmt: skip
 _BY_DEFAULT: tuple[TechniqueName, ...] = ("quantization", "compilation", "torch_compilation")
 """What trains nothing."""
@@ -479,12 +479,22 @@ class TrainingSpec(Strict):
     temperatures: Annotated[
         tuple[PositiveFloat, ...], BeforeValidator(_listed), Field(min_length=1)
     ] = (4.0, 2.0)
+    sparsity_epochs: float = Field(default=5.0, gt=0, le=10_000)
+    """Passes over train of sparsity training, which comes before pruning."""
+    sparsity_forms: Annotated[
+        tuple[Literal["group", "l1"], ...], BeforeValidator(_listed), Field(min_length=1)
+    ] = ("group", "l1")
+    sparsity_strengths: Annotated[
+        tuple[PositiveFloat, ...], BeforeValidator(_listed), Field(min_length=1)
+    ] = (0.01, 0.001)
 
     @model_validator(mode="after")
     def _values_fit_each_other(self) -> Self:
         if self.short_epochs > self.epochs:
             raise ValueError(f"want short_epochs of at most epochs ({self.epochs:g})")
-        for name in ("losses", "alphas", "temperatures"):
+        for name in (
+            "losses", "alphas", "temperatures", "sparsity_forms", "sparsity_strengths",
+        ):  # fmt: skip
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"want every value once in {name}")
@@ -526,6 +536,10 @@ class Techniques(Strict):
         if "quantization_aware_training" in self.enabled and "quantization" not in self.enabled:
             raise ValueError(
                 "want quantization among those left: quantization_aware_training prepares for it"
+            )
+        if "sparsity_training" in self.enabled and not {"pruning", "recovery"} <= set(self.enabled):
+            raise ValueError(
+                "want pruning and recovery among those left: sparsity_training prepares for them"
             )
         return self
 

@@ -51,6 +51,8 @@ class Trials:
     climbs: list[Climb] = field(default_factory=list)
     recoveries: list[RecoveryRecord] = field(default_factory=list)
     epochs: float = 0.0
+    trained: set[str] = field(default_factory=set)
+    """Variants that trials share, whose epochs are counted."""
     log: Sequence[Mapping[str, Any]] = ()
     baseline: StoredVariant | None = None
     """The first variant in the base's own precision that could be measured: what others are
@@ -114,6 +116,7 @@ class Trials:
             _climb_from(entry["climb"]),
             None if row is None else variant_from_dict(row),
             entry["epochs"],
+            trained=tuple(entry.get("trained", ())),
         )
         baseline = self.builder.store.find(entry["baseline"]) if entry["baseline"] else None
         self._take(ended, baseline)
@@ -151,11 +154,13 @@ class Trials:
             bound=self.estimates.bound if self.estimates is not None else lambda _recipe: None,
             judge=lambda variant, base: self.judgement.quality(variant, base, self.validation),
             climbed=climbed,
+            trained=frozenset(self.trained),
         )
 
     def _take(self, ended: Ended, variant: StoredVariant | None) -> None:
         self.climbs.append(ended.climb)
         self.epochs += ended.epochs
+        self.trained |= set(ended.trained)
         if ended.row is not None:
             self.rows.append(ended.row)
             if self.baseline is None and ended.row.service_times:
@@ -185,6 +190,7 @@ class Trials:
             "climb": _climb_to(ended.climb),
             "row": None if ended.row is None else variant_to_dict(ended.row),
             "epochs": ended.epochs,
+            "trained": list(ended.trained),
             "baseline": self.baseline.id if self.baseline else "",
             "spent_s": spent_s,
         }

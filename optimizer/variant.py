@@ -34,6 +34,7 @@ class Stage(Enum):
     """Where a technique stands in a recipe; see `Stage.rank`."""
 
     ARCHITECTURE = "architecture"
+    SPARSIFY = "sparsify"
     PRUNE = "prune"
     DECOMPOSE = "decompose"
     RECOVER = "recover"
@@ -49,14 +50,17 @@ class Stage(Enum):
 
 STRUCTURAL = (Stage.ARCHITECTURE, Stage.PRUNE, Stage.DECOMPOSE)
 """Stages that change a network's structure, so that its latency changes and its accuracy falls."""
+CHANGING = (Stage.SPARSIFY, *STRUCTURAL, Stage.RECOVER)
+"""Stages that change the structure or the weights: what isn't had off the shelf."""
 _RANKS = {
     Stage.ARCHITECTURE: 0,
-    Stage.PRUNE: 1,
-    Stage.DECOMPOSE: 1,
-    Stage.RECOVER: 2,
-    Stage.EXPORT: 3,
-    Stage.PRECISION: 4,
-    Stage.COMPILE: 5,
+    Stage.SPARSIFY: 1,
+    Stage.PRUNE: 2,
+    Stage.DECOMPOSE: 2,
+    Stage.RECOVER: 3,
+    Stage.EXPORT: 4,
+    Stage.PRECISION: 5,
+    Stage.COMPILE: 6,
 }
 
 

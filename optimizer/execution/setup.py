@@ -107,7 +107,8 @@ def enabled_techniques(spec: Spec) -> dict[str, Technique]:
         if name in TECHNIQUES or name in found:
             problem = f"techniques.plugins: {plugin}: the name {name} is taken, want another"
             raise SpecInvalid(str(spec.source), [problem])
-        if technique.traits.stage is Stage.RECOVER and not isinstance(technique, Training):
+        trains = technique.traits.stage in (Stage.SPARSIFY, Stage.RECOVER)
+        if trains and not isinstance(technique, Training):
             problem = f"techniques.plugins: {plugin}: want a method epochs, for it trains"
             raise SpecInvalid(str(spec.source), [problem])
         found[name] = technique

@@ -43,6 +43,10 @@ class Network:
     flow: Flow
     groups: tuple[Group, ...]
 
+    def in_scope(self, residual: bool) -> list[Group]:
+        """All groups, or without `residual` those alone that lie inside of residual branches."""
+        return [group for group in self.groups if residual or not group.is_residual]
+
     def kept(self, gone: Sequence[int]) -> dict[Place, list[int]]:
         """By place, the indices that stay when these units go; only places that lose some."""
         leaving = set(gone)

@@ -17,6 +17,7 @@ from torch import nn
 
 from optimizer.pruning.graph import named_tensors
 from optimizer.pruning.groups import Group, Place
+from optimizer.pruning.scales import norm_scales
 
 Scores = NDArray[np.float64]
 """[unit] of a group, in its order: at least 0, the least important first to go."""
@@ -73,11 +74,7 @@ def magnitude(power: int) -> Criterion:
 def batch_norm_scale(module: nn.Module, groups: Sequence[Group], samples: Samples) -> list[Scores]:
     """|γ| (Liu et al. 2017, "Learning Efficient Convolutional Networks through Network Slimming"),
     averaged over coupled layers. It says nothing about groups without batch normalization."""
-    scales = {
-        f"{name}.weight": part.weight
-        for name, part in module.named_modules()
-        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.weight is not None
-    }
+    scales = norm_scales(module)
     tensors = named_tensors(module)
     found = []
     for group in groups:

@@ -5,14 +5,14 @@ the enumeration of baselines. Which decisions there are depends on the ones befo
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from optimizer.errors import ParityMismatch, TechniqueFailed, TechniqueNotApplicable
 from optimizer.recipe import EFFORT, EFFORTS, Recipe, Traits
 from optimizer.space import Categorical, Distribution, Space, Value, exists
-from optimizer.variant import STRUCTURAL, Kind, Stage
+from optimizer.variant import CHANGING, Kind, Stage
 
 NONE = "none"
 """The choice of going without an optional stage."""
@@ -87,9 +87,7 @@ def walk(landscape: Landscape, starts_from: Kind, choose: Chooser) -> Decisions:
         for stages in _by_rank():
             options = landscape(recipe)
             chosen = [
-                one
-                for stage in stages
-                if (one := _decide_step(stage, options, decide, recipe.lacks))
+                one for stage in stages if (one := _decide_step(stage, options, decide, recipe))
             ]
             if len(chosen) > 1:  # of one rank, so either may come first
                 names = tuple(traits.name for traits, _ in chosen)
@@ -178,15 +176,35 @@ def _decide_step(
     stage: Stage,
     options: Sequence[Option],
     decide: Callable[[str, Distribution], Value],
-    lacks: Collection[Stage],
+    recipe: Recipe,
 ) -> tuple[Traits, dict[str, Value]] | None:
+    lacks = recipe.lacks
     here = [option for option in options if option.traits.stage is stage]
     # A step can be gone without where an engine takes what there is already.
     avoidable = not lacks and any(
         option.traits.stage is Stage.COMPILE for option in options if option not in here
     )
+    fitting = [_narrowed(option, recipe.wanted(stage)) for option in here]
+    here = [option for option in fitting if option is not None]
     option = _decide_option(stage, here, decide, avoidable, stage in lacks)
     return None if option is None else (option.traits, _decide_parameters(option, decide))
+
+
+def _narrowed(option: Option, wanted: Mapping[str, tuple[Value, ...]]) -> Option | None:
+    """The option with the values alone that are `wanted` of its parameters; None where it has
+    none of them."""
+    space = dict(option.space)
+    for name, values in wanted.items():
+        own = space.get(name)
+        left = (
+            tuple(choice for choice in own.choices if choice in values)
+            if isinstance(own, Categorical)
+            else ()
+        )
+        if not isinstance(own, Categorical) or not left:
+            return None
+        space[name] = replace(own, choices=left)
+    return Option(option.traits, space)
 
 
 def _decide_option(
@@ -203,7 +221,7 @@ def _decide_option(
     # What is needed for most engines comes first, going without it for the others last.
     names = (NONE, *by_name) if optional else (*by_name, *((NONE,) if avoidable else ()))
     # What changes the network isn't had off the shelf.
-    off_the_shelf = stage not in (*STRUCTURAL, Stage.RECOVER)
+    off_the_shelf = stage not in CHANGING
     chosen = decide(stage.value, Categorical(names, is_baseline=off_the_shelf))
     return by_name.get(str(chosen))
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # technique name -> (module, attribute)
 TECHNIQUES: Mapping[str, tuple[str, str]] = {
+    "sparsity_training": ("optimizer.techniques.sparsity_training", "SparsityTraining"),
     "pruning": ("optimizer.techniques.pruning", "Pruning"),
     "decomposition": ("optimizer.techniques.decomposition", "Decomposition"),
     "recovery": ("optimizer.techniques.recovery", "Recovery"),
@@ -91,8 +92,8 @@ class Technique(Protocol):
 
 @runtime_checkable
 class Training(Protocol):
-    """What a technique of stage RECOVER offers beside the contract: it has the parameter
-    `recipe.EFFORT`, and says what it costs."""
+    """What a technique that trains offers beside the contract: it says what it costs. One of stage
+    RECOVER has the parameter `recipe.EFFORT`, any other `recipe.EPOCHS`."""
 
     def epochs(self, parameters: Parameters, context: Context) -> float:
         """Passes over the training split that applying it takes with these parameters."""

@@ -1,4 +1,4 @@
-"""Lesson: how a network learns from the study's base, for the techniques of stage RECOVER.
+"""Lesson: how a network learns from the study's base, for the techniques that train.
 
 The base is the teacher, with labels where there are any (Hinton et al. 2015). How it is to train is
 the spec's, and comes as parameters. What is done to the network before and after, and why, is the
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optimizer.model_source import read_signature
-from optimizer.recipe import EFFORT, EFFORTS, Traits
-from optimizer.space import Categorical, Parameters, Space, Value
+from optimizer.recipe import EFFORT, EFFORTS, EPOCHS, Traits
+from optimizer.space import Categorical, Parameters, Space, Value, defaults
 from optimizer.spec import TrainingSpec
 from optimizer.techniques import Context
 from optimizer.torch_source import load_source
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from optimizer.training.batches import Batches
     from optimizer.training.checkpoint import Checkpoint
     from optimizer.training.distillation import Distillation, Mixture
-    from optimizer.training.loop import Settings
+    from optimizer.training.loop import Loss, Settings
     from optimizer.training.masks import Masks
 
 _RECALIBRATION_BATCH = 128
@@ -79,6 +79,19 @@ def space_of(model: TorchModel, context: Context) -> Space:
         **_mixed(training, learns, _has_labels(context)),
         **{name: Categorical((value,)) for name, value in fixed.items()},
     }
+
+
+def plain_space(
+    model: TorchModel,
+    context: Context,
+    epochs: float,
+    when: Mapping[str, tuple[Value, ...]] | None = None,
+) -> Space:
+    """How a step trains that does so for as many `epochs` on every rung: all at its default, and to
+    the end. The parameters exist `when` earlier ones have those values."""
+    chosen = {**defaults(space_of(model, context)), EPOCHS: epochs, "patience": 0}
+    left = {name: value for name, value in chosen.items() if name not in (EFFORT, "short_epochs")}
+    return {name: Categorical((value,), when=when or {}) for name, value in left.items()}
 
 
 def described(parameters: Parameters) -> str:
@@ -136,13 +149,19 @@ class Lesson:
         identity = hashlib.sha256(canonical_json(content).encode()).hexdigest()
         return Checkpoint(context.checkpoints / f"{identity}.safetensors", identity)
 
-    def train(self, settings: "Settings", checkpoint: "Checkpoint | None") -> None:
-        """By the loop and the loss of the parameters. Raises TrainingDiverged and ValueError."""
+    def loss(self) -> "Distillation":
+        """That of the parameters."""
+        return _loss(self.model, self.module, self.data, self.parameters, self.context.seed)
+
+    def train(
+        self, settings: "Settings", checkpoint: "Checkpoint | None", loss: "Loss | None" = None
+    ) -> None:
+        """By the loop and a loss, without one that of the parameters. Raises TrainingDiverged and
+        ValueError."""
         from optimizer.training.loop import train
 
-        loss = _loss(self.model, self.module, self.data, self.parameters, self.context.seed)
         masks = _masks(self.model, self.module)
-        train(self.module, self.data, loss, settings, masks, checkpoint)
+        train(self.module, self.data, loss or self.loss(), settings, masks, checkpoint)
 
 
 def lesson_of(model: TorchModel, parameters: Parameters, context: Context) -> Lesson:
@@ -172,7 +191,9 @@ def _mixed(training: TrainingSpec, learns: str, has_labels: bool) -> dict[str, C
 
 
 def epochs_of(parameters: Parameters) -> float:
-    """Passes over train at the effort of the parameters."""
+    """Passes over train at the effort of the parameters, or those of a step without one."""
+    if EFFORT not in parameters:
+        return float(parameters[EPOCHS])
     effort = parameters[EFFORT]
     key = {"recalibrate": None, "short": "short_epochs", "full": "epochs"}[str(effort)]
     return float(parameters[key]) if key is not None else 0.0

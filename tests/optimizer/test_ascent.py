@@ -13,9 +13,9 @@ from optimizer.builder import Builder
 from optimizer.errors import ParityMismatch, TechniqueFailed, TechniqueNotApplicable
 from optimizer.evaluator import Evaluator
 from optimizer.kernels import KernelProof
-from optimizer.recipe import EFFORT, Recipe, Traits
+from optimizer.recipe import EFFORT, EPOCHS, Recipe, Traits
 from optimizer.result import InstanceTimes, Prediction, ServingChoice, Speedup
-from optimizer.search.coordinator import Trial
+from optimizer.search.coordinator import Answer, Trial
 from optimizer.search.ladder import Bound, Climb, Rung
 from optimizer.search.landscape import Decisions, Unbuildable
 from optimizer.search.recovery import RecoveryRecord
@@ -41,9 +41,16 @@ def compiled(recipe: Recipe) -> Recipe:
 
 PLAIN = compiled(Recipe(Kind.TORCH))
 PRUNED = compiled(Recipe(Kind.TORCH).then(PRUNE, {}))
+SPARSIFY = Traits(
+    "sparsity_training", "1", Stage.SPARSIFY, Kind.TORCH, Kind.TORCH, preserves=False,
+    prepares=Stage.PRUNE,
+)  # fmt: skip
 TRAINED = compiled(Recipe(Kind.TORCH).then(PRUNE, {}).then(RECOVER, {EFFORT: "full"}))
+SPARSE = compiled(
+    Recipe(Kind.TORCH).then(SPARSIFY, {EPOCHS: 5.0}).then(PRUNE, {}).then(RECOVER, {EFFORT: "full"})
+)
 WAY = [Rung.ESTIMATED, Rung.BUILT, Rung.TIMED, Rung.UNTRAINED, Rung.SHORT, Rung.FULL]
-EPOCHS = {"recalibrate": 0.0, "short": 2.0, "full": 30.0}
+EPOCHS_OF = {"recalibrate": 0.0, "short": 2.0, "full": 30.0}
 N_BYTES = 500
 
 
@@ -80,7 +87,14 @@ class Workshop:
         return None
 
     def epochs(self, recipe: Recipe) -> float:
-        return EPOCHS[effort_of(recipe)]
+        return EPOCHS_OF[effort_of(recipe)]
+
+    def epochs_first(self, recipe: Recipe) -> dict[str, float]:
+        return {
+            one.traits.name: float(one.parameters[EPOCHS])
+            for one in recipe.choices
+            if one.trains_first
+        }
 
     def label(self, recipe: Recipe) -> str:
         return str(recipe)
@@ -231,7 +245,7 @@ def test_trial_that_trains_climbs_the_whole_ladder_in_order(climber: Climber) ->
     assert climber.climbed == rungs(ended) == WAY
     assert climber.shop.built == ["recalibrate", "short", "full"]
     assert ended.climb == Climb(tuple((rung, 1.0) for rung in WAY), dropped=False, trains=True)
-    assert ended.epochs == EPOCHS["short"] + EPOCHS["full"]
+    assert ended.epochs == EPOCHS_OF["short"] + EPOCHS_OF["full"]
     assert ended.recovery == RecoveryRecord(size=1.0, untrained=0.4, final=0.02, short=0.1)
     assert ended.row is not None
     assert (ended.row.id, ended.row.status) == ("full", "unverified")
@@ -340,7 +354,7 @@ def test_trial_ends_at_the_training_that_fails_with_the_epochs_spent_so_far(
     assert rungs(ended) == WAY
     assert ended.climb.dropped
     assert constraint(ended) == "built"
-    assert ended.epochs == EPOCHS["short"]
+    assert ended.epochs == EPOCHS_OF["short"]
     assert ended.recovery is None
 
 
@@ -431,7 +445,7 @@ def test_training_ends_early_when_it_does_not_recover_as_others_did(climber: Cli
     ended = climber.run(TRAINED)
     assert ended.climb.last is Rung.SHORT
     assert constraint(ended) == "accuracy_drop"
-    assert ended.epochs == EPOCHS["short"]
+    assert ended.epochs == EPOCHS_OF["short"]
 
 
 @pytest.mark.parametrize(
@@ -454,6 +468,42 @@ def test_training_ends_when_the_budget_s_epochs_last(
     assert constraint(ended) == "budget"
     assert ended.epochs == epochs
     assert ended.recovery is None
+
+
+def test_training_that_trials_share_is_counted_once(climber: Climber) -> None:
+    first = climber.run(SPARSE)
+    assert first.trained == ("sparsity_training",)
+    assert first.epochs == 5.0 + EPOCHS_OF["short"] + EPOCHS_OF["full"]
+    climber.standing(trained=first.trained)
+    again = climber.run(SPARSE)
+    assert again.trained == ()
+    assert again.epochs == EPOCHS_OF["short"] + EPOCHS_OF["full"]
+
+
+def test_training_that_trials_share_is_counted_when_a_step_behind_it_fails(
+    climber: Climber,
+) -> None:
+    climber.shop.failures = {"recalibrate": TechniqueFailed("pruning", ValueError("no"))}
+    ended = climber.run(SPARSE)
+    assert (ended.epochs, ended.trained) == (5.0, ("sparsity_training",))
+    assert constraint(ended) == "built"
+
+
+def test_nothing_is_built_when_the_epochs_before_it_are_not_left(climber: Climber) -> None:
+    budget = climber.spec.budget.model_copy(update={"training_epochs": 70.0})
+    climber.spec = replace(climber.spec, budget=budget)
+    climber.standing(epochs_spent=66.0)
+    ended = climber.run(SPARSE)
+    assert rungs(ended) == [Rung.ESTIMATED, Rung.BUILT]
+    assert climber.shop.built == []
+    assert (ended.epochs, ended.trained) == (0.0, ())
+    assert ended.climb.dropped
+    assert ended.answer == Answer()
+    assert ended.row is not None
+    assert (ended.row.status, constraint(ended)) == ("dropped", "budget")
+    assert ended.row.reasons[0].detail == "66 epochs of 70 are spent, its training takes 5"
+    climber.standing(epochs_spent=66.0, trained=("sparsity_training",))
+    assert climber.run(SPARSE).climb.last is Rung.FULL
 
 
 def test_trial_without_training_is_infeasible_when_its_drop_is_too_large(climber: Climber) -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from optimizer.builder import Builder
 from optimizer.errors import TechniqueFailed
-from optimizer.recipe import EFFORT, Needs, Recipe, Traits
-from optimizer.space import Parameters, Space
+from optimizer.recipe import EFFORT, EPOCHS, Needs, Recipe, Traits
+from optimizer.space import Categorical, Parameters, Space
 from optimizer.store import Store
 from optimizer.techniques import Context, Technique, load_technique
 from optimizer.variant import Kind, Model, Stage, TorchVariant
@@ -58,6 +58,29 @@ class Unspaced(Narrow):
 
     def space(self, model: Model, context: Context) -> Space:
         raise ZeroDivisionError("no channels")
+
+
+class Early(Tune):
+    """Trains before what it prepares for, as much on every rung."""
+
+    traits = Traits(
+        "early", "1", Stage.SPARSIFY, Kind.TORCH, Kind.TORCH, Needs.UNLABELLED, ("torch",),
+        preserves=False, prepares=Stage.PRUNE,
+    )  # fmt: skip
+
+    def space(self, model: Model, context: Context) -> Space:
+        return {EPOCHS: Categorical((2.5,))}
+
+    def describe(self, parameters: Parameters) -> str:
+        return "early"
+
+    def epochs(self, parameters: Parameters, context: Context) -> float:
+        return float(parameters[EPOCHS])
+
+    def apply(
+        self, model: Model, parameters: Parameters, context: Context, directory: Path
+    ) -> TorchVariant:
+        return super().apply(model, {EFFORT: "short"}, context, directory)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +171,35 @@ def test_epochs_are_those_of_the_steps_that_train(bench: Workbench, store: Store
     assert [one.epochs(recipe.with_effort(name)) for name in N_STEPS] == [0.0, 3.0, 9.0]
 
 
+def early(technique: Technique) -> Recipe:
+    return Recipe(Kind.TORCH).then(technique.traits, {EPOCHS: 2.5})
+
+
+def test_epochs_that_are_the_same_on_every_rung_are_told_by_the_variant_that_takes_them(
+    bench: Workbench, store: Store
+) -> None:
+    one = builder(bench, store, Early(), Counted(), Costed())
+    recipe = early(Early()).then(Narrow.traits, {"width": 0.5})
+    tuned = recipe.then(Costed.traits, {EFFORT: "short"})
+    assert one.epochs(tuned) == 3.0
+    assert one.epochs_first(tuned) == {one.ids(recipe)[0]: 2.5}
+    assert one.epochs_first(narrowed(Narrow())) == {}
+
+
+def test_step_that_prepares_for_pruning_is_an_option_before_it_alone(
+    bench: Workbench, store: Store
+) -> None:
+    one = builder(bench, store, Early(), Counted(), Costed())
+    for recipe, names in (
+        (Recipe(Kind.TORCH), ["early", "narrow", "export"]),
+        (early(Early()), ["narrow", "export"]),
+        (narrowed(Narrow()), ["tune", "export"]),
+    ):
+        assert [option.traits.name for option in one.options(recipe)] == names
+    alone = builder(bench, store, Early())
+    assert [option.traits.name for option in alone.options(Recipe(Kind.TORCH))] == ["export"]
+
+
 def test_epochs_fail_by_name_and_the_label_is_the_name_when_a_technique_cannot_tell_them(
     bench: Workbench, store: Store
 ) -> None:
@@ -170,3 +222,15 @@ def test_blocks_are_those_of_the_changed_network_and_nothing_of_it_is_kept(
     assert shapes == [((1, 8, 8), 8), ((8, 8, 8), 16), ((16,), 4)]
     assert one.find(one.ids(recipe)[0]) is None
     assert one.blocks(narrowed(narrow, 0.75)) is None
+
+
+def test_blocks_wait_for_the_training_that_comes_before_the_structure_is_known(
+    bench: Workbench, store: Store
+) -> None:
+    first = Early()
+    one = builder(bench, store, first, Counted())
+    recipe = early(first).then(Narrow.traits, {"width": 0.5})
+    assert one.blocks(recipe) is None
+    assert one.find(one.ids(recipe)[0]) is None
+    one.build(early(first))
+    assert one.blocks(recipe) == one.blocks(narrowed(Narrow()))

@@ -14,6 +14,10 @@ def traits(name: str, stage: Stage, accepts: Kind, gives: Kind, **more: object) 
 
 PRUNE = traits("pruning", Stage.PRUNE, Kind.TORCH, Kind.TORCH)
 DECOMPOSE = traits("decomposition", Stage.DECOMPOSE, Kind.TORCH, Kind.TORCH)
+SPARSIFY = traits(
+    "sparsity_training", Stage.SPARSIFY, Kind.TORCH, Kind.TORCH, needs=Needs.UNLABELLED,
+    prepares=Stage.PRUNE, wants=(("what", ("channels", "both")),), shares=("residual",),
+)  # fmt: skip
 RECOVER = traits("distillation", Stage.RECOVER, Kind.TORCH, Kind.TORCH)
 EXPORT = traits("export", Stage.EXPORT, Kind.TORCH, Kind.ONNX)
 INT8 = traits("quantization", Stage.PRECISION, Kind.ONNX, Kind.ONNX, needs=Needs.UNLABELLED)
@@ -44,6 +48,7 @@ def test_recipe_takes_steps_when_stages_rise(steps: tuple[Traits, ...]) -> None:
     [
         pytest.param((EXPORT, PRUNE), "accepts torch models, got onnx", id="torch step after it"),
         pytest.param((RECOVER, PRUNE), "can't come after recover", id="a stage goes back"),
+        pytest.param((PRUNE, SPARSIFY), "can't come after prune", id="sparsity after pruning"),
         pytest.param((PRUNE, PRUNE), "can't come after prune", id="a stage comes twice"),
         pytest.param((EXPORT, COMPILE, INT8), "accepts onnx models", id="int8 after compilation"),
     ],
@@ -51,6 +56,41 @@ def test_recipe_takes_steps_when_stages_rise(steps: tuple[Traits, ...]) -> None:
 def test_recipe_refuses_step_when_order_is_illegal(steps: tuple[Traits, ...], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         recipe_of(*steps)
+
+
+SPARSE = Recipe(Kind.TORCH).then(SPARSIFY, {"residual": False, "epochs": 2.0})
+
+
+def test_recipe_lacks_the_stage_that_a_step_prepares_for_until_it_comes() -> None:
+    assert SPARSE.lacks == {Stage.PRUNE}
+    assert SPARSE.then(PRUNE, {"what": "both", "residual": False}).lacks == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "problem"),
+    [
+        pytest.param(
+            {"what": "blocks", "residual": False}, "what: got blocks, want channels or both",
+            id="not for what it prepares",
+        ),
+        pytest.param(
+            {"what": "channels", "residual": True}, "residual: got True, want False",
+            id="not as it was prepared",
+        ),
+        pytest.param({"width": 0.5}, "what: got None", id="without the parameter"),
+    ],
+)  # fmt: skip
+def test_recipe_refuses_the_step_that_was_prepared_for_when_it_is(
+    parameters: dict[str, object], problem: str
+) -> None:
+    with pytest.raises(ValueError, match=f"pruning: {problem}"):
+        SPARSE.then(PRUNE, parameters)  # type: ignore[arg-type]
+    assert Recipe(Kind.TORCH).then(PRUNE, parameters).choices  # type: ignore[arg-type]
+
+
+def test_skeleton_is_without_what_changes_structure_or_weights() -> None:
+    recipe = SPARSE.then(PRUNE, {"what": "both", "residual": False}).then(RECOVER, {})
+    assert recipe.then(EXPORT, {}).skeleton() == Recipe(Kind.TORCH).then(EXPORT, {})
 
 
 def test_recipe_is_a_value_when_parameters_change_outside() -> None:
@@ -90,8 +130,17 @@ def test_step_id_ignores_data_when_the_technique_uses_none() -> None:
     assert one[1][1] != other[1][1]
 
 
-def test_step_id_covers_all_of_train_when_the_technique_trains() -> None:
-    tune = Traits("tune", "1", Stage.RECOVER, Kind.TORCH, Kind.TORCH, Needs.UNLABELLED)
-    recipe = Recipe(Kind.TORCH).then(tune, {"effort": "full"})
+@pytest.mark.parametrize(
+    ("stage", "parameters"),
+    [
+        pytest.param(Stage.RECOVER, {"effort": "full"}, id="by the rung"),
+        pytest.param(Stage.SPARSIFY, {"epochs": 2.0}, id="the same on every rung"),
+    ],
+)
+def test_step_id_covers_all_of_train_when_the_technique_trains(
+    stage: Stage, parameters: dict[str, str | float]
+) -> None:
+    tune = Traits("tune", "1", stage, Kind.TORCH, Kind.TORCH, Needs.UNLABELLED)
+    recipe = Recipe(Kind.TORCH).then(tune, parameters)
     ids = {steps_with_ids(recipe, "base", 0, "data", train)[0][1] for train in ("one", "other")}
     assert len(ids) == 2

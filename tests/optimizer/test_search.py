@@ -252,6 +252,53 @@ def test_step_that_prepares_for_a_stage_is_refused_when_nothing_of_it_can_follow
     )
 
 
+SPARSE = Traits(
+    "sparse", "1", Stage.SPARSIFY, Kind.TORCH, Kind.TORCH, preserves=False, prepares=Stage.PRUNE,
+    wants=(("what", ("channels", "both")),), shares=("residual",),
+)  # fmt: skip
+PRUNE = Traits("prune", "1", Stage.PRUNE, Kind.TORCH, Kind.TORCH, preserves=False)
+SPARSE_SPACE = {"residual": Categorical((False, True)), "epochs": Categorical((2.0,))}
+PRUNE_SPACE = {
+    "what": Categorical(("blocks", "channels", "both")),
+    "residual": Categorical((True, False), when={"what": ("channels", "both")}),
+}
+
+
+def sparsifying(recipe: Recipe) -> Sequence[Option]:
+    """Pruned in some way or narrowed, after sparsity training or not; then tuned."""
+    if recipe.gives is not Kind.TORCH:
+        return landscape(recipe)
+    options = [
+        Option(SPARSE, SPARSE_SPACE), Option(PRUNE, PRUNE_SPACE),
+        Option(NARROW, {"width": Categorical((8, 16))}), Option(EXPORT, {}),
+    ]  # fmt: skip
+    if recipe.is_structural:
+        options.append(Option(TUNE, {"effort": Categorical(("full",))}))
+    return [option for option in options if recipe.can_take(option.traits)]
+
+
+@pytest.mark.parametrize("sampler", ["random", "grid"])
+def test_sparsity_training_is_only_in_recipes_that_prune_what_it_prepared_and_recover(
+    sampler: str,
+) -> None:
+    trials = run(80, given=sparsifying, sampler=sampler)
+    sparse = [trial for trial in trials if names(trial)[0] == "sparse"]
+    assert {names(trial)[:3] for trial in sparse} == {("sparse", "prune", "tune")}
+    assert not any(trial.decisions.failure for trial in trials)
+    found = {
+        (one.recipe.choices[0].parameters["residual"], *one.recipe.choices[1].parameters.values())
+        for one in sparse
+    }
+    assert found == {(at, what, at) for at in (False, True) for what in ("channels", "both")}
+    plain = [trial.recipe.choices[0] for trial in trials if names(trial)[0] == "prune"]
+    assert "blocks" in {choice.parameters["what"] for choice in plain}
+
+
+def test_sparsity_training_is_no_baseline() -> None:
+    recipes = [decisions.recipe for decisions in baselines(sparsifying, Kind.TORCH)]
+    assert not any(choice.traits is SPARSE for recipe in recipes for choice in recipe.choices)
+
+
 def default_of(distribution: Distribution) -> Value:
     return distribution.default
 

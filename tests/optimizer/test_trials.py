@@ -97,6 +97,17 @@ def test_replayed_trial_leaves_the_next_one_the_same_surroundings(lived: Lived, 
     assert ours.best is not None
 
 
+def test_training_that_trials_share_stays_counted_when_it_is_replayed(
+    lived: Lived, spec: Spec
+) -> None:
+    entry = lived.trials.builder.store.trials("study")[0]
+    assert entry["trained"] == []
+    again = recalled(lived, spec)
+    again.replay({**entry, "epochs": 5.0, "trained": ["sparse"]})
+    again.replay({name: value for name, value in entry.items() if name != "trained"})
+    assert (again.epochs, again.surroundings().trained) == (5.0, {"sparse"})
+
+
 def test_study_is_forked_with_its_earlier_part_when_the_log_is_of_another_trial(
     lived: Lived, spec: Spec
 ) -> None:
