@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optimizer import blocks
-from optimizer.block_times import SIZES, TABLE_ENGINE, time_key
+from optimizer.block_times import SIZES, TABLE_ENGINE, TABLE_SIZE, time_key
 from optimizer.blocks import Block, block_inputs, write_block
 from optimizer.capacity import cost_per_million
 from optimizer.errors import MeasurerUnavailable
@@ -63,9 +63,13 @@ class Estimates:
             if value["base"] == self.base_id and value["cores"] == self.cores:
                 self._take(variant_id, value)
 
-    def measure(self, wanted: Sequence[Block]) -> None:
-        """Time the blocks of a table for techniques, as far as they aren't known."""
-        self._time(dict.fromkeys(wanted, 1), TABLE_ENGINE)
+    def measure(self, wanted: Sequence[Block], has_time: Callable[[], bool]) -> int:
+        """Time the blocks of a table for techniques, as far as they aren't known and there is time;
+        how many are known then. Of one that the engine can't run nothing is."""
+        for block in wanted:
+            if self._is_known(block) or has_time():
+                self._time({block: 1}, TABLE_ENGINE)
+        return sum((TABLE_ENGINE, block.key, TABLE_SIZE) in self._times for block in wanted)
 
     def learn(self, recipe: Recipe, row: Variant) -> None:
         """Set the row's measured seconds beside its sum over blocks."""
@@ -151,6 +155,10 @@ class Estimates:
                 self._timed_blocks.add((engine, block.key))
                 for size, seconds in self._timed(block, engine).items():
                     self._times[engine, block.key, int(size)] = float(seconds)
+
+    def _is_known(self, block: Block) -> bool:
+        key = time_key(block, self.measurer.machine, TABLE_ENGINE, self.cores)
+        return self.store.recorded(key) is not None
 
     def _timed(self, block: Block, engine: str) -> Mapping[str, float]:
         key = time_key(block, self.measurer.machine, engine, self.cores)

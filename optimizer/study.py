@@ -70,6 +70,8 @@ DEFAULT_CONFIDENCE = 0.95
 BATCH_SIZES = (1, 2, 4, 8, 16, MAX_BATCH_SIZE)
 MAX_RULED_OUT = 2_000
 """Recipes in a row that are ruled out by estimate, after which the space counts as exhausted."""
+TABLE_SHARE = 0.2
+"""Of the budget's time, for the layers that techniques want to know the times of."""
 
 
 @dataclass(frozen=True)
@@ -224,12 +226,20 @@ class _Study:
     def _time_layers(self, estimates: Estimates, builder: DelegatingBuilder) -> None:
         """For techniques that are shaped by the target's times; one that fails here is told when
         its space is asked for."""
+        clock = self._options.clock
+        end_s = clock() + TABLE_SHARE * self._spec.budget.wall_clock_s
         for name in builder.techniques:
             with suppress(TechniqueFailed):
                 wanted = builder.timed_blocks(name)
-                if wanted:
-                    self._observer.phase(f"timing {len(wanted)} layers for {name}")
-                    estimates.measure(wanted)
+                if not wanted:
+                    continue
+                self._observer.phase(f"timing {len(wanted)} layers for {name}")
+                n_known = estimates.measure(wanted, lambda: clock() < end_s)
+                if n_known < len(wanted):
+                    self._note(
+                        f"{name}: {n_known} of {len(wanted)} layers could be timed, in at most "
+                        f"{TABLE_SHARE:.0%} of budget.wall_clock_s, so it goes without the table"
+                    )
 
     def _front_end(self, store: Store, inputs: Mapping[str, Array]) -> FrontEnd:
         """The model of what serving costs beside the engine."""

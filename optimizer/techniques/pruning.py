@@ -17,7 +17,7 @@ from optimizer.recipe import Needs, Traits
 from optimizer.space import Categorical, Parameters, Space
 from optimizer.techniques import Context
 from optimizer.torch_example import example_inputs
-from optimizer.torch_variant import load_torch, torch_model
+from optimizer.torch_variant import load_torch, read_plan, torch_model
 from optimizer.variant import Json, Kind, Model, Stage, TorchModel, TorchVariant
 from serve.machine import Machine
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from optimizer.pruning.graph import InputShape
     from optimizer.pruning.groups import Group, Network
     from optimizer.pruning.importance import Samples
-    from optimizer.pruning.latency import Seconds
+    from optimizer.pruning.latency_table import LatencyTable
 
 _NAME = "pruning"
 _CHANNELS, _BLOCKS, _BOTH, _WEIGHTS = "channels", "blocks", "both", "weights"
@@ -82,7 +82,7 @@ class Pruning:
         kinds = self._kinds(network, n_blocks, context.machine)
         widths = {"what": (_CHANNELS, _BOTH)}
         scopes = [residual for residual in (False, True) if _in_scope(network, residual)]
-        table = self._table(model, context)
+        table = _table(model, context) if network.groups else None
         criteria = [name for name in CRITERIA if name != "random"]
         if not _has_norms(network):
             criteria.remove("bn_scale")
@@ -110,7 +110,7 @@ class Pruning:
     def timed_blocks(self, model: Model, context: Context) -> Sequence[Block]:
         """For the allocation by latency: what its table has to have."""
         assert isinstance(model, TorchModel)
-        from optimizer.pruning.latency import table_blocks
+        from optimizer.pruning.latency_table import table_blocks
 
         if self.check(model, context) is not None or not self._network(model).groups:
             return ()
@@ -135,17 +135,14 @@ class Pruning:
         assert isinstance(model, TorchModel)
         if parameters["what"] == _WEIGHTS:
             return self._mask(model, parameters, directory)
-        self._check_table(model, parameters, context)
+        table = _wanted_table(model, parameters, context)
         samples = _samples(model, context)
         operations: dict[str, Json] = {}
         if "blocks" in parameters:
             operations["bypassed"] = self._bypassed(model, int(parameters["blocks"]), samples)
         if "ratio" in parameters:
             forms = operations.get("bypassed", {})
-            seconds = context.block_seconds
-            module, operations["widths"] = self._narrowed(
-                model, parameters, samples, forms, seconds
-            )
+            module, operations["widths"] = self._narrowed(model, parameters, samples, forms, table)
         else:
             module = self.restructure(load_torch(model), operations)
         return torch_model(directory, model, module, self, operations)
@@ -188,24 +185,6 @@ class Pruning:
         kinds += [] if why_no_speed(machine) else [_WEIGHTS]
         return tuple(kinds)
 
-    def _table(self, model: TorchModel, context: Context) -> str | None:
-        """The digest of the target's table of latencies; None where there is none."""
-        from optimizer.pruning.latency import table_digest
-
-        if context.block_seconds is None or not self._network(model).groups:
-            return None
-        return table_digest(_layers(model).values(), context.block_seconds)
-
-    def _check_table(self, model: TorchModel, parameters: Parameters, context: Context) -> None:
-        """Raises ValueError where the table isn't that of the parameters."""
-        wanted = parameters.get(_TABLE)
-        found = self._table(model, context) if wanted is not None else None
-        if found != wanted:
-            raise ValueError(
-                f"{_TABLE}: got {wanted}, and the target's table of latencies is "
-                f"{found or 'missing'}: want the table that the recipe was made with"
-            )
-
     # --- what goes
 
     def _bypassed(self, model: TorchModel, n: int, samples: "Samples") -> dict[str, str]:
@@ -222,7 +201,7 @@ class Pruning:
         parameters: Parameters,
         samples: "Samples",
         forms: Json,
-        seconds: "Seconds | None",
+        table: "LatencyTable | None",
     ) -> "tuple[torch.nn.Module, Json]":
         """The pruned module, with the operations that make it. Raises ValueError where it doesn't
         compute what zeros would."""
@@ -237,7 +216,7 @@ class Pruning:
         )
 
         network = self._network(model, forms)
-        gone = self._gone(model, network, parameters, samples, forms, seconds)
+        gone = self._gone(model, network, parameters, samples, forms, table)
         inputs = _first(samples, _N_CHECKED)
         wanted = masked_outputs(bypass(load_torch(model), forms), network, gone, inputs)
         problems = []
@@ -260,7 +239,7 @@ class Pruning:
         parameters: Parameters,
         samples: "Samples",
         forms: Json,
-        seconds: "Seconds | None",
+        table: "LatencyTable | None",
     ) -> list[int]:
         from optimizer.pruning.allocation import Candidates, allocate
         from optimizer.pruning.costs import Costs
@@ -273,9 +252,7 @@ class Pruning:
         groups = _in_scope(network, bool(parameters["residual"]))
         scores = score(str(parameters["criterion"]), module, groups, samples)
         costs = Costs(network, groups)
-        latency = None
-        if parameters["allocation"] == _LATENCY and seconds is not None:
-            latency = Latency(costs, _layers(model), seconds)
+        latency = Latency(costs, _layers(model), table) if table is not None else None
         candidates = Candidates(groups, scores, costs, int(parameters["multiple"]), latency)
         sensitivity = Sensitivity(module, network, candidates, _first(samples, _N_FOR_SENSITIVITY))
         counts = allocate(
@@ -304,11 +281,41 @@ class Pruning:
         return torch_model(directory, model, module, self, operations, notes)
 
 
-def _table_of(digest: str | None) -> Space:
+def _table_of(table: "LatencyTable | None") -> Space:
     """The parameter by which ids cover the table."""
-    if digest is None:
+    if table is None:
         return {}
-    return {_TABLE: Categorical((digest,), when={"allocation": (_LATENCY,)})}
+    return {_TABLE: Categorical((table.digest,), when={"allocation": (_LATENCY,)})}
+
+
+def _table(model: TorchModel, context: Context) -> "LatencyTable | None":
+    """The target's times of the layers of the model that the study started from, which are what is
+    timed, whatever steps lie between; None where they weren't."""
+    from optimizer.pruning.latency_table import latency_table
+
+    if context.block_seconds is None:
+        return None
+    if isinstance(model, TorchVariant):
+        model = TorchModel(model.source, read_plan(model).base)
+    return latency_table(_layers(model).values(), context.block_seconds)
+
+
+def _wanted_table(
+    model: TorchModel, parameters: Parameters, context: Context
+) -> "LatencyTable | None":
+    """The table of the parameters; None where they have none. Raises ValueError where the target's
+    is another."""
+    wanted = parameters.get(_TABLE)
+    if wanted is None:
+        return None
+    table = _table(model, context)
+    found = "missing" if table is None else table.digest
+    if found != wanted:
+        raise ValueError(
+            f"{_TABLE}: got {wanted}, and the target's table of latencies is {found}: want the "
+            "table that the recipe was made with"
+        )
+    return table
 
 
 def _layers(model: TorchModel) -> dict[str, Block]:

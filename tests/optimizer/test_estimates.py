@@ -225,8 +225,9 @@ def test_nothing_is_learned_when_a_variant_was_not_timed(spec: Spec, store: Stor
 def test_table_is_timed_once_and_found_again_by_techniques(spec: Spec, store: Store) -> None:
     clockwork = Clockwork()
     layers = [Block("linear", (8,), 16), Block("linear", (8,), 24)]
-    estimates(spec, store, clockwork).measure(layers)
-    estimates(spec, store, clockwork).measure(layers)  # another study
+    assert estimates(spec, store, clockwork).measure(layers, lambda: True) == 2
+    # Another study, which has no time for more.
+    assert estimates(spec, store, clockwork).measure(layers, lambda: False) == 2
     assert clockwork.timed == [16, 24]
     found = StoredTimes(store, MACHINE, 2)
     assert [found(layer) for layer in layers] == [block_s(16, 8), block_s(24, 8)]
@@ -236,5 +237,15 @@ def test_table_is_timed_once_and_found_again_by_techniques(spec: Spec, store: St
 
 def test_table_lacks_what_the_engine_cannot_run(spec: Spec, store: Store) -> None:
     layer = Block("linear", (8,), 16)
-    estimates(spec, store, Clockwork(failure=ContenderFailed("no kernel"))).measure([layer])
+    clockwork = Clockwork(failure=ContenderFailed("no kernel"))
+    assert estimates(spec, store, clockwork).measure([layer], lambda: True) == 0
     assert StoredTimes(store, MACHINE, 2)(layer) is None
+
+
+def test_table_goes_on_where_it_was_left_when_time_is_up(spec: Spec, store: Store) -> None:
+    clockwork = Clockwork()
+    layers = [Block("linear", (8,), 8 * n) for n in (1, 2, 3)]
+    has_time = iter((True, False, False))
+    assert estimates(spec, store, clockwork).measure(layers, lambda: next(has_time)) == 1
+    assert estimates(spec, store, clockwork).measure(layers, lambda: True) == 3
+    assert clockwork.timed == [8, 16, 24]

@@ -23,7 +23,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from onnx import TensorProto, helper
 
+from optimizer.block_times import StoredTimes
+from optimizer.blocks import Block
 from optimizer.errors import MeasurerUnavailable
+from optimizer.estimates import Estimates
 from optimizer.measuring import ContenderFailed
 from optimizer.measuring.artifact_cache import ArtifactCache
 from optimizer.measuring.bearer import TokenInvalid, read_token
@@ -31,11 +34,15 @@ from optimizer.measuring.calls import PROTOCOL_VERSION, Call, Named, header_of
 from optimizer.measuring.frames import Frame, encode
 from optimizer.measuring.onnx_files import check_onnx
 from optimizer.measuring.remote import RemoteMeasurer
+from optimizer.pruning.latency_table import table_blocks
+from optimizer.spec import read_spec
+from optimizer.store import Store
 from optimizer.timing import Contender, Effort
 from optimizer.variant import directory_digest
 from serve.engines import EngineSpec
 from serve.errors import ArtifactInvalid
 from serve.machine import this_machine
+from tests.optimizer.tiny_study import write_study
 from tests.serve.onnx_models import linear, linear_by_hand, work
 
 ROOT = Path(__file__).parents[2]
@@ -154,6 +161,19 @@ def test_remote_measurer_gives_timings_kernels_and_memory_when_asked(
     assert measurer.memory_bytes(contender, {"x": X}) > 1e6
     joules = measurer.joules(contender, {"x": X}, 0.01)
     assert joules is None or joules > 0
+
+
+def test_layers_for_techniques_are_timed_by_the_agent_and_found_under_its_machine(
+    agent: RunningAgent, tmp_path: Path
+) -> None:
+    spec = read_spec(write_study(tmp_path))
+    measurer = RemoteMeasurer(agent.url, TOKEN)
+    layers = table_blocks([Block("conv", (16, 4, 4), 16, (3, 3), (1, 1), (1,) * 4, (1, 1), 16)])
+    with Store(tmp_path / "store.sqlite") as store:
+        estimates = Estimates(spec, store, measurer, "base", 1, lambda _recipe: None)
+        assert estimates.measure(layers, lambda: True) == len(layers) == 2
+        found = StoredTimes(store, measurer.machine, 1)
+        assert all((seconds := found(layer)) and 0 < seconds < 10 for layer in layers)
 
 
 def test_remote_machine_is_the_agents_when_asked(agent: RunningAgent) -> None:

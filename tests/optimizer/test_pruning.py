@@ -20,6 +20,7 @@ from optimizer.pruning.graph import named_tensors, trace
 from optimizer.pruning.groups import Group
 from optimizer.pruning.importance import CRITERIA, Samples, Scores, score
 from optimizer.pruning.latency import Latency
+from optimizer.pruning.latency_table import latency_table
 from optimizer.pruning.sensitivity import Sensitivity
 from optimizer.recipe import Recipe
 from optimizer.space import Value, check_parameters, defaults
@@ -158,7 +159,9 @@ def candidates(name: str, multiple: int = 1, criterion: str = "l2") -> Candidate
     scores = score(criterion, one.module(), groups, samples(name))
     costs = Costs(one.network, groups)
     layers = named_blocks(one.module(), samples(name).inputs)
-    return Candidates(groups, scores, costs, multiple, Latency(costs, layers, seconds))
+    table = latency_table(layers.values(), seconds)
+    assert table is not None
+    return Candidates(groups, scores, costs, multiple, Latency(costs, layers, table))
 
 
 def seconds(block: Block) -> float:

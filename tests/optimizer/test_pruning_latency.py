@@ -1,7 +1,7 @@
 """Allocation by the target's latencies: the table, the knapsack, and what it takes from where."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,21 +11,25 @@ import torch
 from torch import nn
 
 from optimizer.blocks import Block, named_blocks
+from optimizer.model_source import source_digest
 from optimizer.pruning.allocation import Candidates, allocate
 from optimizer.pruning.costs import Costs
 from optimizer.pruning.graph import InputShape, trace
 from optimizer.pruning.groups import Network, network_of
 from optimizer.pruning.knapsack import choose
-from optimizer.pruning.latency import Latency, table_blocks, table_digest
+from optimizer.pruning.latency import Latency
+from optimizer.pruning.latency_table import LatencyTable, latency_table, table_blocks
 from optimizer.space import Categorical, defaults
+from optimizer.spec import ExportedSource
 from optimizer.techniques import load_technique
 from optimizer.techniques.pruning import Pruning
-from optimizer.torch_variant import read_plan
-from optimizer.variant import TorchVariant
+from optimizer.torch_variant import load_torch, read_plan
+from optimizer.variant import TorchModel, TorchVariant
 from tests.optimizer.torch_bench import make_torch_bench
 
 CONVOLUTION = Block("conv", (64, 8, 8), 48, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
 DEPTHWISE = Block("conv", (32, 8, 8), 32, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), groups=32)
+GROUPED = Block("conv", (96, 8, 8), 48, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), groups=24)
 LINEAR = Block("linear", (20,), 10)
 
 
@@ -36,6 +40,12 @@ def n_inputs(block: Block) -> int:
 def bilinear(block: Block) -> float:
     """Seconds that interpolation gives back exactly."""
     return 1e-6 * n_inputs(block) * block.n_outputs / block.groups
+
+
+def table_of(*layers: Block, seconds: Callable[[Block], float] = bilinear) -> LatencyTable:
+    table = latency_table(layers, seconds)
+    assert table is not None
+    return table
 
 
 # --- the knapsack
@@ -113,12 +123,89 @@ def test_table_has_equal_layers_once() -> None:
     assert table_blocks([LINEAR, LINEAR]) == table_blocks([LINEAR])
 
 
-def test_digest_changes_with_any_time_and_is_none_when_one_is_missing() -> None:
-    digest = table_digest([LINEAR], bilinear)
-    assert digest == table_digest([LINEAR, LINEAR], bilinear)
-    assert digest != table_digest([LINEAR], lambda block: 1.01 * bilinear(block))
+def test_table_narrows_grouped_layers_by_whole_groups() -> None:
+    table = table_blocks([GROUPED])
+    assert {(one.groups, one.n_outputs, n_inputs(one)) for one in table} == {
+        (8, 16, 32), (16, 32, 64), (24, 48, 96)
+    }  # fmt: skip
+
+
+def test_digest_changes_with_any_time_and_not_with_the_order() -> None:
+    digest = table_of(LINEAR, CONVOLUTION).digest
+    assert digest == table_of(CONVOLUTION, LINEAR, LINEAR).digest
     slowest = max(table_blocks([LINEAR]), key=bilinear)
-    assert table_digest([LINEAR], lambda one: None if one == slowest else bilinear(one)) is None
+
+    def slower(block: Block) -> float:
+        return bilinear(block) * (1.01 if block == slowest else 1.0)
+
+    assert digest != table_of(LINEAR, CONVOLUTION, seconds=slower).digest
+
+
+def test_table_is_none_when_a_time_is_missing_or_there_is_no_layer() -> None:
+    slowest = max(table_blocks([LINEAR]), key=bilinear)
+    assert latency_table([LINEAR], lambda one: None if one == slowest else bilinear(one)) is None
+    assert latency_table([], bilinear) is None
+
+
+def scattered(block: Block) -> float:
+    """Seconds that no formula gives."""
+    return float(np.random.default_rng(int(block.key[:12], 16)).uniform(1e-6, 1e-3))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_row_interpolates_as_the_reference_does(seed: int) -> None:
+    """Between the four measured neighbours, each weighed by the area across from it."""
+    rng = np.random.default_rng(seed)
+    outputs, inputs = float(rng.uniform(8, 48)), float(rng.uniform(24, 64))
+    times = {(one.n_outputs, n_inputs(one)): scattered(one) for one in table_blocks([CONVOLUTION])}
+
+    def neighbours(width: float, widths: set[int]) -> tuple[int, int]:
+        return max(one for one in widths if one <= width), min(one for one in widths if one > width)
+
+    low, high = neighbours(outputs, {one for one, _ in times})
+    left, right = neighbours(inputs, {one for _, one in times})
+    area = (high - low) * (right - left)
+    wanted = (
+        times[low, left] * (high - outputs) * (right - inputs)
+        + times[low, right] * (high - outputs) * (inputs - left)
+        + times[high, left] * (outputs - low) * (right - inputs)
+        + times[high, right] * (outputs - low) * (inputs - left)
+    ) / area
+    row = table_of(CONVOLUTION, seconds=scattered).row(CONVOLUTION)
+    assert row is not None
+    assert row(outputs / 48, inputs / 64) == pytest.approx(wanted)
+
+
+def test_row_of_a_grouped_layer_is_by_its_groups() -> None:
+    row = table_of(GROUPED, seconds=scattered).row(GROUPED)
+    assert row is not None
+    sixteen = next(one for one in table_blocks([GROUPED]) if one.groups == 16)
+    assert row(16 / 24, 16 / 24) == pytest.approx(scattered(sixteen))
+
+
+def test_row_of_a_narrower_layer_is_that_of_the_measured_one() -> None:
+    """As a decomposition makes them: the same operator on fewer channels, without a bias."""
+    table = table_of(replace(CONVOLUTION, n_outputs=96), CONVOLUTION, LINEAR, seconds=scattered)
+    narrow = replace(CONVOLUTION, input_shape=(40, 8, 8), n_outputs=24, bias=False)
+    row = table.row(narrow)
+    assert row is not None
+    measured = replace(narrow, bias=True)
+    assert measured in table_blocks([CONVOLUTION])
+    assert row(1.0, 1.0) == pytest.approx(scattered(measured))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(replace(CONVOLUTION, stride=(2, 2)), id="of another stride"),
+        pytest.param(replace(CONVOLUTION, input_shape=(64, 4, 4)), id="on smaller images"),
+        pytest.param(replace(CONVOLUTION, n_outputs=64), id="with more outputs"),
+        pytest.param(replace(CONVOLUTION, input_shape=(96, 8, 8)), id="with more inputs"),
+        pytest.param(replace(CONVOLUTION, groups=16), id="in groups"),
+    ],
+)
+def test_table_has_no_row_when_the_layer_is(other: Block) -> None:
+    assert table_of(CONVOLUTION, DEPTHWISE).row(other) is None
 
 
 # --- seconds of a network
@@ -150,7 +237,8 @@ def network_and_layers() -> tuple[Network, Mapping[str, Block]]:
 
 def latency_of(seconds: Callable[[Block], float]) -> tuple[Latency, Network]:
     network, layers = network_and_layers()
-    return Latency(Costs(network, network.groups), layers, seconds), network
+    table = table_of(*layers.values(), seconds=seconds)
+    return Latency(Costs(network, network.groups), layers, table), network
 
 
 def test_latency_is_the_sum_over_layers_at_their_widths() -> None:
@@ -286,3 +374,51 @@ def test_pruning_by_latency_is_pure_and_refuses_another_table(tmp_path: Path) ->
             ValueError, match=r"latencies: got [0-9a-f]{16}, and the target's table"
         ):
             pruning.apply(bench.torch, parameters, context, tmp_path / "three")
+
+
+def only(blocks: Iterable[Block]) -> Callable[[Block], float | None]:
+    """The times of a store that has nothing but these."""
+    known = set(blocks)
+    return lambda block: bilinear(block) if block in known else None
+
+
+def test_pruning_by_latency_takes_the_table_of_the_base_after_a_decomposition(
+    tmp_path: Path,
+) -> None:
+    bench = make_torch_bench(tmp_path)
+    pruning, decomposition = Pruning(), load_technique("decomposition")
+    timed = replace(
+        bench.context, block_seconds=only(pruning.timed_blocks(bench.torch, bench.context))
+    )
+    chain = defaults(decomposition.space(bench.torch, timed), rank_by="share")
+    made = decomposition.apply(bench.torch, chain, timed, emptied(tmp_path / "chain"))
+    assert isinstance(made, TorchVariant)
+    space = pruning.space(made, timed)
+    assert space["latencies"] == pruning.space(bench.torch, timed)["latencies"]
+    parameters = defaults(space, allocation="latency", ratio=0.3, multiple=1)
+    pruned = pruning.apply(made, parameters, timed, emptied(tmp_path / "pruned"))
+    assert [step.technique for step in read_plan(pruned).steps] == ["decomposition", "pruning"]
+
+
+def test_pruning_by_latency_is_refused_when_no_layer_is_in_the_table() -> None:
+    network, layers = network_and_layers()
+    with pytest.raises(ValueError, match="the table has none of these layers"):
+        Latency(Costs(network, network.groups), layers, table_of(LINEAR))
+
+
+def test_latency_is_not_offered_when_the_model_is_a_program_without_layers(tmp_path: Path) -> None:
+    bench = make_torch_bench(tmp_path)
+    batch = {0: torch.export.Dim("batch")}
+    example = (torch.zeros(2, 1, 8, 8),)
+    program = torch.export.export(load_torch(bench.torch), example, dynamic_shapes=(batch,))
+    torch.export.save(program, tmp_path / "model.pt2")
+    source = ExportedSource(tmp_path / "model.pt2")
+    exported = TorchModel(source, source_digest(source))
+    timed = replace(bench.context, block_seconds=bilinear)
+    assert list(Pruning().timed_blocks(exported, timed)) == []
+    assert "latencies" not in Pruning().space(exported, timed)
+
+
+def emptied(directory: Path) -> Path:
+    directory.mkdir()
+    return directory

@@ -1,5 +1,6 @@
 """A study from spec to repository, on a tiny model and with a fake server."""
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,16 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from optimizer.blocks import PROTOCOL_VERSION
 from optimizer.errors import SpecInvalid
+from optimizer.execution.setup import Surroundings, read_data
 from optimizer.observer import Silent, Standing
-from optimizer.recipe import Traits
+from optimizer.recipe import Recipe, Traits
 from optimizer.result import Variant, Verification, from_json, to_json
 from optimizer.space import Categorical, Parameters, Space
+from optimizer.spec import Spec
+from optimizer.store import Store
 from optimizer.study import Options, optimize
 from optimizer.techniques import TECHNIQUES, Context, Technique, load_technique
 from optimizer.variant import Kind, Model, Stage, StoredModel
 from serve.artifact import read_golden, read_manifest, verify_files
 from serve.engines import load_engine
+from serve.machine import this_machine
 from tests.optimizer.tiny_study import QUICK, FakeVerifier, spec_with, write_study
 from tests.optimizer.trials_bench import in_a_hurry
 
@@ -133,6 +139,50 @@ def test_study_publishes_the_next_best_when_the_first_is_violated(
     assert refuted is not None
     assert refuted.status == "infeasible"
     assert refuted.reasons[0].constraint == "latency"
+
+
+def table_in(store: Path, spec: Spec, techniques: Mapping[str, Technique]) -> object:
+    """What pruning is offered, as a worker of the next study would build it."""
+    shared = Surroundings(spec, read_data(spec), this_machine(), techniques)
+    with Store(store) as opened:
+        builder = shared.builder(opened)
+        option = builder.option("pruning", Recipe(builder.base.kind))
+    assert option is not None
+    return option.space.get("latencies")
+
+
+def test_study_times_the_table_of_pruning_once_and_the_next_one_finds_it(
+    study: Path, tmp_path: Path
+) -> None:
+    diary, spec = Diary(), spec_with(study, trials=1)
+    techniques = {name: load_technique(name) for name in ("pruning", "export", "compilation")}
+    store = tmp_path / "store.sqlite"
+    given = options(study, observer=diary, store=store, techniques=techniques)
+    found = []
+    for name in ("first", "again"):
+        optimize(spec, tmp_path / name, given)
+        with Store(store) as opened:
+            found.append(opened.values("block", PROTOCOL_VERSION, this_machine()))
+
+    # Of widths 1 to 16, 16 to 16 and 16 to 4, in steps of 8.
+    assert len(found[0]) == 2 + 4 + 2
+    assert found[0] == found[1]
+    assert diary.phases.count("timing 8 layers for pruning") == 2
+    assert isinstance(table_in(store, spec, techniques), Categorical)
+
+
+def test_study_goes_without_the_table_and_says_so_when_there_is_no_time_for_it(
+    study: Path, tmp_path: Path
+) -> None:
+    diary, spec = Diary(), spec_with(study, trials=1)
+    techniques = {name: load_technique(name) for name in ("pruning", "export", "compilation")}
+    store, ticks = tmp_path / "store.sqlite", itertools.count(0.0, 1.0)
+    given = options(study, observer=diary, store=store, techniques=techniques)
+    budget = spec.budget.model_copy(update={"wall_clock_s": 10.0})
+    hasty = replace(given, clock=lambda: next(ticks))
+    optimize(replace(spec, budget=budget), tmp_path, hasty)
+    assert "pruning: 1 of 8 layers could be timed, in at most 20%" in diary.notes[0]
+    assert table_in(store, spec, techniques) is None
 
 
 @pytest.mark.parametrize(
