@@ -35,6 +35,7 @@ def document(subject: Subject) -> dict[str, Any]:
             {"instances": instances, "threads": threads, "times": [asdict(one) for one in times]}
             for (instances, threads), times in sorted(subject.times.items())
         ],
+        "notes": list(subject.notes),
         "fusions": [asdict(one) for one in subject.fusions],
         "batching": asdict(manifest.batching) if manifest else None,
         "quality": asdict(manifest.quality) if manifest and manifest.quality else None,
@@ -102,6 +103,7 @@ def _made(origin: Origin) -> str:
 
 def _blocks(subject: Subject) -> Iterator[tuple[str, list[str]]]:
     manifest = subject.manifest
+    yield "Notes", list(subject.notes)
     yield "Quality", _quality(manifest.quality) if manifest and manifest.quality else []
     yield "Serving", _serving(subject)
     yield "Service times", _times(subject)

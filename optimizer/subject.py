@@ -66,7 +66,8 @@ class Origin:
 @dataclass(frozen=True)
 class Subject:
     """`times` are by (instances, threads); `scores` by digest of the split that they are on.
-    `kernels` is None where the engine's profile isn't on record."""
+    `kernels` is None where the engine's profile isn't on record; `notes` are what its steps had to
+    say of what they made."""
 
     name: str
     variant_id: str
@@ -78,6 +79,7 @@ class Subject:
     kernels: KernelProof | None = None
     fusions: tuple[Fusion, ...] = ()
     scores: Mapping[str, Scores] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def find_subject(text: str, repository: Path, records: Records | None, store: str) -> Subject:
@@ -127,6 +129,7 @@ def _published(repository: Path, model: str, version: str, records: Records | No
         times={**(known.times if known else {}), **times},
         kernels=known.kernels if known else None,
         scores=known.scores if known else {},
+        notes=known.notes if known else (),
     )
 
 
@@ -169,6 +172,7 @@ def _on_record(variant_id: str, records: Records) -> Subject | None:
             for owner, serving, value in records.values("scores", judgement.PROTOCOL_VERSION)
             if owner == variant_id and "split" in serving
         },
+        notes=tuple(model.notes),
     )
 
 

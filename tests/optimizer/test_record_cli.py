@@ -141,6 +141,21 @@ def test_explanation_has_ids_artifacts_and_build_times_when_the_store_knows_it(
     assert "The store of its study knows" not in text
 
 
+def test_explanation_has_the_notes_of_the_steps(tmp_path: Path) -> None:
+    records = two_variants(tmp_path)
+    known = records.variants["aaaa" * 16]
+    noted = replace(known, model=replace(known.model, notes=("3 of 9 layers stay in fp32",)))
+    with_note = FakeRecords({**records.variants, known.id: noted}, records.measured)
+
+    subject = find_subject("aaaa", tmp_path, with_note, "s")
+    without = find_subject("aabb", tmp_path, with_note, "s")
+
+    assert explain.document(subject)["notes"] == ["3 of 9 layers stay in fp32"]
+    text = printed(lambda console: print_explanation(subject, console))
+    assert "Notes\n  3 of 9 layers stay in fp32" in text
+    assert "Notes" not in printed(lambda console: print_explanation(without, console))
+
+
 def test_step_on_the_way_is_explained_too(tmp_path: Path) -> None:
     subject = find_subject("eeee", tmp_path, two_variants(tmp_path), "s")
 
