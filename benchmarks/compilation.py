@@ -8,7 +8,8 @@ build time, with the options that were tried.
 
 All contenders of a network and a number of threads take turns in one run, and batch sizes change
 from call to call; a ratio is the median over passes of eager torch's time by the contender's.
-What is in benchmarks/results/compilation.json isn't done again.
+What is in benchmarks/results/compilation.json isn't done again; `--machine NAME` keeps another
+machine's results in compilation-NAME.json beside it.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from optimizer.variant import Model, OnnxModel, source_model
 from serve.engines import Engine, EngineOption, EngineSpec, load_engine
 from serve.machine import this_machine
 
-RESULTS = Path(__file__).parent / "results" / "compilation.json"
+RESULTS = Path(__file__).parent / "results"
 SIZES = (1, 8, 32)
 MIN_PASSES, MAX_PASSES, MAX_SECONDS = 8, 60, 60.0
 REFERENCE = "eager torch"
@@ -78,6 +79,7 @@ CONTENDERS: dict[str, Contender] = {
     "OpenVINO, a stream a thread": Contender(
         "onnx", "openvino", options={"streams": "threads"}, fixed=True
     ),
+    "OpenVINO bf16": Contender("onnx", "openvino", "bf16", fixed=True),
     "OpenVINO int8": Contender("int8", "openvino", "int8", fixed=True),
     "OpenVINO int8, dynamic shape": Contender("int8", "openvino", "int8"),
     "OpenVINO int8, dynamic shape, one size": Contender("int8", "openvino", "int8", changing=False),
@@ -90,32 +92,34 @@ def main() -> None:
     parser.add_argument("network", nargs="?", choices=tuple(NETWORKS))
     parser.add_argument("--work", type=Path)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--machine", help="whose results: compilation-NAME.json")
     given = parser.parse_args()
+    kept = RESULTS / ("compilation" + (f"-{given.machine}" if given.machine else "") + ".json")
     if given.what == "table":
-        print("\n".join(table()))
+        print("\n".join(table(results(kept))))
         return
     work = given.work / given.network
     part = given.network + (f"/{given.threads}" if given.what == "time" else f"/{given.what}")
-    if part in results()["parts"]:
+    if part in results(kept)["parts"]:
         print(f"{part} is there already")
         return
     network = NETWORKS[given.network]()
     done = {"build": build, "quality": quality, "time": measure}[given.what]
-    keep(part, done(network, work, given.threads))
+    keep(kept, part, done(network, work, given.threads))
 
 
-def results() -> dict[str, Any]:
-    if not RESULTS.exists():
+def results(kept: Path) -> dict[str, Any]:
+    if not kept.exists():
         return {"machine": asdict(this_machine()), "parts": {}}
-    found: dict[str, Any] = json.loads(RESULTS.read_text())
+    found: dict[str, Any] = json.loads(kept.read_text())
     return found
 
 
-def keep(part: str, value: object) -> None:
-    found = results()
+def keep(kept: Path, part: str, value: object) -> None:
+    found = results(kept)
     found["parts"][part] = value
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    kept.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 # --- building
@@ -271,9 +275,9 @@ def _outputs(engine: Engine, network: Network) -> Iterator[np.ndarray]:
 # --- showing
 
 
-def table() -> Iterator[str]:
+def table(found: Mapping[str, Any]) -> Iterator[str]:
     """In the words of docs/experiments.md."""
-    parts = results()["parts"]
+    parts = found["parts"]
     for name in NETWORKS:
         times = {n: parts[f"{name}/{n}"] for n in (1, 2) if f"{name}/{n}" in parts}
         if not times:

