@@ -67,6 +67,17 @@ CUDA = OnnxRuntimeTarget(
     {"cuda_graph": Categorical((False, True), is_baseline=True)},
 )
 TENSORRT = OnnxRuntimeTarget("tensorrt", "onnxruntime_tensorrt", "ONNX Runtime TensorRT")
+COMPUTING_IN_HALF = (CUDA, TENSORRT)
+"""Targets for which fp16 is worth it: on CPUs ONNX Runtime has no kernels for it, and OpenVINO's
+were slower than fp32 where they were measured (docs/experiments.md)."""
+
+
+def why_no_half(context: Context) -> str | None:
+    """Why no target computes in fp16; None where one does."""
+    reasons = {one.shown: one.why_not(context) for one in COMPUTING_IN_HALF}
+    if None in reasons.values():
+        return None
+    return f"no CPU is faster in it; {', '.join(f'{k}: {v}' for k, v in reasons.items())}"
 
 
 def _why_no_provider(provider: str) -> str | None:

@@ -1,7 +1,8 @@
-"""Quantization: an fp32 ONNX model to int8, after training.
+"""Quantization: an fp32 ONNX model to int8 or fp16, after training.
 
 Statically, with ranges of activations from calibration samples; for matrix products also with
-ranges found in each call, or with 8- or 4-bit weights alone where they are many. The arithmetic
+ranges found in each call, or with 8- or 4-bit weights alone where they are many. In fp16 where a
+target computes in it, but for operators whose values it can't hold. The arithmetic
 is that of `optimizer.quantization`; which layout runs in 8-bit kernels is measured in
 docs/experiments.md.
 """
@@ -16,6 +17,7 @@ from optimizer.quantization.blockwise import blockwise_layers, quantize_blockwis
 from optimizer.quantization.dynamic import dynamic_layers, quantize_dynamic
 from optimizer.quantization.equalization import pairs_of
 from optimizer.quantization.graph import Graph, folded
+from optimizer.quantization.half import kept_in_fp32, to_half
 from optimizer.quantization.layout import layers_of
 from optimizer.quantization.processor import kernel_layout
 from optimizer.quantization.qdq import Arithmetic
@@ -23,6 +25,7 @@ from optimizer.quantization.smoothing import smoothable
 from optimizer.quantization.static import Settings, quantize_static
 from optimizer.recipe import Needs, Traits
 from optimizer.space import Categorical, Distribution, Parameters, Space, Value
+from optimizer.targets.onnxruntime import why_no_half
 from optimizer.techniques import Context
 from optimizer.variant import Kind, Model, OnnxModel, Stage, onnx_model
 
@@ -32,11 +35,14 @@ if TYPE_CHECKING:
 _INPUTS = "inputs"
 """Says in recipe and label that the calibration samples aren't data; no choice."""
 _FILE = "model.onnx"
+_FLOAT16 = 10
+"""ONNX's number of the type."""
 _HEAVY = ("Conv", "MatMul", "Gemm")
 _MIN_OPSET = 13
 """The first whose QuantizeLinear has an axis, for weights per channel."""
 _WEIGHTS: Mapping[str, int] = {"int8_weights": 8, "int4_weights": 4}
 """Formats of weights alone, and their bits."""
+_HALF = "fp16"
 _STATIC: Mapping[str, tuple[Value, ...]] = {"format": ("static",)}
 _METHODS = ("mse", "minmax", "entropy", "percentile")
 _SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
@@ -66,6 +72,8 @@ class Quantization:
             return "the model is quantized already"
         if not any(node.op_type in _HEAVY for node in proto.graph.node):
             return f"the model has no operator worth it ({', '.join(_HEAVY)})"
+        if any(one.data_type == _FLOAT16 for one in proto.graph.initializer):
+            return "the model has weights in fp16 already"
         if not layers_of(_folded(model)):
             return f"none of the operators worth it ({', '.join(_HEAVY)}) has stored weights"
         if not len(context.calibration):
@@ -76,8 +84,12 @@ class Quantization:
         assert isinstance(model, OnnxModel)
         graph = _folded(model)
         activations, reduce_range = kernel_layout(context.machine)
+        formats = _formats(graph)
+        in_int8 = {"format": formats}
+        if why_no_half(context) is None:
+            formats = (*formats, _HALF)
         space: dict[str, Distribution] = {
-            "format": Categorical(_formats(graph), is_baseline=True),
+            "format": Categorical(formats, is_baseline=True),
             "calibration": Categorical(_METHODS, when=_STATIC),
             "percentile": Categorical((99.99, 99.9, 99.999), when={"calibration": ("percentile",)}),
         }
@@ -90,13 +102,20 @@ class Quantization:
             space["keep_fp32"] = Categorical(_SHARES, when=_STATIC)
         if isinstance(context.calibration, GeneratedSplit):
             space[_INPUTS] = Categorical(("generated",), when=_STATIC)
-        space["activations"] = Categorical((activations,))
-        space["reduce_range"] = Categorical((reduce_range,))
+        space["activations"] = Categorical((activations,), when=in_int8)
+        space["reduce_range"] = Categorical((reduce_range,), when=in_int8)
         return space
+
+    def missing(self, model: Model, context: Context) -> Mapping[str, str]:
+        del model
+        reason = why_no_half(context)
+        return {} if reason is None else {_HALF: reason}
 
     def describe(self, parameters: Parameters) -> str:
         if parameters["format"] in _WEIGHTS:
             return f"int{_WEIGHTS[str(parameters['format'])]} weights"
+        if parameters["format"] == _HALF:
+            return _HALF
         words = [str(parameters.get("calibration", parameters["format"]))]
         if _INPUTS in parameters:
             words.append(f"on {parameters[_INPUTS]} inputs")
@@ -115,6 +134,8 @@ class Quantization:
     ) -> OnnxModel:
         assert isinstance(model, OnnxModel)
         graph, notes, bits = folded(model.path), model.notes, 8
+        if parameters["format"] == _HALF:
+            return _in_half(graph, notes, context, directory)
         settings = settings_of(parameters)
         if parameters["format"] in _WEIGHTS:
             bits = _WEIGHTS[str(parameters["format"])]
@@ -132,6 +153,15 @@ class Quantization:
                 notes = (*notes, f"{n_kept} of {n_layers} layers stay in fp32, the most sensitive")
         (directory / _FILE).write_bytes(made.to_bytes())
         return onnx_model(directory, _FILE, f"int{bits}", notes)
+
+
+def _in_half(graph: Graph, notes: tuple[str, ...], context: Context, directory: Path) -> OnnxModel:
+    kept = kept_in_fp32(graph, context.calibration)
+    if kept:
+        notes = (*notes, f"{len(kept)} of {len(graph.nodes)} operators stay in fp32, which hold "
+                 "values that fp16 can't")  # fmt: skip
+    (directory / _FILE).write_bytes(to_half(graph, kept).to_bytes())
+    return onnx_model(directory, _FILE, _HALF, notes)
 
 
 def settings_of(parameters: Parameters) -> Settings:
