@@ -151,7 +151,7 @@ class Builder:
         before them, and the store doesn't have what it made."""
         model: Model = self.base
         for choice, variant_id in zip(recipe.choices, self.ids(recipe), strict=True):
-            if choice.traits.stage not in (Stage.SPARSIFY, *STRUCTURAL):
+            if choice.traits.stage not in (Stage.SUPERNET, Stage.SPARSIFY, *STRUCTURAL):
                 continue
             if choice.trains_first:
                 found = self.find(variant_id)

@@ -48,6 +48,8 @@ class Traits:
     """Parameters of that later step, each with the values that it is of use for."""
     shares: tuple[str, ...] = ()
     """Parameters that the later step has to have the same values of."""
+    follows: Stage | None = None
+    """The stage without a step of which it can't be in a recipe: it takes what that step made."""
 
 
 EFFORT = "effort"
@@ -107,6 +109,10 @@ class Recipe:
             if traits.stage in seen or any(stage.rank > traits.stage.rank for stage in seen):
                 done = ", ".join(stage.value for stage in seen)
                 raise ValueError(f"{traits.name} ({traits.stage.value}) can't come after {done}")
+            if traits.follows is not None and traits.follows not in seen:
+                raise ValueError(
+                    f"{traits.name} can't come without a {traits.follows.value} before"
+                )
             _check_prepared(choice, _wanted(self.choices[:index], traits.stage))
             seen.append(traits.stage)
             kind = traits.gives
@@ -156,6 +162,7 @@ class Recipe:
         return (
             traits.accepts is self.gives
             and traits.stage not in stages
+            and (traits.follows is None or traits.follows in stages)
             and all(stage.rank <= traits.stage.rank for stage in stages)
         )
 

@@ -6,20 +6,28 @@ neither model nor data (`optimizer.model_source` and `optimizer.data` do that).
 
 import math
 import os
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from loadtest.document import DocumentInvalid, Strict, read_document
 from loadtest.slo import PositiveFloat, Slo, read_slo
+from optimizer.architecture.options import ArchitectureSpec
 from optimizer.errors import SpecInvalid
 from optimizer.importable import Importable
+from optimizer.spec_values import (
+    ExistingFile,
+    ExistingPath,
+    FunctionName,
+    Name,
+    Share,
+    Weights,
+    listed,
+    within,
+)
 from serve.transform.text import MAX_LENGTH
 
 if TYPE_CHECKING:
@@ -42,107 +50,13 @@ Datatype = Literal[
     "BOOL", "UINT8", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64"
 ]  # Open Inference Protocol
 
-_VARIABLE = re.compile(r"\$\{([^}]*)\}")
-_IMPORTABLE = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<attribute>[A-Za-z_][\w.]*)")
-
-
-@dataclass(frozen=True)
-class _Surroundings:
-    """What values in a spec are relative to."""
-
-    directory: Path
-    environ: Mapping[str, str]
-
-
-_surroundings: ContextVar[_Surroundings] = ContextVar("spec_surroundings")
-
-
-@contextmanager
-def _within(directory: Path, environ: Mapping[str, str]) -> Iterator[None]:
-    token = _surroundings.set(_Surroundings(directory, environ))
-    try:
-        yield
-    finally:
-        _surroundings.reset(token)
-
-
-def _here() -> _Surroundings:
-    """The spec being read, or for models built in Python the working directory."""
-    return _surroundings.get(None) or _Surroundings(Path.cwd(), os.environ)
-
-
-def _expanded(text: str, environ: Mapping[str, str]) -> str:
-    def value(match: re.Match[str]) -> str:
-        name = match[1]
-        if not environ.get(name):
-            raise ValueError(f"want the environment variable {name} to be defined")
-        return environ[name]
-
-    return _VARIABLE.sub(value, text)
-
-
-def _existing_file(value: object) -> object:
-    """Expand `${VAR}`, make absolute against the spec's directory; the file must exist."""
-    path = _absolute(value)
-    if not isinstance(value, Path) and not path.is_file():
-        raise ValueError(f"want an existing file, {path} is none")
-    return path
-
-
-def _existing_path(value: object) -> object:
-    """The same for a file or a folder."""
-    path = _absolute(value)
-    if not isinstance(value, Path) and not path.exists():
-        raise ValueError(f"want an existing file or folder, {path} is none")
-    return path
-
-
-def _absolute(value: object) -> Path:
-    if isinstance(value, Path):
-        return value
-    if not isinstance(value, str) or not value:
-        raise ValueError("want a path")
-    here = _here()
-    return Path(os.path.abspath(here.directory / _expanded(value, here.environ)))
-
-
-def _importable(value: object) -> object:
-    if isinstance(value, Importable):
-        return value
-    match = _IMPORTABLE.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError("want 'module:function', the module beside the spec or installed")
-    return Importable(match["module"], match["attribute"], _here().directory)
-
-
-def _without_code(value: Path) -> Path:
-    if value.suffix != ".safetensors":
-        raise ValueError(
-            "want a .safetensors file: a pickled checkpoint can run code, "
-            "convert it by safetensors.torch.save_file(model.state_dict(), path)"
-        )
-    return value
-
-
-def _listed(value: object) -> object:
-    """YAML knows lists only; ours are frozen."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-ExistingFile = Annotated[Path, BeforeValidator(_existing_file)]
-Weights = Annotated[Path, BeforeValidator(_existing_file), AfterValidator(_without_code)]
-ExistingPath = Annotated[Path, BeforeValidator(_existing_path)]
-FunctionName = Annotated[Importable, BeforeValidator(_importable)]
-Name = Annotated[str, Field(min_length=1, max_length=256)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
 
 class InputSpec(Strict):
     """A model input; `shape` is without the batch axis, -1 for an axis of variable length."""
 
     name: Name
     datatype: Datatype = "FP32"
-    shape: Annotated[tuple[int, ...], BeforeValidator(_listed)]
+    shape: Annotated[tuple[int, ...], BeforeValidator(listed)]
 
     @field_validator("shape")
     @classmethod
@@ -211,8 +125,8 @@ class ModelSection(Strict):
 
     factory: FunctionName | None = None
     weights: Weights | None = None
-    inputs: Annotated[tuple[InputSpec, ...], BeforeValidator(_listed)] = ()
-    outputs: Annotated[tuple[OutputSpec, ...], BeforeValidator(_listed)] = ()
+    inputs: Annotated[tuple[InputSpec, ...], BeforeValidator(listed)] = ()
+    outputs: Annotated[tuple[OutputSpec, ...], BeforeValidator(listed)] = ()
     exported: ExistingFile | None = None
     """It can carry code and is trusted as the factory is."""
     onnx: ExistingFile | None = None
@@ -263,7 +177,7 @@ class SplitSpec(Strict):
 
     path: ExistingPath | None = None
     call: FunctionName | None = None
-    rows: Annotated[tuple[int, int], BeforeValidator(_listed)] | None = None
+    rows: Annotated[tuple[int, int], BeforeValidator(listed)] | None = None
     """Half-open [start, stop), counted from 0; without it all rows."""
 
     @field_validator("rows")
@@ -301,10 +215,10 @@ class ImageSpec(Strict):
     cover it unless `resize` is given.
     """
 
-    mean: Annotated[tuple[float, ...], BeforeValidator(_listed)]
-    std: Annotated[tuple[PositiveFloat, ...], BeforeValidator(_listed)]
+    mean: Annotated[tuple[float, ...], BeforeValidator(listed)]
+    std: Annotated[tuple[PositiveFloat, ...], BeforeValidator(listed)]
     resize: int | None = Field(default=None, ge=1, le=4096)
-    size: Annotated[tuple[int, int], BeforeValidator(_listed)] | None = None
+    size: Annotated[tuple[int, int], BeforeValidator(listed)] | None = None
 
     @field_validator("mean")
     @classmethod
@@ -419,7 +333,7 @@ class TaskSpec(Strict):
     """With custom: a function of outputs and labels that scores each sample."""
     output: Name | None = None
     """The output that is scored. Without it the model's first; a custom metric gets all."""
-    range: Annotated[tuple[float, float], BeforeValidator(_listed)] = (0.0, 1.0)
+    range: Annotated[tuple[float, float], BeforeValidator(listed)] = (0.0, 1.0)
     """With custom: the lowest and the highest score that the metric can give."""
 
     @field_validator("range")
@@ -471,21 +385,21 @@ class TrainingSpec(Strict):
     best epoch's weights; 0 for all epochs."""
     losses: Annotated[
         tuple[Literal["answers", "dist", "attention", "feature", "relational"], ...],
-        BeforeValidator(_listed),
+        BeforeValidator(listed),
         Field(min_length=1),
     ] = ("answers", "dist")
-    alphas: Annotated[tuple[Share, ...], BeforeValidator(_listed), Field(min_length=1)] = (0.1, 0.5)
+    alphas: Annotated[tuple[Share, ...], BeforeValidator(listed), Field(min_length=1)] = (0.1, 0.5)
     """Share of the labels' loss, for classification with labels."""
     temperatures: Annotated[
-        tuple[PositiveFloat, ...], BeforeValidator(_listed), Field(min_length=1)
+        tuple[PositiveFloat, ...], BeforeValidator(listed), Field(min_length=1)
     ] = (4.0, 2.0)
     sparsity_epochs: float = Field(default=5.0, gt=0, le=10_000)
     """Passes over train of sparsity training, which comes before pruning."""
     sparsity_forms: Annotated[
-        tuple[Literal["group", "l1"], ...], BeforeValidator(_listed), Field(min_length=1)
+        tuple[Literal["group", "l1"], ...], BeforeValidator(listed), Field(min_length=1)
     ] = ("group", "l1")
     sparsity_strengths: Annotated[
-        tuple[PositiveFloat, ...], BeforeValidator(_listed), Field(min_length=1)
+        tuple[PositiveFloat, ...], BeforeValidator(listed), Field(min_length=1)
     ] = (0.01, 0.001)
 
     @model_validator(mode="after")
@@ -512,17 +426,19 @@ class StudentSpec(Strict):
 class Techniques(Strict):
     """Which techniques recipes may be made of."""
 
-    include: Annotated[tuple[TechniqueName, ...], BeforeValidator(_listed)] = _BY_DEFAULT
-    exclude: Annotated[tuple[TechniqueName, ...], BeforeValidator(_listed)] = ()
-    plugins: Annotated[tuple[FunctionName, ...], BeforeValidator(_listed)] = ()
+    include: Annotated[tuple[TechniqueName, ...], BeforeValidator(listed)] = _BY_DEFAULT
+    exclude: Annotated[tuple[TechniqueName, ...], BeforeValidator(listed)] = ()
+    plugins: Annotated[tuple[FunctionName, ...], BeforeValidator(listed)] = ()
     """Techniques of the user's own, `module:Class` by the contract of `optimizer.techniques`."""
     student: StudentSpec | None = None
+    architecture: ArchitectureSpec | None = None
 
     @property
     def enabled(self) -> tuple[TechniqueName, ...]:
         """Included and not excluded, in the order of a recipe's stages; recovery also where what
         needs it is there, unless it is excluded."""
-        needs_recovery = self.student is not None or set(_STRUCTURAL) & set(self.include)
+        others = self.student is not None or self.architecture is not None
+        needs_recovery = others or set(_STRUCTURAL) & set(self.include)
         wanted = {*self.include, *(("recovery",) if needs_recovery else ())}
         return tuple(name for name in TECHNIQUES if name in wanted and name not in self.exclude)
 
@@ -533,6 +449,8 @@ class Techniques(Strict):
             raise ValueError(f"want {', '.join(sorted(both))} in include or exclude, not both")
         if "compilation" not in self.enabled:
             raise ValueError("want compilation among those left: it makes what the server runs")
+        if self.architecture is not None and "recovery" not in self.enabled:
+            raise ValueError("want recovery among those left: architecture's networks need it")
         if "quantization_aware_training" in self.enabled and "quantization" not in self.enabled:
             raise ValueError(
                 "want quantization among those left: quantization_aware_training prepares for it"
@@ -627,7 +545,7 @@ def read_spec(
     """
     path = Path(os.path.abspath(path))
     try:
-        with _within(path.parent, os.environ if environ is None else environ):
+        with within(path.parent, os.environ if environ is None else environ):
             document = read_document(path, SpecDocument)
         slo = read_slo(document.slo)
     except DocumentInvalid as error:

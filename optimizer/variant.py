@@ -33,6 +33,7 @@ class Kind(StrEnum):
 class Stage(Enum):
     """Where a technique stands in a recipe; see `Stage.rank`."""
 
+    SUPERNET = "supernet"
     ARCHITECTURE = "architecture"
     SPARSIFY = "sparsify"
     PRUNE = "prune"
@@ -50,17 +51,18 @@ class Stage(Enum):
 
 STRUCTURAL = (Stage.ARCHITECTURE, Stage.PRUNE, Stage.DECOMPOSE)
 """Stages that change a network's structure, so that its latency changes and its accuracy falls."""
-CHANGING = (Stage.SPARSIFY, *STRUCTURAL, Stage.RECOVER)
+CHANGING = (Stage.SUPERNET, Stage.SPARSIFY, *STRUCTURAL, Stage.RECOVER)
 """Stages that change the structure or the weights: what isn't had off the shelf."""
 _RANKS = {
-    Stage.ARCHITECTURE: 0,
-    Stage.SPARSIFY: 1,
-    Stage.PRUNE: 2,
-    Stage.DECOMPOSE: 2,
-    Stage.RECOVER: 3,
-    Stage.EXPORT: 4,
-    Stage.PRECISION: 5,
-    Stage.COMPILE: 6,
+    Stage.SUPERNET: 0,
+    Stage.ARCHITECTURE: 1,
+    Stage.SPARSIFY: 2,
+    Stage.PRUNE: 3,
+    Stage.DECOMPOSE: 3,
+    Stage.RECOVER: 4,
+    Stage.EXPORT: 5,
+    Stage.PRECISION: 6,
+    Stage.COMPILE: 7,
 }
 
 

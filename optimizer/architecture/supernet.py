@@ -46,6 +46,11 @@ class Supernet(nn.Module):
             {_key(name): nn.Parameter(weight.detach()) for name, weight in shared.items()}
         )
 
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """What the largest network gives, extracted and not yet recalibrated."""
+        output: torch.Tensor = self.extract(self.space.extreme(is_largest=True))(*inputs)
+        return output
+
     def built(self, choices: Choices) -> nn.Module:
         """The network with weights of its own, as drawn."""
         return build(self.space.plan(choices), self._blocks)

@@ -16,7 +16,9 @@ from optimizer.model_source import check_model, read_signature, source_digest
 from optimizer.spec import OnnxSource, Spec
 from optimizer.store import Store
 from optimizer.techniques import TECHNIQUES, Context, Technique, Training, load_technique
+from optimizer.techniques.architecture import ArchitectureSearch
 from optimizer.techniques.student import Student
+from optimizer.techniques.supernet import SupernetTraining
 from optimizer.variant import Model, Stage, source_model
 from serve.machine import Machine
 from serve.tensor import Array
@@ -97,6 +99,11 @@ def enabled_techniques(spec: Spec) -> dict[str, Technique]:
     found = {name: load_technique(name) for name in names}
     if spec.techniques.student is not None:
         found["student"] = Student(spec.techniques.student)
+    if spec.techniques.architecture is not None:
+        given = spec.techniques.architecture
+        if given.weights == "shared":
+            found["supernet"] = SupernetTraining(given)
+        found["architecture"] = ArchitectureSearch(given)
     for plugin in spec.techniques.plugins:
         try:
             technique: Technique = plugin.load()()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from optimizer.training.batches import Batches
     from optimizer.training.checkpoint import Checkpoint
-    from optimizer.training.distillation import Distillation, Mixture
+    from optimizer.training.distillation import Distillation, Kind, Mixture
     from optimizer.training.loop import Loss, Settings
     from optimizer.training.masks import Masks
 
@@ -197,6 +197,12 @@ def epochs_of(parameters: Parameters) -> float:
     effort = parameters[EFFORT]
     key = {"recalibrate": None, "short": "short_epochs", "full": "epochs"}[str(effort)]
     return float(parameters[key]) if key is not None else 0.0
+
+
+def kind_of(parameters: Parameters) -> "Kind":
+    """What answers are, as losses have it."""
+    kind: Kind = parameters["learns"]  # type: ignore[assignment]
+    return kind
 
 
 def _has_labels(context: Context) -> bool:

@@ -106,7 +106,7 @@ def test_without_a_gpu_it_is_not_offered_and_the_reason_is_told(tmp_path: Path) 
     x = random(8, 16)
     assert "fp16" not in technique.space(model, context(x))["format"].choices  # type: ignore[union-attr]
     assert isinstance(technique, Partial)
-    assert "no CPU is faster in it" in technique.missing(model, context(x))["fp16"]
+    assert "it wants ONNX Runtime CUDA" in technique.missing(model, context(x))["fp16"]
 
 
 @pytest.mark.usefixtures("gpu")

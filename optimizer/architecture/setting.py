@@ -1,0 +1,169 @@
+"""Setting: a model's place, and what its techniques of architecture share: the space, the target's
+table of layers, how networks are trained and what on.
+
+It neither trains nor chooses.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from optimizer.architecture.judging import Judge, Part, parted
+from optimizer.architecture.latency import Unmeasured, blocks_in
+from optimizer.architecture.making import (
+    Place,
+    Unfit,
+    factories_of,
+    place_of,
+    space_digest,
+    space_of,
+)
+from optimizer.architecture.networks import BlockFactory
+from optimizer.architecture.options import ArchitectureSpec
+from optimizer.architecture.space import ArchitectureSpace, Choices
+from optimizer.architecture.supernet import Supernet
+from optimizer.architecture.table import SpaceTable, blocks_of_space, space_table
+from optimizer.block_times import TABLE_SIZE
+from optimizer.blocks import Block, blocks_of
+from optimizer.model_source import Signature, read_signature
+from optimizer.space import Categorical, Parameters, Space, Value
+from optimizer.spec import TorchKind
+from optimizer.techniques import Context
+from optimizer.torch_source import load_source
+from optimizer.training.batches import Batches
+from optimizer.training.lesson import Lesson, plain_space
+from optimizer.variant import TorchModel
+
+_EXAMPLE = 2
+"""Samples that the model is run on to see what it gives."""
+_LOSSES = ("answers", "dist")
+"""Those that need no features, which two structures don't have alike."""
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """The networks of `spec` in the place of the model that `source` gives."""
+
+    spec: ArchitectureSpec
+    source: TorchKind
+    context: Context
+    _layers: dict[Choices, Counter[Block]] = field(default_factory=dict)
+
+    def reason_against(self) -> str | None:
+        """Why no network of the space can take the model's place, or None."""
+        try:
+            Supernet(self.space, self.factories)
+        except (Unfit, ValueError) as error:
+            return str(error)
+        return None
+
+    @cached_property
+    def factories(self) -> dict[str, BlockFactory]:
+        return factories_of(self.spec)
+
+    @cached_property
+    def signature(self) -> Signature:
+        return read_signature(self.source)
+
+    @cached_property
+    def place(self) -> Place:
+        """Raises Unfit."""
+        return place_of(self.spec, self.signature, load_source(self.source), self._example)
+
+    @cached_property
+    def space(self) -> ArchitectureSpace:
+        """Raises Unfit."""
+        return space_of(self.spec, self.place)
+
+    @cached_property
+    def base_blocks(self) -> Counter[Block]:
+        """The layers of the model itself."""
+        return blocks_of(load_source(self.source), self._example)
+
+    @cached_property
+    def wanted(self) -> tuple[Block, ...]:
+        """The layers that a table has to have: the model's and the space's."""
+        own = blocks_of_space(self.space, self.layers_of)
+        return tuple(dict.fromkeys([*self.base_blocks, *own]))
+
+    def layers_of(self, choices: Choices) -> Counter[Block]:
+        """The network's. Raises ValueError where it can't be built."""
+        if choices not in self._layers:
+            self._layers[choices] = blocks_in(self.space.plan(choices), self.factories)
+        return self._layers[choices]
+
+    def table(self) -> SpaceTable | None:
+        """As far as the target's layers were timed; None where the model's own weren't."""
+        seconds = self.context.block_seconds
+        if seconds is None:
+            return None
+        found = space_table(self.space, self.layers_of, self.wanted, seconds, TABLE_SIZE)
+        try:
+            return None if found is None or not found.latency(self.base_blocks) else found
+        except Unmeasured:
+            return None
+
+    def base_s(self, table: SpaceTable) -> float:
+        """What the model takes by the table, for a batch."""
+        return table.latency(self.base_blocks)
+
+    def training(self, epochs: float) -> dict[str, Value]:
+        """What decides a training beside the model: the space, and how the spec trains, at the
+        rate for weights that begin at random."""
+        given = self.context.training
+        losses = tuple(one for one in given.losses if one in _LOSSES)
+        plain = given.model_copy(update={"losses": losses or _LOSSES[:1]})
+        base = TorchModel(self.source, "")
+        space = plain_space(base, replace(self.context, training=plain), epochs)
+        by_kind = "sgd" if self.spec.space.kind == "vision" else "adamw"
+        return {
+            **{name: one.default for name, one in space.items()},
+            "optimizer": given.optimizer or by_kind,
+            "learning_rate": self.spec.learning_rate,
+            "space": space_digest(self.spec),
+        }
+
+    def lesson(self, model: TorchModel, network: torch.nn.Module, parameters: Parameters) -> Lesson:
+        """The network's, which learns from the base as the parameters say; `model` is what the
+        step was given."""
+        return Lesson(model, network, self._data, parameters, self.context)
+
+    def parts(self) -> tuple[Part, Part]:
+        """Of train: what is learned from, and what networks are judged by."""
+        return parted(self._data, self.context.seed)
+
+    def judge(self, parameters: Parameters) -> Judge:
+        learned, held_out = self.parts()
+        return Judge(
+            load_source(self.source),
+            learned,
+            held_out,
+            self.signature.output_names,
+            str(parameters["output"]),
+            str(parameters["learns"]),
+        )
+
+    @property
+    def _data(self) -> Batches:
+        assert self.context.train is not None, "checked before"
+        return Batches(self.context.train, self.signature.input_names)
+
+    @property
+    def _example(self) -> Sequence[torch.Tensor]:
+        calibration = self.context.calibration
+        inputs: Mapping[str, np.ndarray] = calibration.read(
+            np.arange(_EXAMPLE) % len(calibration)
+        ).inputs
+        return [
+            torch.from_numpy(np.ascontiguousarray(inputs[name]))
+            for name in self.signature.input_names
+        ]
+
+
+def single(values: Mapping[str, Value]) -> Space:
+    """Parameters that are no choice."""
+    return {name: Categorical((value,)) for name, value in values.items()}

@@ -1,0 +1,408 @@
+"""The techniques that put another network in the model's place: supernet, and the search in it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from optimizer.architecture.exploration import Trail, everything, explore, ranking
+from optimizer.architecture.halving import first_epochs, halved, survivors, total_epochs
+from optimizer.architecture.options import ArchitectureSpec
+from optimizer.architecture.plan import plan_of_json
+from optimizer.architecture.proposers import RandomSearch
+from optimizer.architecture.reward import Reward
+from optimizer.architecture.search import Looked, Worth
+from optimizer.architecture.setting import Setting
+from optimizer.blocks import Block
+from optimizer.builder import Builder
+from optimizer.errors import SpecInvalid
+from optimizer.recipe import Recipe
+from optimizer.space import Value, defaults
+from optimizer.spec import TrainingSpec, read_spec
+from optimizer.store import Store
+from optimizer.study import Options, optimize
+from optimizer.techniques import Context, load_technique
+from optimizer.techniques.architecture import ArchitectureSearch
+from optimizer.techniques.supernet import SupernetTraining
+from optimizer.torch_variant import load_torch, read_plan
+from optimizer.variant import TorchModel, TorchVariant
+from tests.optimizer.test_recovery_technique import Dying, Killed
+from tests.optimizer.tiny_study import QUICK, FakeVerifier, write_study
+from tests.optimizer.torch_bench import TorchBench, make_torch_bench
+
+SPACE: dict[str, Any] = {
+    "kind": "vision",
+    "stems": [4, 8],
+    "stages": [
+        {"depths": [1, 2], "widths": [4, 8], "kernels": [3, 5]},
+        {"depths": [1], "widths": [8, 16], "blocks": ["depthwise", "mbconv"], "stride": 2},
+    ],
+}
+
+
+def spec(**given: Any) -> ArchitectureSpec:
+    quick = {"space": SPACE, "epochs": 2.0, "evaluations": 6, "speedups": [1.0]}
+    return ArchitectureSpec(**{**quick, **given})
+
+
+def seconds(block: Block) -> float:
+    """Of a made-up target: by multiply-accumulates, and a little for each layer."""
+    pixels = np.prod(block.input_shape[1:]) / np.prod(block.stride or (1,))
+    kernel = np.prod(block.kernel or (1,))
+    macs = block.input_shape[0] // block.groups * block.n_outputs * kernel * pixels
+    return float(1e-9 * macs + 1e-6)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> TorchBench:
+    return make_torch_bench(tmp_path_factory.mktemp("study"))
+
+
+def context(bench: TorchBench, **training: Any) -> Context:
+    quick = {"batch_size": 16, "alphas": (0.5,)}
+    made = TrainingSpec(**{**quick, **training})
+    return replace(bench.context, training=made, block_seconds=seconds)
+
+
+def supernet(bench: TorchBench, at: Context, directory: Path, **given: Any) -> TorchVariant:
+    directory.mkdir()
+    technique = SupernetTraining(spec(**given))
+    assert technique.check(bench.torch, at) is None
+    parameters = defaults(technique.space(bench.torch, at))
+    return technique.apply(bench.torch, parameters, at, directory)
+
+
+def found(
+    model: TorchModel,
+    at: Context,
+    directory: Path,
+    given: Mapping[str, Any] | None = None,
+    **parameters: Value,
+) -> TorchVariant:
+    directory.mkdir()
+    technique = ArchitectureSearch(spec(**(given or {})))
+    assert technique.check(model, at) is None
+    chosen = defaults(technique.space(model, at), **parameters)
+    return technique.apply(model, chosen, at, directory)
+
+
+@pytest.fixture(scope="module")
+def trained(bench: TorchBench, tmp_path_factory: pytest.TempPathFactory) -> TorchVariant:
+    return supernet(bench, context(bench), tmp_path_factory.mktemp("supernet") / "made")
+
+
+def test_what_is_found_has_the_supernets_weights_and_can_be_built_from_its_plan_alone(
+    bench: TorchBench, trained: TorchVariant, tmp_path: Path
+) -> None:
+    at = context(bench)
+    made = found(trained, at, tmp_path / "made")
+    network, whole = load_torch(made), load_torch(trained)
+    for name, weight in network.named_parameters():
+        assert torch.equal(weight, whole.part(name, weight.shape))  # type: ignore[operator]
+    (step,) = [one for one in read_plan(made).steps if one.technique == "architecture"]
+    plan = plan_of_json(step.operations["plan"])
+    assert plan.image == (1, 8, 8)  # type: ignore[union-attr]
+    assert network(torch.zeros(3, 1, 8, 8)).shape == (3, 4)
+
+
+def test_same_inputs_give_the_same_network_and_another_seed_another_supernet(
+    bench: TorchBench, trained: TorchVariant, tmp_path: Path
+) -> None:
+    at = context(bench)
+    again = supernet(bench, at, tmp_path / "again")
+    assert again.digest == trained.digest
+    other = supernet(bench, replace(at, seed=1), tmp_path / "other")
+    assert other.digest != trained.digest
+    first, second = (found(trained, at, tmp_path / name) for name in ("first", "second"))
+    assert first.digest == second.digest
+
+
+@pytest.mark.parametrize("controller", ["reinforce", "ppo", "predictor"])
+def test_each_controller_runs_beside_its_controls_on_one_budget(
+    bench: TorchBench, trained: TorchVariant, controller: str, tmp_path: Path
+) -> None:
+    given = {"controllers": [controller]}
+    made = found(trained, context(bench), tmp_path / "made", given)
+    record = json.loads((made.directory / "architecture.json").read_text())
+    assert list(record["trails"]) == [controller, "evolution", "random"]
+    assert {len(looked) for looked in record["trails"].values()} == {6}
+    latencies = [one["latency_s"] for one in record["front"]]
+    accuracies = [one["accuracy"] for one in record["front"]]
+    assert latencies == sorted(latencies)
+    assert accuracies == sorted(accuracies)
+    own = [note for note in made.notes if note.startswith(("evolution", "random", controller))]
+    assert len(own) == 3
+
+
+def test_chosen_is_the_most_accurate_within_the_target(
+    bench: TorchBench, trained: TorchVariant, tmp_path: Path
+) -> None:
+    made = found(trained, context(bench), tmp_path / "made", {"speedups": [2.5]})
+    record = json.loads((made.directory / "architecture.json").read_text())
+    looked = [one for trail in record["trails"].values() for one in trail]
+    within = [one for one in looked if one["latency_s"] <= record["target_s"]]
+    assert within
+    best = max(one["accuracy"] for one in within)
+    (step,) = [one for one in read_plan(made).steps if one.technique == "architecture"]
+    setting = Setting(spec(), bench.torch.source, context(bench))
+    table = setting.table()
+    assert table is not None
+    chosen = [
+        one
+        for one in within
+        if setting.space.plan(one["choices"]) == plan_of_json(step.operations["plan"])
+    ]
+    assert chosen[0]["accuracy"] == best
+    assert table.seconds(tuple(chosen[0]["choices"])) == chosen[0]["latency_s"]
+
+
+def test_screening_looks_at_as_many_networks(
+    bench: TorchBench, trained: TorchVariant, tmp_path: Path
+) -> None:
+    made = found(trained, context(bench), tmp_path / "made", {"screen": "naswot"})
+    record = json.loads((made.directory / "architecture.json").read_text())
+    assert {len(looked) for looked in record["trails"].values()} == {6}
+
+
+def test_networks_of_their_own_are_trained_from_scratch(bench: TorchBench, tmp_path: Path) -> None:
+    given = {"weights": "own", "evaluations": 3, "epochs": 4.5}
+    technique = ArchitectureSearch(spec(**given))
+    at = context(bench)
+    parameters = defaults(technique.space(bench.torch, at))
+    assert technique.epochs(parameters, at) == total_epochs(9, 4.5) == 9 * 0.5 + 3 * 1.5 + 4.5
+    made = found(bench.torch, at, tmp_path / "made", given)
+    again = found(bench.torch, at, tmp_path / "again", given)
+    assert made.digest == again.digest
+    assert load_torch(made)(torch.zeros(2, 1, 8, 8)).shape == (2, 4)
+
+
+def test_halving_ends_with_the_best_of_those_that_came_to_the_last_round() -> None:
+    asked: list[tuple[int, float]] = []
+
+    def score(one: int, epochs: float) -> float:
+        asked.append((one, epochs))
+        return float(one)
+
+    assert halved(list(range(18)), 9.0, score) == 5
+    assert survivors(18) == [6, 2]
+    assert asked == [*((one, 3.0) for one in range(6)), (5, 9.0), (4, 9.0)]
+    assert first_epochs(9.0) == 1.0
+    with pytest.raises(ValueError, match="want at least one"):
+        halved([], 9.0, score)
+
+
+def test_no_network_is_evaluated_twice_though_each_proposer_counts_it() -> None:
+    from optimizer.architecture.making import Place, space_of
+
+    space = space_of(spec(), Place((1, 8, 8), 4))
+    asked: list[tuple[int, ...]] = []
+
+    def evaluate(choices: tuple[int, ...]) -> Worth:
+        asked.append(choices)
+        return Worth(0.5, 1e-3)
+
+    proposers = {name: RandomSearch(space, 0) for name in ("one", "other")}
+    trails = explore(proposers, evaluate, Reward(1e-3), 8)
+    assert [len(trail.looked) for trail in trails] == [8, 8]
+    assert len(asked) == len(set(asked)) == len(everything(trails)) == 8
+
+
+def test_ranking_puts_what_is_within_the_target_first() -> None:
+    def looked(number: int, accuracy: float, latency_s: float) -> Looked:
+        return Looked(number, (number,), Worth(accuracy, latency_s), accuracy / latency_s)
+
+    trail = Trail("random", (looked(0, 0.9, 3.0), looked(1, 0.5, 1.0), looked(2, 0.6, 0.9)))
+    assert [one.number for one in ranking([trail], 1.0)] == [2, 1, 0]
+
+
+# --- resuming
+
+
+def test_killed_supernet_goes_on_to_the_same_weights(
+    bench: TorchBench, trained: TorchVariant, tmp_path: Path
+) -> None:
+    at = replace(context(bench), checkpoints=tmp_path / "kept")
+    dying = replace(at, train=Dying(bench, n_reads=5))
+    with pytest.raises(Killed):
+        supernet(bench, dying, tmp_path / "killed")
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    assert supernet(bench, at, tmp_path / "again").digest == trained.digest
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_killed_search_looks_at_nothing_twice(
+    bench: TorchBench, trained: TorchVariant, tmp_path: Path
+) -> None:
+    at = context(bench)
+    whole = found(trained, at, tmp_path / "whole")
+    at = replace(at, checkpoints=tmp_path / "kept")
+    with pytest.raises(Killed):
+        found(trained, replace(at, train=Dying(bench, n_reads=9)), tmp_path / "killed")
+    (kept,) = (tmp_path / "kept").iterdir()
+    assert json.loads(kept.read_text())
+    assert found(trained, at, tmp_path / "again").digest == whole.digest
+    assert not list((tmp_path / "kept").iterdir())
+
+
+# --- refusals
+
+
+def test_speedup_that_no_network_reaches_is_told_with_the_fastest(bench: TorchBench) -> None:
+    assert "the fastest of" in (
+        SupernetTraining(spec(speedups=[1e6])).check(bench.torch, context(bench)) or ""
+    ), "before anything is trained"
+    technique, at = ArchitectureSearch(spec(speedups=[1.0, 1e6])), context(bench)
+    assert technique.check(bench.torch, at) is None
+    assert technique.space(bench.torch, at)["speedup"].choices == (1.0,)  # type: ignore[union-attr]
+    (reason,) = technique.missing(bench.torch, at).values()
+    assert "the fastest of" in reason
+    assert "stem 4" in reason
+    alone = ArchitectureSearch(spec(speedups=[1e6])).check(bench.torch, at)
+    assert alone is not None
+    assert "allow smaller ones, or a higher target" in alone
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        pytest.param({"block_seconds": None}, "the target's times of the layers are missing",
+                     id="no times"),
+        pytest.param({"train": None}, "there is no training data", id="no data"),
+    ],
+)  # fmt: skip
+def test_search_is_refused_without_what_it_needs(
+    bench: TorchBench, changed: dict[str, Any], reason: str
+) -> None:
+    refusal = ArchitectureSearch(spec()).check(bench.torch, replace(context(bench), **changed))
+    assert refusal is not None
+    assert reason in refusal
+
+
+def test_unknown_block_is_refused_by_name(bench: TorchBench) -> None:
+    stages = [{"depths": [1], "widths": [4], "blocks": ["mystery"]}]
+    technique = SupernetTraining(spec(space={**SPACE, "stages": stages}))
+    refusal = technique.check(bench.torch, context(bench))
+    assert refusal is not None
+    assert refusal.startswith("there is no block 'mystery', want one of")
+
+
+def test_block_that_cannot_be_built_is_refused_by_name(bench: TorchBench, tmp_path: Path) -> None:
+    from optimizer.importable import Importable
+
+    (tmp_path / "mine.py").write_text("def broken(plan, n_in):\n    raise RuntimeError('no')\n")
+    stages = [{"depths": [1], "widths": [4], "blocks": ["mine"]}]
+    given = spec(
+        space={**SPACE, "stages": stages}, blocks={"mine": Importable("mine", "broken", tmp_path)}
+    )
+    refusal = SupernetTraining(given).check(bench.torch, context(bench))
+    assert refusal is not None
+    assert "the block 'mine' can't be built: RuntimeError: no" in refusal
+
+
+def test_encoders_do_not_stand_in_a_place_for_images(bench: TorchBench) -> None:
+    given = {"kind": "encoder", "n_tokens": 10, "max_length": 8, "depths": [1], "widths": [8],
+             "heads": [1], "inners": [8]}  # fmt: skip
+    refusal = SupernetTraining(spec(space=given)).check(bench.torch, context(bench))
+    assert refusal is not None
+    assert "want" not in refusal.split(",")[0]
+    assert "FP32 [1, 8, 8]" in refusal
+
+
+def test_search_without_a_supernet_before_it_is_no_recipe(bench: TorchBench) -> None:
+    technique, at = ArchitectureSearch(spec()), context(bench)
+    parameters = defaults(technique.space(bench.torch, at))
+    recipe = Recipe(bench.torch.kind)
+    assert not recipe.can_take(technique.traits)
+    with pytest.raises(ValueError, match="architecture can't come without a supernet before"):
+        recipe.then(technique.traits, parameters)
+
+
+def test_table_of_another_target_is_refused(
+    bench: TorchBench, trained: TorchVariant, tmp_path: Path
+) -> None:
+    technique, at = ArchitectureSearch(spec()), context(bench)
+    parameters = defaults(technique.space(trained, at))
+    other = replace(at, block_seconds=lambda block: 2 * seconds(block))
+    with pytest.raises(ValueError, match="table: got"):
+        technique.apply(trained, parameters, other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"space": {**SPACE, "stems": [8, 4]}}, "want rising values in stems"),
+        ({"space": {**SPACE, "stages": [{"depths": [1], "widths": [4], "kernels": [4]}]}},
+         "want odd sizes"),
+        ({"space": {"kind": "graph"}}, "kind"),
+        ({"speedups": [2.0, 2.0]}, "want every value once in speedups"),
+        ({"evaluations": 1}, "evaluations"),
+        ({"controllers": ["guess"]}, "controllers"),
+    ],
+)  # fmt: skip
+def test_spec_refuses_a_space_that_cannot_be(given: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        spec(**given)
+
+
+def test_spec_refuses_the_search_when_recovery_is_left_out(tmp_path: Path) -> None:
+    path = write_study(tmp_path)
+    plain = "techniques: {exclude: [torch_compilation]}"
+    given = f"techniques: {{exclude: [recovery], architecture: {json.dumps({'space': SPACE})}}}"
+    path.write_text(path.read_text().replace(plain, given))
+    with pytest.raises(SpecInvalid, match="want recovery among those left"):
+        read_spec(path)
+
+
+# --- in a study
+
+
+def test_steps_share_the_supernet_in_the_store(bench: TorchBench, tmp_path: Path) -> None:
+    given = spec(controllers=["reinforce", "ppo"])
+    techniques: dict[str, Any] = {
+        "supernet": SupernetTraining(given),
+        "architecture": ArchitectureSearch(given),
+        "recovery": load_technique("recovery"),
+    }
+    at = context(bench)
+    with Store(tmp_path / "store.sqlite") as store:
+        builder = Builder(store, bench.torch, techniques, at, bench.inputs)
+        assert {one.traits.name for one in builder.options(Recipe(bench.torch.kind))} == {
+            "supernet"
+        }
+        ids = []
+        for controller in ("reinforce", "ppo"):
+            recipe = Recipe(bench.torch.kind)
+            for name, chosen in (("supernet", {}), ("architecture", {"controller": controller})):
+                technique = techniques[name]
+                parameters = defaults(technique.space(bench.torch, at), **chosen)
+                recipe = recipe.then(technique.traits, parameters)
+            assert recipe.is_structural
+            built = builder.build(recipe)
+            ids.append(builder.ids(recipe))
+            assert builder.blocks(recipe), "known once it is in the store"
+            assert builder.find(built.id) is not None
+        assert ids[0][0] == ids[1][0]
+        assert ids[0][1] != ids[1][1]
+
+
+@pytest.mark.full
+def test_study_finds_a_network_of_the_space_and_publishes_it(tmp_path: Path) -> None:
+    path = write_study(tmp_path, max_drop_points=90.0)
+    architecture = {"space": SPACE, "epochs": 2, "evaluations": 4, "speedups": [0.2]}
+    plain = "techniques: {exclude: [torch_compilation]}"
+    given = {"exclude": ["torch_compilation"], "architecture": architecture}
+    text = path.read_text().replace(plain, f"techniques: {json.dumps(given)}")
+    text = text.replace("trials: 3", "trials: 8")
+    path.write_text(text + "training: {batch_size: 16, epochs: 1, short_epochs: 0.5}\n")
+    options = Options(
+        store=tmp_path / "store.sqlite", verifier=FakeVerifier(), effort=QUICK, isolate=False
+    )
+    result = optimize(path, tmp_path / "repository", options)
+    labels = [row.label for row in result.variants]
+    assert any("another network" in label for label in labels), labels
