@@ -297,6 +297,7 @@ class Bench:
         ranking = prepared.ranking(calibration)
         target = self.file("ours, mixed")
         n_layers, asked = len(layers_of(graph)), []
+        n_parts = len(ranking.parts)
 
         def is_enough(n: int) -> bool:
             target.write_bytes(prepared.quantized(ranking.first(n)).to_bytes())
@@ -308,10 +309,11 @@ class Bench:
             asked.append(n)
             return meets
 
-        n = fewest(n_layers, is_enough, MAX_EVALUATIONS)
+        n = fewest(n_parts, is_enough, MAX_EVALUATIONS)
         target.write_bytes(prepared.quantized(ranking.first(n)).to_bytes())
         seconds = round(time.perf_counter() - start, 1)
-        return {"seconds": seconds, "kept": n, "layers": n_layers, "asked": asked}
+        kept = len(ranking.first(n))
+        return {"seconds": seconds, "parts": n, "kept": kept, "layers": n_layers, "asked": asked}
 
     # --- timing
 

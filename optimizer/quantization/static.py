@@ -15,7 +15,14 @@ from optimizer.quantization.graph import Graph
 from optimizer.quantization.layout import Layout, channel_axis, lay_out
 from optimizer.quantization.qdq import Arithmetic, quantized
 from optimizer.quantization.ranges import Range
-from optimizer.quantization.sensitivity import costs, kept_within, ranked, sensitivities
+from optimizer.quantization.sensitivity import (
+    Part,
+    costs,
+    kept_within,
+    parts_of,
+    ranked,
+    sensitivities,
+)
 from optimizer.quantization.smoothing import smooth, smoothable
 
 
@@ -61,28 +68,35 @@ class Prepared:
         return quantized(graph, layout, self.ranges, settings.arithmetic)
 
     def ranking(self, split: Split) -> "Ranking":
-        """How much each layer would lose in 8 bits, and cost in fp32."""
+        """How much each part would lose in 8 bits, and what layers cost in fp32."""
+        parts = parts_of(self.graph, self.layout)
         errors = sensitivities(
-            self.graph, self.layout, self.ranges, self.settings.arithmetic, split
+            self.graph, self.layout, parts, self.ranges, self.settings.arithmetic, split
         )
-        return Ranking(self.layout.layers, errors, costs(self.graph, self.layout, self.observed))
+        of_costs = costs(self.graph, self.layout, self.observed)
+        return Ranking(self.layout.layers, of_costs, parts, errors)
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Layers by name, in the order of the graph, with the error and the cost of each."""
+    """Layers by name, in the order of the graph, with the cost of each; and the parts that are in
+    8 bits together, with the error of each."""
 
     layers: tuple[str, ...]
-    errors: tuple[float, ...]
     costs: tuple[float, ...]
+    parts: tuple[Part, ...]
+    errors: tuple[float, ...]
 
     def within(self, share: float) -> tuple[str, ...]:
         """The layers to keep where `share` of the multiply-accumulates may stay in fp32."""
-        return tuple(self.layers[i] for i in kept_within(self.errors, self.costs, share))
+        kept = kept_within(self.parts, self.errors, self.costs, share)
+        return tuple(self.layers[index] for index in kept)
 
     def first(self, n: int) -> tuple[str, ...]:
-        """The `n` layers that are most worth keeping."""
-        return tuple(self.layers[i] for i in ranked(self.errors, self.costs)[:n])
+        """The layers of the `n` parts that are most worth keeping, in the order of the graph."""
+        order = ranked(self.parts, self.errors, self.costs)[:n]
+        kept = {layer for index in order for layer in self.parts[index].layers}
+        return tuple(self.layers[index] for index in sorted(kept))
 
 
 def prepare(graph: Graph, split: Split, settings: Settings) -> Prepared:

@@ -15,7 +15,9 @@ from serve.engines import EngineSpec, engine_module
 
 _FILE = "model.xml"
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-_STREAMS = "streams"
+_REST = "rest"
+"""What a quantized model computes in where it isn't."""
+_QUANTIZED = ("int8", "int4")
 
 
 class OpenVinoTarget:
@@ -29,9 +31,14 @@ class OpenVinoTarget:
         return None
 
     def space(self, model: Model, context: Context) -> Mapping[str, Categorical]:
-        return {"precision": Categorical(_precisions(model, context), is_baseline=True)}
+        space = {"precision": Categorical(_precisions(model, context), is_baseline=True)}
+        if model.precision in _QUANTIZED and _has_bf16(context):
+            space[_REST] = Categorical(("fp32", "bf16"))
+        return space
 
     def describe(self, parameters: Parameters) -> str:
+        if parameters.get(_REST) == "bf16":
+            return f"{self.shown}, the rest bf16"
         return f"{self.shown} bf16" if parameters.get("precision") == "bf16" else self.shown
 
     def compile(self, model: Model, parameters: Parameters, directory: Path) -> EngineModel:
@@ -46,7 +53,8 @@ class OpenVinoTarget:
                 operation.set_friendly_name(f"{operation.get_type_name()}_unnamed_{index}")
         # By default it would halve the weights to fp16 without a word.
         openvino.save_model(converted, directory / _FILE, compress_to_fp16=False)
-        spec = EngineSpec(self.name, _FILE, str(parameters["precision"]))
+        options = {_REST: "bf16"} if parameters.get(_REST) == "bf16" else {}
+        spec = EngineSpec(self.name, _FILE, str(parameters["precision"]), options=options)
         return engine_model(directory, spec, model.notes)
 
 
@@ -54,5 +62,8 @@ def _precisions(model: Model, context: Context) -> tuple[str, ...]:
     """bf16 only where the CPU has it: emulated, it is slower than fp32."""
     if model.precision != "fp32":
         return (model.precision,)
-    has_bf16 = bool(_BF16_FLAGS & set(context.machine.flags))
-    return ("fp32", "bf16") if has_bf16 else ("fp32",)
+    return ("fp32", "bf16") if _has_bf16(context) else ("fp32",)
+
+
+def _has_bf16(context: Context) -> bool:
+    return bool(_BF16_FLAGS & set(context.machine.flags))

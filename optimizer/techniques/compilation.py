@@ -19,7 +19,7 @@ _TARGETS: tuple[Target, ...] = (CPU, OpenVinoTarget(), CUDA, TENSORRT)
 class Compilation:
     traits = Traits(
         name="compilation",
-        version="2",
+        version="3",
         stage=Stage.COMPILE,
         accepts=Kind.ONNX,
         gives=Kind.ENGINE,

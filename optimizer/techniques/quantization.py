@@ -52,7 +52,7 @@ _ALPHAS = (0.75, 0.5, 0.9)
 class Quantization:
     traits = Traits(
         name="quantization",
-        version="4",
+        version="5",
         stage=Stage.PRECISION,
         accepts=Kind.ONNX,
         gives=Kind.ONNX,

@@ -31,10 +31,13 @@ _log = logging.getLogger(__name__)
 INFERENCE_PRECISIONS: dict[str, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32",
                                           "int4": "f32"}  # fmt: skip
 # "streams" "threads": each thread takes its part of the batch, instead of all sharing each kernel.
+# "rest": what operators of an int8 or int4 model compute in that aren't quantized.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "hint": ("LATENCY", "THROUGHPUT"),
     "streams": ("one", "threads"),
+    "rest": ("fp32", "bf16"),
 }
+_WITH_REST = ("int8", "int4")
 
 
 # Batch size (0 without a batch dimension) and bucket of lengths (0 without padding).
@@ -207,11 +210,19 @@ def _config(path: Path, spec: EngineSpec, counters: bool) -> dict[str, Any]:
             f"engine.precision: got {spec.precision!r}, want one of "
             f"{', '.join(INFERENCE_PRECISIONS)}",
         )
+    rest = spec.options.get("rest")
+    if rest is not None and spec.precision not in _WITH_REST:
+        raise ArtifactInvalid(
+            str(path),
+            f"engine.options.rest: got {rest!r} for the precision {spec.precision}, want it only "
+            f"for {' and '.join(_WITH_REST)}",
+        )
+    precision = spec.precision if rest is None else str(rest)
     return {
         "PERFORMANCE_HINT": spec.options.get("hint", "LATENCY"),
         "INFERENCE_NUM_THREADS": spec.threads,
         "NUM_STREAMS": _n_streams(spec),
-        "INFERENCE_PRECISION_HINT": INFERENCE_PRECISIONS[spec.precision],
+        "INFERENCE_PRECISION_HINT": INFERENCE_PRECISIONS[precision],
         "ENABLE_CPU_PINNING": False,
         "PERF_COUNT": counters,
     }
