@@ -15,6 +15,7 @@ from optimizer.builder import Builder
 from optimizer.data.splits import Samples as Read
 from optimizer.pruning.graph import trace
 from optimizer.pruning.groups import Network, network_of
+from optimizer.pruning.latency_table import latency_table
 from optimizer.pruning.narrowing import Narrowing
 from optimizer.pruning.rounds import Pruned, Schedule, in_rounds, replay
 from optimizer.recipe import Recipe
@@ -26,7 +27,7 @@ from optimizer.techniques.pruning import Pruning
 from optimizer.torch_variant import load_torch, read_plan
 from optimizer.variant import Json, TorchModel, TorchVariant
 from tests.optimizer.networks import TOPOLOGIES, case, inputs_of
-from tests.optimizer.test_pruning import context_of, model_of, samples
+from tests.optimizer.test_pruning import context_of, model_of, samples, seconds
 from tests.optimizer.test_recovery_technique import Dying, Killed
 from tests.optimizer.torch_bench import TorchBench, make_torch_bench
 
@@ -83,12 +84,20 @@ def test_shares_fall_by_equal_factors_to_what_the_ratio_leaves(n: int) -> None:
 
 @pytest.mark.parametrize(
     "allocation",
-    ["cost", *(pytest.param(one, marks=pytest.mark.full) for one in ("uniform", "sensitivity"))],
+    [
+        "cost",
+        *(
+            pytest.param(one, marks=pytest.mark.full)
+            for one in ("uniform", "sensitivity", "latency")
+        ),
+    ],
 )
 def test_rounds_come_to_the_ratio_with_a_training_between_each_and_the_next(
     allocation: str,
 ) -> None:
-    by, train = narrowing("resnet", allocation=allocation), Trainings()
+    layers = named_blocks(case("resnet").module(), samples("resnet").inputs)
+    table = latency_table(layers.values(), seconds)
+    by, train = narrowing("resnet", allocation=allocation, table=table), Trainings()
     made = pruned("resnet", by, 0.5, 3, train)
     assert train.rounds == [0, 1]
     assert len(made.operations) == 3
