@@ -42,6 +42,8 @@ class Traits:
     preserves: bool = True
     """Whether outputs stay equal where the precision does. False for what changes the structure
     or the weights: accuracy judges that."""
+    calibrates: bool = False
+    """Whether it uses the calibration samples even where it trains, and ids have to cover both."""
     prepares: Stage | None = None
     """The stage that it is for: it is of no use in a recipe without a later step of it."""
     wants: tuple[tuple[str, tuple[Value, ...]], ...] = ()
@@ -58,8 +60,9 @@ It is no choice of the search's but the rung that a trial has come to."""
 EFFORTS = ("recalibrate", "short", "full")
 """By rising cost: batch-norm statistics alone, a few epochs, all that was asked for."""
 EPOCHS = "epochs"
-"""The parameter of a step without an effort that trains: its passes over train, the same on every
-rung, so that they are spent before the network is timed."""
+"""The parameter of a step without an effort that trains: its passes over train (of each of its
+trainings, where it has several), the same on every rung, so that they are spent before the network
+is timed."""
 
 
 @dataclass(frozen=True)
@@ -212,17 +215,23 @@ def steps_with_ids(
     """Each step of the recipe with the id of the variant that it makes, in order.
 
     `data_digest` is that of the calibration samples, which steps that use data have in their
-    ids; `train_digest` that of all of train, for steps that train.
+    ids; `train_digest` that of all of train, for steps that train. Steps that do both have both.
     """
     steps = []
     parent = base_id
     for choice in recipe.choices:
         step = step_of(choice, seed)
-        digest = train_digest if choice.trains else data_digest
+        digest = _digest(choice, data_digest, train_digest)
         uses_data = choice.traits.needs is not Needs.NOTHING
         parent = variant_id(parent, asdict(step), digest if uses_data else "")
         steps.append((step, parent))
     return tuple(steps)
+
+
+def _digest(choice: Choice, data_digest: str, train_digest: str) -> str:
+    if not choice.trains:
+        return data_digest
+    return f"{train_digest} {data_digest}" if choice.traits.calibrates else train_digest
 
 
 @cache

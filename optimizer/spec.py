@@ -393,6 +393,11 @@ class TrainingSpec(Strict):
     temperatures: Annotated[
         tuple[PositiveFloat, ...], BeforeValidator(listed), Field(min_length=1)
     ] = (4.0, 2.0)
+    pruning_rounds: int = Field(default=1, ge=1, le=100)
+    """In which pruning takes channels, with a training between each and the next; 1 for all at
+    once."""
+    pruning_round_epochs: float = Field(default=1.0, gt=0, le=10_000)
+    """Passes over train of each of those trainings."""
     sparsity_epochs: float = Field(default=5.0, gt=0, le=10_000)
     """Passes over train of sparsity training, which comes before pruning."""
     sparsity_forms: Annotated[

@@ -75,14 +75,15 @@ def allocate(rule: str, candidates: Candidates, ratio: float, sensitivity: Sensi
 
     Raises ValueError for a ratio out of (0, 1), or one that would empty a layer.
     """
-    if not 0 < ratio < 1:
-        raise ValueError(f"ratio: got {ratio:g}, want more than 0 and less than 1")
-    if rule not in RULES:
-        raise ValueError(f"allocation: got {rule!r}, want one of {', '.join(RULES)}")
-    left = _seconds(candidates) if rule == "latency" else candidates.costs.operations
-    _check_reachable(candidates, ratio, left)
-    target = (1 - ratio) * left(_none(candidates))
+    check_reachable(rule, candidates, ratio)
+    target = (1 - ratio) * left_by(rule, candidates)(_none(candidates))
     return RULES[rule](candidates, target, sensitivity)
+
+
+def left_by(rule: str, candidates: Candidates) -> Left:
+    """What a ratio of that rule is a share of: multiply-adds, or for `latency` seconds. Raises
+    ValueError for `latency` without a table."""
+    return _seconds(candidates) if rule == "latency" else candidates.costs.operations
 
 
 def _seconds(candidates: Candidates) -> Left:
@@ -91,7 +92,14 @@ def _seconds(candidates: Candidates) -> Left:
     return candidates.latency.seconds
 
 
-def _check_reachable(candidates: Candidates, ratio: float, left: Left) -> None:
+def check_reachable(rule: str, candidates: Candidates, ratio: float) -> None:
+    """Raises ValueError for an unknown rule, a ratio out of (0, 1), or one that would empty a
+    layer."""
+    if not 0 < ratio < 1:
+        raise ValueError(f"ratio: got {ratio:g}, want more than 0 and less than 1")
+    if rule not in RULES:
+        raise ValueError(f"allocation: got {rule!r}, want one of {', '.join(RULES)}")
+    left = left_by(rule, candidates)
     most = np.array([candidates.levels(index)[-1] for index in range(len(candidates.groups))])
     possible = 1 - left(most) / left(_none(candidates))
     if ratio > possible:

@@ -93,7 +93,7 @@ class Technique(Protocol):
 @runtime_checkable
 class Training(Protocol):
     """What a technique that trains offers beside the contract: it says what it costs. One of stage
-    RECOVER has the parameter `recipe.EFFORT`, any other `recipe.EPOCHS`."""
+    RECOVER has the parameter `recipe.EFFORT`, any other `recipe.EPOCHS`, as far as it trains."""
 
     def epochs(self, parameters: Parameters, context: Context) -> float:
         """Passes over the training split that applying it takes with these parameters."""

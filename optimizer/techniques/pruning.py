@@ -2,8 +2,10 @@
 
 Structured: what goes is really gone, from all tensors that it has a part in. Weights are set to
 zero, at once or by who trains, only where the target may have kernels for that. Winning accuracy
-back is a later step's.
+back is a later step's, but for the trainings between rounds, where channels go in several.
 """
+
+# ruff: noqa: ARG002  every technique takes what the contract passes
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,13 @@ from optimizer.space import Categorical, Parameters, Space
 from optimizer.techniques import Context
 from optimizer.torch_example import example_inputs
 from optimizer.torch_variant import load_torch, read_plan, torch_model
+from optimizer.training.round_training import (
+    RoundTraining,
+    rounds_of,
+    space_of_rounds,
+    total_epochs,
+    why_not,
+)
 from optimizer.variant import Json, Kind, Model, Stage, TorchModel, TorchVariant
 from serve.machine import Machine
 
@@ -25,18 +34,20 @@ if TYPE_CHECKING:
     import torch
 
     from optimizer.pruning.graph import InputShape
-    from optimizer.pruning.groups import Group, Network
+    from optimizer.pruning.groups import Network
     from optimizer.pruning.importance import Samples
     from optimizer.pruning.latency_table import LatencyTable
+    from optimizer.pruning.narrowing import Narrowing
 
 _NAME = "pruning"
 _CHANNELS, _BLOCKS, _BOTH, _WEIGHTS = "channels", "blocks", "both", "weights"
 _ALLOCATIONS = ("cost", "uniform", "global", "sensitivity")
 _LATENCY, _TABLE = "latency", "latencies"
 _GRADUAL = "gradual"
+_WIDTHS, _ROUNDS = "widths", "rounds"
+"""Operations that narrow: all at once, or a list of them."""
 _RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7)
 _N_CHECKED = 2
-_N_FOR_SENSITIVITY = 32
 _REMEMBERED = 8
 """Networks whose groups are kept in memory: finding them takes seconds."""
 
@@ -51,6 +62,7 @@ class Pruning:
         needs=Needs.UNLABELLED,
         packages=("torch", "numpy"),
         preserves=False,
+        calibrates=True,
     )
 
     def __init__(self) -> None:
@@ -65,7 +77,9 @@ class Pruning:
             network = self._network(model)
         except Untraceable as error:
             return str(error)
-        if network.groups or self._blocks(model, network):
+        if network.groups:
+            return why_not(model, context)
+        if self._blocks(model, network):
             return None
         unknown = ", ".join(sorted(network.flow.unknown))
         reason = "nothing of the model can go: every layer's width is tied to an input or output"
@@ -81,7 +95,7 @@ class Pruning:
         n_blocks = len(self._blocks(model, network))
         kinds = self._kinds(network, n_blocks, context.machine)
         widths = {"what": (_CHANNELS, _BOTH)}
-        scopes = [residual for residual in (False, True) if _in_scope(network, residual)]
+        scopes = [residual for residual in (False, True) if network.in_scope(residual)]
         table = _table(model, context) if network.groups else None
         criteria = [name for name in CRITERIA if name != "random"]
         if not _has_norms(network):
@@ -96,6 +110,7 @@ class Pruning:
             ),
             **_table_of(table),
             "multiple": Categorical((8, 16, 4, 1), when=widths),
+            **(space_of_rounds(model, context, widths) if network.groups else {}),
             "blocks": Categorical(
                 tuple(range(1, max(2, n_blocks))), when={"what": (_BLOCKS, _BOTH)}
             ),
@@ -126,8 +141,13 @@ class Pruning:
         if "ratio" in parameters:
             of = " of latency" if parameters["allocation"] == _LATENCY else ""
             share = f"{float(parameters['ratio']):.0%}{of}"
-            parts.append(f"{share} pruned by {parameters['criterion']}")
+            rounds = f" in {n} rounds" if (n := rounds_of(parameters)) > 1 else ""
+            parts.append(f"{share} pruned by {parameters['criterion']}{rounds}")
         return ", ".join(parts)
+
+    def epochs(self, parameters: Parameters, context: Context) -> float:
+        """Of all trainings between rounds; 0 where all goes at once."""
+        return total_epochs(parameters)
 
     def apply(
         self, model: Model, parameters: Parameters, context: Context, directory: Path
@@ -135,37 +155,37 @@ class Pruning:
         assert isinstance(model, TorchModel)
         if parameters["what"] == _WEIGHTS:
             return self._mask(model, parameters, directory)
-        table = _wanted_table(model, parameters, context)
         samples = _samples(model, context)
         operations: dict[str, Json] = {}
         if "blocks" in parameters:
             operations["bypassed"] = self._bypassed(model, int(parameters["blocks"]), samples)
-        if "ratio" in parameters:
-            forms = operations.get("bypassed", {})
-            module, operations["widths"] = self._narrowed(model, parameters, samples, forms, table)
-        else:
+        if "ratio" not in parameters:
             module = self.restructure(load_torch(model), operations)
+            return torch_model(directory, model, module, self, operations)
+        narrowing = _narrowing(model, parameters, context, samples)
+        if rounds_of(parameters) > 1:
+            return self._in_rounds(model, parameters, context, narrowing, operations, directory)
+        forms, ratio = operations.get("bypassed", {}), float(parameters["ratio"])
+        network = self._network(model, forms)
+        module, operations[_WIDTHS] = narrowing.narrowed(
+            lambda: _bypassing(model, forms), network, ratio
+        )
         return torch_model(directory, model, module, self, operations)
 
     def restructure(self, module: "torch.nn.Module", operations: Json) -> "torch.nn.Module":
         from optimizer.pruning.depth import bypass
-        from optimizer.pruning.surgery import operate
+        from optimizer.pruning.rounds import replay
 
         module = bypass(module, operations.get("bypassed", {}))
-        return operate(module, operations["widths"]) if "widths" in operations else module
+        return replay(module, _widths_of(operations))
 
     # --- what the model is made of
 
     def _network(self, model: TorchModel, forms: Json = None) -> "Network":
         """The model's groups, after bypassing blocks; found once."""
-        from optimizer.pruning.depth import bypass
-        from optimizer.pruning.graph import trace
-        from optimizer.pruning.groups import network_of
-
         key = (model.digest, *sorted(forms or {}))
         if key not in self._known:
-            module = bypass(load_torch(model), forms or {})
-            found = network_of(trace(module, _inputs(model)))
+            found = _traced(_bypassing(model, forms), model)
             while len(self._known) >= _REMEMBERED:
                 self._known.pop(next(iter(self._known)))
             self._known[key] = found
@@ -195,70 +215,34 @@ class Pruning:
         chosen = least_important(importance(module, blocks, samples.inputs), n)
         return forms_of(module, chosen, _first(samples, _N_CHECKED))
 
-    def _narrowed(
+    def _in_rounds(
         self,
         model: TorchModel,
         parameters: Parameters,
-        samples: "Samples",
-        forms: Json,
-        table: "LatencyTable | None",
-    ) -> "tuple[torch.nn.Module, Json]":
-        """The pruned module, with the operations that make it. Raises ValueError where it doesn't
-        compute what zeros would."""
-        from optimizer.pruning.depth import bypass
-        from optimizer.pruning.surgery import (
-            MODULE,
-            TRACE,
-            difference,
-            masked_outputs,
-            operate,
-            operations_of,
-        )
+        context: Context,
+        narrowing: "Narrowing",
+        operations: dict[str, Json],
+        directory: Path,
+    ) -> TorchVariant:
+        """The variant whose channels go in rounds; `operations` are those of its blocks."""
+        from optimizer.pruning.rounds import Schedule, in_rounds
 
-        network = self._network(model, forms)
-        gone = self._gone(model, network, parameters, samples, forms, table)
-        inputs = _first(samples, _N_CHECKED)
-        wanted = masked_outputs(bypass(load_torch(model), forms), network, gone, inputs)
-        problems = []
-        for form in (MODULE, TRACE):
-            operations = operations_of(network, gone, form, _inputs(model))
-            pruned = operate(bypass(load_torch(model), forms), operations)
-            problem = difference(pruned, wanted, inputs)
-            if not problem:
-                return pruned, operations
-            problems.append(problem)
-        raise ValueError(
-            f"the pruned network doesn't compute what zeros in its place would: {problems[1]} "
-            f"(and with the model's own forward: {problems[0]})"
+        forms = operations.get("bypassed", {})
+        training = RoundTraining(model, parameters, context, self.traits)
+        pruned = in_rounds(
+            lambda: _bypassing(model, forms),
+            self._network(model, forms),
+            narrowing,
+            Schedule(float(parameters["ratio"]), rounds_of(parameters)),
+            lambda module: _traced(module, model),
+            training,
         )
-
-    def _gone(
-        self,
-        model: TorchModel,
-        network: "Network",
-        parameters: Parameters,
-        samples: "Samples",
-        forms: Json,
-        table: "LatencyTable | None",
-    ) -> list[int]:
-        from optimizer.pruning.allocation import Candidates, allocate
-        from optimizer.pruning.costs import Costs
-        from optimizer.pruning.depth import bypass
-        from optimizer.pruning.importance import score
-        from optimizer.pruning.latency import Latency
-        from optimizer.pruning.sensitivity import Sensitivity
-
-        module = bypass(load_torch(model), forms)
-        groups = _in_scope(network, bool(parameters["residual"]))
-        scores = score(str(parameters["criterion"]), module, groups, samples)
-        costs = Costs(network, groups)
-        latency = Latency(costs, _layers(model), table) if table is not None else None
-        candidates = Candidates(groups, scores, costs, int(parameters["multiple"]), latency)
-        sensitivity = Sensitivity(module, network, candidates, _first(samples, _N_FOR_SENSITIVITY))
-        counts = allocate(
-            str(parameters["allocation"]), candidates, float(parameters["ratio"]), sensitivity
-        )
-        return candidates.gone(counts)
+        training.finish()
+        of = "seconds" if parameters["allocation"] == _LATENCY else "multiply-adds"
+        left = ", ".join(f"{one:.0%}" for one in pruned.left)
+        note = f"{left} of the {of} left after the rounds"
+        operations = {**operations, _ROUNDS: list(pruned.operations)}
+        return torch_model(directory, model, pruned.module, self, operations, (note,))
 
     def _mask(self, model: TorchModel, parameters: Parameters, directory: Path) -> TorchVariant:
         from optimizer.pruning.masks import GRADUAL, MASKS, compressed_bytes, mask
@@ -279,6 +263,45 @@ class Pruning:
             module = load_torch(model)
             operations[GRADUAL] = {"pattern": pattern, "sparsity": sparsity}
         return torch_model(directory, model, module, self, operations, notes)
+
+
+def _widths_of(operations: Json) -> list[Json]:
+    """Of each round, or of the one."""
+    return [*operations.get(_ROUNDS, ()), *([operations[_WIDTHS]] if _WIDTHS in operations else [])]
+
+
+def _narrowing(
+    model: TorchModel, parameters: Parameters, context: Context, samples: "Samples"
+) -> "Narrowing":
+    """What the parameters say of channels. Raises ValueError for another table of latencies."""
+    from optimizer.pruning.narrowing import Narrowing
+
+    example = example_inputs(read_signature(model.source))
+    return Narrowing(
+        criterion=str(parameters["criterion"]),
+        allocation=str(parameters["allocation"]),
+        multiple=int(parameters["multiple"]),
+        residual=bool(parameters["residual"]),
+        samples=samples,
+        inputs=_inputs(model),
+        layers=lambda module: named_blocks(module, example),
+        table=_wanted_table(model, parameters, context),
+    )
+
+
+def _bypassing(model: TorchModel, forms: Json) -> "torch.nn.Module":
+    """The model without these blocks; nobody else holds it."""
+    from optimizer.pruning.depth import bypass
+
+    return bypass(load_torch(model), forms or {})
+
+
+def _traced(module: "torch.nn.Module", model: TorchModel) -> "Network":
+    """Of a module that was made of the model."""
+    from optimizer.pruning.graph import trace
+    from optimizer.pruning.groups import network_of
+
+    return network_of(trace(module, _inputs(model)))
 
 
 def _table_of(table: "LatencyTable | None") -> Space:
@@ -343,11 +366,6 @@ def _samples(model: TorchModel, context: Context) -> "Samples":
 
 def _first(samples: "Samples", n: int) -> Sequence[Any]:
     return [one[:n] for one in samples.inputs]
-
-
-def _in_scope(network: "Network", residual: bool) -> "list[Group]":
-    """All groups, or those alone that lie inside of residual branches."""
-    return [group for group in network.groups if residual or not group.is_residual]
 
 
 def _has_norms(network: "Network") -> bool:

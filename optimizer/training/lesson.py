@@ -110,7 +110,8 @@ def described(parameters: Parameters) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """What a network is to learn, and from what: `module` is the model's, and is changed."""
+    """What a network is to learn, and from what: `module` is the model's, or was made of it, and is
+    changed."""
 
     model: TorchModel
     module: "nn.Module"
@@ -164,15 +165,21 @@ class Lesson:
         train(self.module, self.data, loss or self.loss(), settings, masks, checkpoint)
 
 
-def lesson_of(model: TorchModel, parameters: Parameters, context: Context) -> Lesson:
-    """The model's lesson; nobody else holds its module. Where it isn't trained, zeros that were to
-    come by and by are there at once. Raises ValueError where they would leave nothing of a layer.
+def lesson_of(
+    model: TorchModel,
+    parameters: Parameters,
+    context: Context,
+    module: "nn.Module | None" = None,
+) -> Lesson:
+    """The model's lesson, or that of a `module` that a step which isn't done has made of it; nobody
+    else holds the module. Where it isn't trained, zeros that were to come by and by are there at
+    once. Raises ValueError where they would leave nothing of a layer.
     """
     from optimizer.training.batches import Batches
 
     assert context.train is not None
     data = Batches(context.train, read_signature(model.source).input_names)
-    module = load_torch(model)
+    module = load_torch(model) if module is None else module
     if not epochs_of(parameters):
         _masks(model, module).apply()
     return Lesson(model, module, data, parameters, context)

@@ -144,3 +144,14 @@ def test_step_id_covers_all_of_train_when_the_technique_trains(
     recipe = Recipe(Kind.TORCH).then(tune, parameters)
     ids = {steps_with_ids(recipe, "base", 0, "data", train)[0][1] for train in ("one", "other")}
     assert len(ids) == 2
+
+
+def test_step_id_covers_train_and_calibration_samples_when_the_technique_uses_both() -> None:
+    technique = replace(PRUNE, needs=Needs.UNLABELLED, calibrates=True)
+    plain, trained = (Recipe(Kind.TORCH).then(technique, one) for one in ({}, {"epochs": 2.0}))
+    data = [("a", "one"), ("a", "other"), ("b", "one")]
+    ids = [
+        {steps_with_ids(recipe, "base", 0, calibration, train)[0][1] for calibration, train in data}
+        for recipe in (plain, trained)
+    ]
+    assert [len(one) for one in ids] == [2, 3]

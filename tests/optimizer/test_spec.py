@@ -279,6 +279,18 @@ def test_spec_reports_every_problem_with_line_and_key_at_once(folder: Path) -> N
         ),
         pytest.param(
             "objective: latency",
+            "training: {pruning_rounds: 0}",
+            "training.pruning_rounds: got 0",
+            id="pruning in no round",
+        ),
+        pytest.param(
+            "objective: latency",
+            "training: {pruning_rounds: 2, pruning_round_epochs: 0}",
+            "training.pruning_round_epochs: got 0",
+            id="rounds without a training between them",
+        ),
+        pytest.param(
+            "objective: latency",
             "training: {sparsity_epochs: 0}",
             "training.sparsity_epochs: got 0",
             id="sparsity training without epochs",
