@@ -1,0 +1,116 @@
+"""A network for CIFAR-10 found in ResNet-56's place, beside ResNet-20, which people drew.
+
+    python -m benchmarks.architecture_cifar [--seed 0]
+
+A supernet of ResNet-like networks is trained with ResNet-56 as its teacher, a controller and its
+controls look for the most accurate one that the table of layers says is 3 times as fast as
+ResNet-56 (ResNet-20 has 3 times fewer operations), and what is found is distilled. It and
+ResNet-20 are timed in turns, in fp32 and in int8 on each engine, and judged on the test split. What
+is finished is kept in `benchmarks/results/architecture-cifar.json`; about an hour of one core with
+AMX. TRIMSERVE_DATA and TRIMSERVE_WEIGHTS are needed.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.architecture import seconds
+from benchmarks.quantization import Results
+from benchmarks.recovery import Chain, Figures, Subject, cifar
+from optimizer.architecture.options import ArchitectureSpec
+from optimizer.architecture.setting import Setting
+from optimizer.blocks import Block, block_inputs, write_block
+from optimizer.spec import TrainingSpec
+from optimizer.techniques.architecture import ArchitectureSearch
+from optimizer.techniques.supernet import SupernetTraining
+from optimizer.timing import Contender
+from optimizer.variant import Model, TorchModel, TorchVariant
+
+RESULTS = Path(__file__).parent / "results" / "architecture-cifar.json"
+BATCH_SIZE = 8
+SPEC = ArchitectureSpec.model_validate(
+    {
+        "space": {
+            "kind": "vision",
+            "stems": [16],
+            "stages": [
+                {"depths": [1, 2, 3], "widths": [16, 24], "blocks": ["basic"]},
+                {"depths": [1, 2, 3], "widths": [32, 48], "blocks": ["basic"], "stride": 2},
+                {"depths": [1, 2, 3], "widths": [64, 96], "blocks": ["basic"], "stride": 2},
+            ],
+        },
+        "speedups": [3.0],
+        "epochs": 8,
+        "learning_rate": 0.2,
+        "evaluations": 30,
+    }
+)
+TRAINING = TrainingSpec(
+    epochs=4, learning_rate=0.05, alphas=(0.1,), augmentation="flip_and_crop", precision="bf16"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    results = Results(RESULTS)
+    whole = cifar("spec.yaml", TRAINING, given.seed)
+    drawn = cifar("resnet20.yaml", TRAINING, given.seed)
+    setting = Setting(SPEC, whole.model.source, whole.context)
+    for block in setting.wanted:
+        results.once(("block", block.key), lambda block=block: of_block(block))
+
+    def known(block: Block) -> float | None:
+        found: float | None = results.content["block"].get(block.key)
+        return found
+
+    subject = replace(whole, context=replace(whole.context, block_seconds=known))
+    print(json.dumps(searched(results, given.seed, subject, drawn), indent=1))
+
+
+def of_block(block: Block) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_block(block, "onnxruntime", Path(folder))
+        contender = Contender(Path(folder), model.served(1, 1, (1, BATCH_SIZE)))
+        return seconds(contender, block_inputs(block, BATCH_SIZE, 0))
+
+
+def searched(results: Results, seed: int, subject: Subject, drawn: Subject) -> Figures:
+    """Accuracies on test, and how many times as fast as ResNet-20 the network is."""
+    with tempfile.TemporaryDirectory() as scratch:
+        chain = Chain(subject, Path(scratch))
+        made: Model = subject.model
+        for technique in (SupernetTraining(SPEC), ArchitectureSearch(SPEC), "recovery"):
+            started = time.process_time()
+            given = {"effort": "full"} if technique == "recovery" else {}
+            made = chain.step(technique, made, **given)
+            print(f"{(time.process_time() - started) / 60:.1f} min", flush=True)
+        assert isinstance(made, TorchVariant)
+
+        def judged() -> Figures:
+            return {
+                "resnet56": accuracy(subject, subject.model),
+                "resnet20": accuracy(drawn, drawn.model),
+                "found": accuracy(subject, made),
+            }
+
+        print(*made.notes, sep="\n")
+        results.once(("notes", str(seed)), lambda: list(made.notes))
+        figures: Figures = results.once(("accuracy", str(seed)), judged)
+        (Path(scratch) / "times").mkdir()
+        # `times` sets what it is given beside its subject's own model.
+        beside = Chain(replace(subject, model=drawn.model), Path(scratch) / "times")
+        figures |= results.once(("times", str(seed)), lambda: beside.times(made))
+        return figures
+
+
+def accuracy(subject: Subject, model: TorchModel) -> float:
+    outputs = subject.outputs(model)
+    return subject.accuracy(outputs, outputs)
