@@ -26,7 +26,7 @@ from sklearn.datasets import load_digits
 
 from benchmarks.quantization import Results
 from optimizer.architecture.controller import Controller
-from optimizer.architecture.latency import LatencyModel, blocks_in, trust
+from optimizer.architecture.latency import LatencyModel, blocks_in
 from optimizer.architecture.networks import build
 from optimizer.architecture.predictor import PredictorGuided
 from optimizer.architecture.proposers import Evolution, Proposer, RandomSearch
@@ -35,7 +35,7 @@ from optimizer.architecture.search import Worth, explored
 from optimizer.architecture.space import ArchitectureSpace, Choices, StageChoices, VisionNetworks
 from optimizer.blocks import block_inputs, write_block
 from optimizer.data.splits import Samples
-from optimizer.search.block_table import Pair
+from optimizer.search.block_table import Pair, trust
 from optimizer.timing import Contender, Effort, measure
 from optimizer.training.batches import Batches
 from optimizer.training.distillation import Distillation, Mixture

@@ -114,3 +114,7 @@ def searched(results: Results, seed: int, subject: Subject, drawn: Subject) -> F
 def accuracy(subject: Subject, model: TorchModel) -> float:
     outputs = subject.outputs(model)
     return subject.accuracy(outputs, outputs)
+
+
+if __name__ == "__main__":
+    main()

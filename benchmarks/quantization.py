@@ -127,6 +127,7 @@ OTHERS_OF_ENCODERS = (*OTHERS, "onnxruntime-dynamic")
 MAX_DROP_POINTS = 0.5
 MIN_RANK_CORRELATION = 0.99
 BATCH_SIZE = 16
+MIXED = "ours, mixed"
 
 
 def ours(network: str, arithmetic: Arithmetic) -> dict[str, Settings]:
@@ -256,9 +257,9 @@ class Bench:
         self._once("quality", "fp32", lambda: {"onnxruntime": base})
         for name in self.contenders():
             self._once("quality", name, lambda name=name: self._judge(name, wanted, samples))
-        if "ours, mixed" not in self.contenders() and not self._meets("ours", "onnxruntime"):
-            self._once("build", "ours, mixed", lambda: self._mixed(wanted, samples))
-            name = "ours, mixed"
+        if MIXED not in self.contenders() and not self._meets("ours", "onnxruntime"):
+            self._once("build", MIXED, lambda: self._mixed(wanted, samples))
+            name = MIXED
             self._once("quality", name, lambda: self._judge(name, wanted, samples))
 
     def _judge(self, name: str, wanted: np.ndarray, samples: ArraySplit) -> dict[str, Any]:
@@ -295,7 +296,7 @@ class Bench:
         graph = folded(self.model)
         prepared = prepare(graph, calibration, ours(self.network, self.arithmetic)["ours"])
         ranking = prepared.ranking(calibration)
-        target = self.file("ours, mixed")
+        target = self.file(MIXED)
         n_layers, asked = len(layers_of(graph)), []
         n_parts = len(ranking.parts)
 
@@ -303,9 +304,9 @@ class Bench:
             target.write_bytes(prepared.quantized(ranking.first(n)).to_bytes())
             given = outputs_of("onnxruntime", target, "int8", samples)
             quality = self.results.content[self.network]["quality"]
-            quality["ours, mixed"] = {"onnxruntime": self._judged(given, wanted, samples.labels)}
-            meets = self._meets("ours, mixed", "onnxruntime")
-            del quality["ours, mixed"]
+            quality[MIXED] = {"onnxruntime": self._judged(given, wanted, samples.labels)}
+            meets = self._meets(MIXED, "onnxruntime")
+            del quality[MIXED]
             asked.append(n)
             return meets
 
@@ -333,12 +334,20 @@ class Bench:
                         lambda name=name, engine=engine: self._time(engine, name, inputs),
                     )
 
-    def _time(self, engine: str, name: str, inputs: Arrays) -> dict[str, Any]:
+                if name == MIXED and engine == "openvino":
+                    self.results.once(
+                        (self.network, "time", engine, f"{MIXED}, rest in bf16"),
+                        lambda: self._time("openvino", MIXED, inputs, {"rest": "bf16"}),
+                    )
+
+    def _time(
+        self, engine: str, name: str, inputs: Arrays, options: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         mine = self._contender(engine, self.file("ours"), "int8")
         theirs = (
             self._contender(engine, self.model, "fp32")
             if name == "fp32"
-            else self._contender(engine, self.file(name), "int8")
+            else self._contender(engine, self.file(name), "int8", options)
         )
         timing = measure(mine, theirs, inputs, SIZES, effort=EFFORT)
         assert timing.speedup is not None
@@ -348,8 +357,11 @@ class Bench:
             "ours_ms": {str(t.batch_size): round(t.p50_s * 1e3, 3) for t in timing.times.times},
         }
 
-    def _contender(self, engine: str, path: Path, precision: str) -> Contender:
-        spec = EngineSpec(engine, path.name, precision, 1, 1, fixed_sizes(engine, SIZES))
+    def _contender(
+        self, engine: str, path: Path, precision: str, options: Mapping[str, str] | None = None
+    ) -> Contender:
+        sizes = fixed_sizes(engine, SIZES)
+        spec = EngineSpec(engine, path.name, precision, 1, 1, sizes, options or {})
         return Contender(path.parent, spec)
 
 

@@ -1,9 +1,9 @@
 """How much of its accuracy a changed network wins back, and what the change is worth then.
 
-    python -m benchmarks.recovery {resnet56|resnet56-bf16|student|minilm|vgg|masks} [--seed 0]
+    python -m benchmarks.recovery PART [--seed 0]
 
 resnet56: blocks and channels pruned, then distilled from the whole network for some epochs.
-resnet56-bf16: the same for more epochs, in bf16, on a CPU that has it.
+resnet56-bf16, minilm-bf16: the same for more epochs, in bf16, on a CPU that has it.
 student: a ResNet-20 from scratch, taught by ResNet-56, against the same schedule on labels alone.
 minilm: heads and neurons pruned, then taught without labels by the whole encoder.
 vgg: convolutions decomposed, then distilled; the network is trained first, and kept as safetensors
@@ -66,6 +66,7 @@ RESNET56_TRAINING = TrainingSpec(
 RESNET56_BF16_TRAINING = RESNET56_TRAINING.model_copy(update={"epochs": 15, "precision": "bf16"})
 MINILM = {"what": "channels", "ratio": 0.3, "criterion": "taylor", "multiple": 8}
 MINILM_TRAINING = TrainingSpec(epochs=3, batch_size=64, learning_rate=5e-4, losses=("answers",))
+MINILM_BF16_TRAINING = MINILM_TRAINING.model_copy(update={"epochs": 6, "precision": "bf16"})
 RESNET20_FACTORY = Importable("resnet", "resnet20", CIFAR)
 STUDENT_ROWS = 6000
 STUDENT_TRAINING = TrainingSpec(
@@ -150,6 +151,10 @@ def sentence_encoder(seed: int) -> None:
     pruned(f"minilm seed {seed}", encoder(seed), MINILM)
 
 
+def sentence_encoder_bf16(seed: int) -> None:
+    pruned(f"minilm bf16 seed {seed}", encoder(seed, MINILM_BF16_TRAINING), MINILM)
+
+
 def student(seed: int) -> None:
     """The teacher has seen all of train, so the student's part of it is no matter of luck."""
     for alpha in (1.0, 0.1):
@@ -195,6 +200,7 @@ PARTS = {
     "resnet56-bf16": resnet56_bf16,
     "student": student,
     "minilm": sentence_encoder,
+    "minilm-bf16": sentence_encoder_bf16,
     "vgg": vgg,
     "masks": masks,
 }
@@ -230,7 +236,7 @@ def trained_vgg(seed: int) -> Subject:
     return replace(untrained, model=model, context=context)
 
 
-def encoder(seed: int) -> Subject:
+def encoder(seed: int, training: TrainingSpec = MINILM_TRAINING) -> Subject:
     network = minilm()
     tokens = sentence_tokens("wordnet-train.parquet", 20_000)
     train = ArraySplit(tokens, np.zeros(20_000), "train")
@@ -243,7 +249,7 @@ def encoder(seed: int) -> Subject:
         seed,
         MAX_BATCH,
         train,
-        MINILM_TRAINING,
+        training,
         task,
         CHECKPOINTS,
     )

@@ -20,7 +20,7 @@ from optimizer.measuring import Measurer
 from optimizer.parity import fixed_sizes
 from optimizer.recipe import Recipe
 from optimizer.result import Variant
-from optimizer.search.block_table import Correction, Pair, block_sum, correction
+from optimizer.search.block_table import Correction, Pair, Trust, block_sum, correction, trust
 from optimizer.search.ladder import Bound
 from optimizer.spec import Spec
 from optimizer.store import Key, Store
@@ -122,6 +122,16 @@ class Estimates:
             if (family, size) in self._pairs
         }
         return {size: one for size, one in found.items() if one is not None}
+
+    def trusts(self) -> Mapping[str, Trust]:
+        """How well blocks predict batches of `TABLE_SIZE`, by family; those of enough variants
+        timed whole."""
+        found = {
+            family: trust(list(pairs.values()))
+            for (family, size), pairs in self._pairs.items()
+            if size == TABLE_SIZE
+        }
+        return {family: one for family, one in found.items() if one is not None}
 
     def _bound(self, fastest: Mapping[int, float]) -> Bound:
         rows = self.spec.slo.workload.rows

@@ -322,6 +322,13 @@ class _Study:
     def _conclude(self, trials: Trials, splits: DataSplits, complete: bool) -> StudyResult:
         if any(row.speedup is not None and row.speedup.noisy for row in trials.rows):
             self._note("the machine was too noisy to rank some variants by their speed")
+        if trials.estimates is not None:
+            for family, one in trials.estimates.trusts().items():
+                self._note(
+                    f"{family}: the table of layers ranks {one.n_networks} networks with a "
+                    f"correlation of {one.rank_correlation:.2f} to their measured times, and is "
+                    f"{one.relative_error:.0%} off on average"
+                )
         for name, reason in trials.builder.refusals.items():
             self._note(f"{name} was left out: {reason}")
         if not complete:

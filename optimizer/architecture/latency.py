@@ -1,7 +1,7 @@
 """Latency: how long a network takes on the target, from the measured times of its blocks.
 
-The sum over blocks is corrected by networks that were timed whole, for each precision apart; how
-well it ranks is told from networks that the correction hasn't seen. It measures nothing.
+The sum over blocks is corrected by networks that were timed whole, for each precision apart. It
+measures nothing.
 """
 
 from collections import Counter
@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 
 from optimizer.architecture.networks import BlockFactory, build
@@ -47,42 +46,6 @@ class LatencyModel:
     def corrected(self, pairs: Sequence[Pair]) -> "LatencyModel":
         """By networks timed whole; as it is while they are too few."""
         return LatencyModel(self.times, self.batch_size, correction(pairs))
-
-
-@dataclass(frozen=True)
-class Trust:
-    """How far estimates can be trusted: Spearman's rank correlation with the truth and the mean
-    relative error, of `n_networks` each of which its own correction hadn't seen."""
-
-    rank_correlation: float
-    relative_error: float
-    n_networks: int
-
-
-def trust(pairs: Sequence[Pair]) -> Trust | None:
-    """By leaving out one network at a time; None where that leaves too few to correct by, or all
-    take equally long."""
-    estimates = []
-    for index, pair in enumerate(pairs):
-        found = correction([*pairs[:index], *pairs[index + 1 :]])
-        if found is None:
-            return None
-        estimates.append(found.estimate(pair.sum_s))
-    given, wanted = np.array(estimates), np.array([pair.whole_s for pair in pairs])
-    if len(pairs) == 0 or np.ptp(given) == 0 or np.ptp(wanted) == 0:
-        return None
-    ranks = float(np.corrcoef(_ranks(given), _ranks(wanted))[0, 1])
-    return Trust(ranks, float(np.abs(given / wanted - 1).mean()), len(pairs))
-
-
-def _ranks(
-    values: "np.ndarray[tuple[int], np.dtype[np.float64]]",
-) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
-    """Equal values share the mean of their ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    means = ends - (counts + 1) / 2
-    return np.asarray(means[inverse], dtype=np.float64)
 
 
 def blocks_in(plan: Plan, blocks: Mapping[str, BlockFactory] | None = None) -> Counter[Block]:

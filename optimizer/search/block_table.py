@@ -75,5 +75,41 @@ def correction(pairs: Sequence[Pair]) -> Correction | None:
     return Correction(float(fixed_s), float(factor), min(0.9, max(0.0, float(relative.max()))))
 
 
+@dataclass(frozen=True)
+class Trust:
+    """How far estimates can be trusted: Spearman's rank correlation with the truth and the mean
+    relative error, of `n_networks` each of which its own correction hadn't seen."""
+
+    rank_correlation: float
+    relative_error: float
+    n_networks: int
+
+
+def trust(pairs: Sequence[Pair]) -> Trust | None:
+    """By leaving out one network at a time; None where that leaves too few to correct by, or all
+    take equally long."""
+    estimates = []
+    for index, pair in enumerate(pairs):
+        found = correction([*pairs[:index], *pairs[index + 1 :]])
+        if found is None:
+            return None
+        estimates.append(found.estimate(pair.sum_s))
+    given, wanted = np.array(estimates), np.array([pair.whole_s for pair in pairs])
+    if len(pairs) == 0 or np.ptp(given) == 0 or np.ptp(wanted) == 0:
+        return None
+    ranks = float(np.corrcoef(_ranks(given), _ranks(wanted))[0, 1])
+    return Trust(ranks, float(np.abs(given / wanted - 1).mean()), len(pairs))
+
+
+def _ranks(
+    values: "np.ndarray[tuple[int], np.dtype[np.float64]]",
+) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    """Equal values share the mean of their ranks."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    means = ends - (counts + 1) / 2
+    return np.asarray(means[inverse], dtype=np.float64)
+
+
 def _one_coefficient(column: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> float:
     return float(column.sum() / (column @ column))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from optimizer.architecture.latency import LatencyModel, Unmeasured, blocks_in, trust
+from optimizer.architecture.latency import LatencyModel, Unmeasured, blocks_in
 from optimizer.architecture.networks import build
 from optimizer.architecture.proxies import naswot, synflow
 from optimizer.architecture.space import (
@@ -15,7 +15,7 @@ from optimizer.architecture.space import (
 )
 from optimizer.architecture.supernet import Sandwich, Supernet
 from optimizer.blocks import blocks_of
-from optimizer.search.block_table import Pair
+from optimizer.search.block_table import Pair, trust
 from optimizer.training.batches import Batch
 from optimizer.training.distillation import Distillation, Mixture
 from optimizer.training.recalibration import recalibrate

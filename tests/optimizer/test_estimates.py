@@ -150,6 +150,19 @@ def test_correction_is_known_from_four_networks_of_different_sums_on(
     assert found[1].factor == pytest.approx(FACTOR)
 
 
+def test_trust_is_told_of_families_with_networks_enough_to_leave_one_out(
+    spec: Spec, store: Store
+) -> None:
+    few = taught(estimates(spec, store, Clockwork()))
+    assert few.trusts() == {}
+    more = taught(few, (40, 56))
+    ((family, found),) = more.trusts().items()
+    assert family == 'export → compilation {"engine":"onnxruntime"}'
+    assert found.n_networks == 6
+    assert found.rank_correlation == pytest.approx(1.0)
+    assert found.relative_error == pytest.approx(0.0, abs=1e-6)
+
+
 @pytest.mark.parametrize("width", [8, 20, 40, 400])
 def test_bound_is_below_what_the_network_takes_but_near(
     width: int, spec: Spec, store: Store
