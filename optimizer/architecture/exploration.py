@@ -7,6 +7,7 @@ knows what a controller is worth.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from statistics import median
 
 from optimizer.architecture.controller import Controller
@@ -122,8 +123,21 @@ def ranking(trails: Sequence[Trail], target_s: float) -> list[Looked]:
     )
 
 
+def regrets(trails: Sequence[Trail]) -> dict[str, tuple[float, ...]]:
+    """By proposer, after each of its evaluations: what its best reward so far falls short of the
+    best that any of them found. The true best of the space may be higher."""
+    best = max(trail.best.reward for trail in trails)
+    return {
+        trail.proposer: tuple(
+            best - reached for reached in accumulate((one.reward for one in trail.looked), max)
+        )
+        for trail in trails
+    }
+
+
 def document(space: ArchitectureSpace, trails: Sequence[Trail], target_s: float) -> Json:
-    """All of it as JSON: what was looked at, by whom, and the front of accuracy over latency."""
+    """All of it as JSON: what was looked at, by whom, with which regret, and the front of accuracy
+    over latency."""
 
     def shown(one: Looked) -> Json:
         return {
@@ -137,6 +151,7 @@ def document(space: ArchitectureSpace, trails: Sequence[Trail], target_s: float)
         "target_s": target_s,
         "decisions": [{"name": one.name, "options": list(one.options)} for one in space.decisions],
         "trails": {trail.proposer: [shown(one) for one in trail.looked] for trail in trails},
+        "regret": {name: list(values) for name, values in regrets(trails).items()},
         "front": [shown(one) for one in front(everything(trails))],
     }
 
@@ -144,12 +159,13 @@ def document(space: ArchitectureSpace, trails: Sequence[Trail], target_s: float)
 def notes_of(trails: Sequence[Trail], target_s: float) -> tuple[str, ...]:
     """What came of each proposer, in a line each."""
     whole = len(everything(trails))
+    left = regrets(trails)
     lines = [f"{whole} networks looked at, {1e3 * target_s:.3g} ms a batch is the target"]
     for trail in trails:
-        best = trail.best
+        best, regret = trail.best, left[trail.proposer][-1]
         lines.append(
-            f"{trail.proposer}: reward {best.reward:.4f} after {best.number + 1} of "
-            f"{len(trail.looked)} networks (accuracy {best.worth.accuracy:.2%}, "
-            f"{1e3 * best.worth.latency_s:.3g} ms)"
+            f"{trail.proposer}: regret {regret:.4f}, reward {best.reward:.4f} after "
+            f"{best.number + 1} of {len(trail.looked)} networks (accuracy "
+            f"{best.worth.accuracy:.2%}, {1e3 * best.worth.latency_s:.3g} ms)"
         )
     return tuple(lines)

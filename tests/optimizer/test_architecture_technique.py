@@ -11,7 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from optimizer.architecture.exploration import Trail, everything, explore, ranking
+from optimizer.architecture.exploration import Trail, everything, explore, ranking, regrets
 from optimizer.architecture.halving import first_epochs, halved, survivors, total_epochs
 from optimizer.architecture.options import ArchitectureSpec
 from optimizer.architecture.plan import plan_of_json
@@ -219,6 +219,16 @@ def test_ranking_puts_what_is_within_the_target_first() -> None:
 
     trail = Trail("random", (looked(0, 0.9, 3.0), looked(1, 0.5, 1.0), looked(2, 0.6, 0.9)))
     assert [one.number for one in ranking([trail], 1.0)] == [2, 1, 0]
+
+
+def test_regret_is_counted_from_the_best_that_any_found() -> None:
+    def trail(name: str, *rewards: float) -> Trail:
+        worth = Worth(0.5, 1.0)
+        looked = (Looked(n, (n,), worth, reward) for n, reward in enumerate(rewards))
+        return Trail(name, tuple(looked))
+
+    found = regrets([trail("reinforce", 1.0, 0.5, 3.0), trail("random", 2.0, 2.5, 1.0)])
+    assert found == {"reinforce": (2.0, 2.0, 0.0), "random": (1.0, 0.5, 0.5)}
 
 
 # --- resuming

@@ -336,15 +336,16 @@ def test_spec_is_refused_when_its_file_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("example", ["digits", "cifar10"])
+@pytest.mark.parametrize("name", ["spec.yaml", "architecture.yaml"])
 def test_example_lacks_only_generated_files_when_nothing_was_made(
-    example: str, tmp_path: Path
+    example: str, name: str, tmp_path: Path
 ) -> None:
     """The folder is copied, so that files which `train.py` has left in it don't count."""
     source = Path(__file__).parents[2] / "examples" / example
-    for name in ("spec.yaml", "slo.yaml"):
-        (tmp_path / name).write_text((source / name).read_text())
+    for file in source.glob("*.yaml"):
+        (tmp_path / file.name).write_text(file.read_text())
     environ = {"TRIMSERVE_DATA": str(tmp_path), "TRIMSERVE_WEIGHTS": str(tmp_path)}
-    found = problems(tmp_path, (source / "spec.yaml").read_text(), environ)
+    found = problems(tmp_path, (source / name).read_text(), environ)
     assert len(found) == 4
     assert all("want an existing file" in problem for problem in found)
 
