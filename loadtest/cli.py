@@ -86,6 +86,14 @@ def loadtest(
         float,
         typer.Option(min=0, max=3_600, help="Send the same load this long before measuring."),
     ] = 2.0,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml",
+            help="Arrivals that differ from the SLO's own: gamma bursts, Markov-modulated, a ramp, "
+            "steps, spikes, a day's wave, or a recorded trace (docs/loadtest.md, Arrivals).",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of arrivals, inputs and targets.")] = 0,
     metrics_url: Annotated[
         list[str] | None,
@@ -114,6 +122,7 @@ def loadtest(
 ) -> None:
     """See HELP; the function only translates arguments and outcomes."""
     with exit_codes():
+        from loadtest.profile import read_profile
         from loadtest.session import Settings
         from loadtest.slo import read_slo
         from loadtest.target import parse_target
@@ -130,6 +139,7 @@ def loadtest(
             metrics_urls=tuple(metrics_url or ()),
             server_metrics=server_metrics,
             max_in_flight=max_in_flight,
+            profile=None if profile is None else read_profile(profile),
         )
         raise typer.Exit(test_and_report(settings, json_file, html_file))
 

@@ -6,6 +6,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from loadtest.arrivals import mean_level
 from loadtest.report import Report
 from loadtest.session import Settings
 from loadtest.verdict import Outcome, requests_needed
@@ -16,11 +17,12 @@ STYLES: dict[Outcome, str] = {"met": "green", "violated": "red", "inconclusive":
 def print_plan(settings: Settings, console: Console) -> None:
     """What is going to happen, and whether it can show anything."""
     slo = settings.slo
-    n = round(slo.workload.rate_per_s * settings.window_s)
+    rate_per_s = slo.workload.rate_per_s * mean_level(settings.load, settings.window_s)
+    n = round(rate_per_s * settings.window_s)
     targets = ", ".join(target.url for target in settings.targets)
     console.print(
-        f"[bold]{escape(slo.name)}[/]: {slo.workload.rate_per_s:g} requests/s "
-        f"({slo.workload.arrivals}) for {settings.window_s:g} s to {escape(settings.model)} "
+        f"[bold]{escape(slo.name)}[/]: {rate_per_s:.4g} requests/s "
+        f"({settings.load.label}) for {settings.window_s:g} s to {escape(settings.model)} "
         f"at {escape(targets)}; want {slo.latency.quantile * 100:g} % within "
         f"{slo.latency.threshold_ms:g} ms",
         highlight=False,
