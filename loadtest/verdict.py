@@ -87,6 +87,12 @@ class Judgement:
     achieved_per_s: float
 
 
+def doubts_of(judgement: Judgement) -> tuple[AnyReason, ...]:
+    """The reasons that doubt the measurement; not those of too little evidence, nor of misses."""
+    others = (LatencyMissed, SuccessRatioMissed, TooFewRequests, TooCloseToCall, RequestsCorrelated)
+    return tuple(one for one in judgement.reasons if not isinstance(one, others))
+
+
 def judge(evidence: Evidence) -> Judgement:
     """The verdict on a run of at least one request."""
     samples = evidence.samples

@@ -3,44 +3,17 @@
 Each run begins with an empty queue, as a measurement does after the warm-up has drained.
 """
 
-import math
-from decimal import Decimal, localcontext
+from decimal import Decimal
 
 import numpy as np
 import pytest
 
-from loadtest.samples import FloatArray
 from loadtest.statistics import GoodShare, good_share
+from tests.loadtest.queues import share_within, sojourns
 
 WANTED = 0.99
 MAX_WRONG = 0.07
 MIN_CERTIFIED = 0.8
-
-
-def sojourns(utilization: float, n: int, n_runs: int, seed: int) -> FloatArray:
-    """[n_runs, n] times in an M/D/1 queue with service time 1, by Lindley's recursion."""
-    rng = np.random.default_rng(seed)
-    times = np.empty((n, n_runs))
-    wait = np.zeros(n_runs)
-    for index in range(n):
-        times[index] = wait + 1
-        wait = np.maximum(0, wait + 1 - rng.exponential(1 / utilization, n_runs))
-    return times.T
-
-
-def share_within(time: float, utilization: str) -> Decimal:
-    """Share of sojourns up to `time` (Erlang 1909; Crommelin 1932).
-
-    The terms alternate and are far larger than their sum: 80 digits, where a float has 16.
-    """
-    with localcontext() as context:
-        context.prec = 80
-        load, wait, total = Decimal(utilization), Decimal(time) - 1, Decimal(0)
-        for k in range(int(wait) + 1):
-            x = load * (k - wait)
-            power = x**k if k else Decimal(1)
-            total += power / math.factorial(k) * (-x).exp()
-        return (1 - load) * total
 
 
 def p99(utilization: str) -> float:
