@@ -41,7 +41,7 @@ app.add_typer(optimizer.cli.app)
 app.add_typer(optimizer.measuring.cli.app)
 app.add_typer(optimizer.record_cli.app)
 app.add_typer(serve.cli.app)
-app.add_typer(loadtest.cli.app)
+app.add_typer(loadtest.cli.app, name="loadtest")
 
 
 def _print_version(wanted: bool) -> None:

@@ -4,22 +4,21 @@ What tests and judges is imported when the command runs, so that its help is qui
 whatever is installed.
 """
 
-import signal
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Never
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from loadtest.default_command import DefaultCommand
+from loadtest.exits import EXIT_INTERNAL, EXIT_INTERRUPTED, exit_codes
+
 if TYPE_CHECKING:
     from loadtest.session import Settings, Watcher
-
-EXIT_USAGE, EXIT_INTERNAL, EXIT_INTERRUPTED = 2, 70, 130
 
 HELP = """\
 Send a model the load of an SLO and judge whether it keeps its promise.
@@ -37,6 +36,9 @@ inconclusive 3 (too few requests, or a measurement that can't be trusted: the re
 
 `trimserve loadtest slo.yaml --target http://127.0.0.1:8000 --model resnet`
 
+`trimserve loadtest slo.yaml --target http://127.0.0.1:8000 --model resnet --find-capacity
+--html capacity.html`
+
 `trimserve loadtest slo.yaml --target grpc://127.0.0.1:8001 --model resnet --html report.html`
 
 `trimserve loadtest slo.yaml --target http://10.0.0.1:8000 --target http://10.0.0.2:8000
@@ -45,10 +47,32 @@ inconclusive 3 (too few requests, or a measurement that can't be trusted: the re
 For a server that isn't trimserve (no such counters): `--no-server-metrics`.
 """
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+GROUP_HELP = """\
+Judge a running server by its SLO, and make what watches it in production.
+
+`trimserve loadtest SLO ...` is `trimserve loadtest run SLO ...`; all its options are shown by
+`trimserve loadtest run --help`.
+
+`trimserve loadtest slo.yaml --target http://127.0.0.1:8000 --model resnet --html report.html`
+"""
+
+app = typer.Typer(
+    cls=DefaultCommand,
+    name="loadtest",
+    help=GROUP_HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
 
 
-@app.command("loadtest", help=HELP, no_args_is_help=True)
+@app.callback()
+def group() -> None:
+    """There are no options before the command; this makes the commands a group."""
+
+
+@app.command("run", help=HELP, no_args_is_help=True)
 def loadtest(
     slo: Annotated[Path, typer.Argument(metavar="SLO", help="The SLO, a YAML file.")],
     target: Annotated[
@@ -86,6 +110,22 @@ def loadtest(
         float,
         typer.Option(min=0, max=3_600, help="Send the same load this long before measuring."),
     ] = 2.0,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml",
+            help="Arrivals that differ from the SLO's own: gamma bursts, Markov-modulated, a ramp, "
+            "steps, spikes, a day's wave, or a recorded trace (docs/loadtest.md, Arrivals).",
+        ),
+    ] = None,
+    find_capacity: Annotated[
+        bool,
+        typer.Option(
+            "--find-capacity",
+            help="Search for the highest rate that meets the SLO, from its rate on: some 16 "
+            "measurements, each as long as --duration-s. Met if that rate is at least the SLO's.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of arrivals, inputs and targets.")] = 0,
     metrics_url: Annotated[
         list[str] | None,
@@ -114,6 +154,7 @@ def loadtest(
 ) -> None:
     """See HELP; the function only translates arguments and outcomes."""
     with exit_codes():
+        from loadtest.profile import read_profile
         from loadtest.session import Settings
         from loadtest.slo import read_slo
         from loadtest.target import parse_target
@@ -130,8 +171,12 @@ def loadtest(
             metrics_urls=tuple(metrics_url or ()),
             server_metrics=server_metrics,
             max_in_flight=max_in_flight,
+            profile=None if profile is None else read_profile(profile),
         )
-        raise typer.Exit(test_and_report(settings, json_file, html_file))
+        for option, path in (("--json", json_file), ("--html", html_file)):
+            check_folder(option, path)
+        act = search_and_report if find_capacity else test_and_report
+        raise typer.Exit(act(settings, json_file, html_file))
 
 
 def test_and_report(settings: "Settings", json_file: Path | None, html_file: Path | None) -> int:
@@ -140,8 +185,6 @@ def test_and_report(settings: "Settings", json_file: Path | None, html_file: Pat
     from loadtest.report import make_report, to_json, write_atomically
     from loadtest.session import run
 
-    for option, path in (("--json", json_file), ("--html", html_file)):
-        check_folder(option, path)
     console = Console(stderr=True)
     print_plan(settings, console)
     with progress(console) as watcher:
@@ -154,6 +197,28 @@ def test_and_report(settings: "Settings", json_file: Path | None, html_file: Pat
 
         write_atomically(html_file, render_html(report))
     print_report(report, Console())
+    return report.exit_code
+
+
+def search_and_report(settings: "Settings", json_file: Path | None, html_file: Path | None) -> int:
+    """Search for the highest rate, write the reports, print the result; gives the exit code."""
+    from loadtest.capacity_report import make_capacity_report
+    from loadtest.capacity_run import run_capacity
+    from loadtest.display import print_capacity, print_measured, print_search
+    from loadtest.report import write_atomically
+
+    console = Console(stderr=True)
+    print_search(settings, console)
+    with progress(console) as watcher:
+        result = run_capacity(settings, watcher, lambda one: print_measured(one, console))
+    report = make_capacity_report(result, datetime.now(UTC))
+    if json_file is not None:
+        write_atomically(json_file, report.model_dump_json(by_alias=True, indent=2) + "\n")
+    if html_file is not None:
+        from loadtest.capacity_html import render_capacity
+
+        write_atomically(html_file, render_capacity(report))
+    print_capacity(report, Console())
     return report.exit_code
 
 
@@ -196,49 +261,6 @@ def progress(console: Console) -> "Iterator[Watcher]":
         yield Watcher(on_warmup, on_window, on_progress)
 
 
-@contextmanager
-def exit_codes() -> Iterator[None]:
-    """Turn what the command raises into its exit code, and SIGTERM into an interruption."""
-    from loadtest.document import DocumentInvalid
-    from loadtest.driver import GeneratorFailed, GeneratorMissing
-    from loadtest.endpoint import TargetUnusable
-    from loadtest.inputs import InputsInvalid
-    from loadtest.server_metrics import MetricsUnusable
-    from loadtest.session import SettingsInvalid
-    from loadtest.signature import SignatureUnusable
-    from loadtest.target import TargetInvalid
-
-    previous = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield
-    except (
-        DocumentInvalid,
-        GeneratorMissing,
-        InputsInvalid,
-        SettingsInvalid,
-        SignatureUnusable,
-        TargetInvalid,
-        TargetUnusable,
-    ) as error:
-        _fail(str(error), EXIT_USAGE)
-    except MetricsUnusable as error:
-        _fail(
-            f"--metrics-url: {error}; want the server's metrics, or --no-server-metrics",
-            EXIT_USAGE,
-        )
-    except KeyboardInterrupt:
-        _fail("interrupted, nothing was judged", EXIT_INTERRUPTED)
-    except GeneratorFailed as error:
-        _fail(str(error), EXIT_INTERNAL)
-    except typer.Exit:
-        raise
-    except Exception:  # noqa: BLE001 - the process boundary: the trace helps, the code is ours
-        traceback.print_exc()
-        _fail("internal error, please report it with the lines above", EXIT_INTERNAL)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command alone; returns its exit code and never lets Typer choose another."""
     try:
@@ -248,15 +270,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return EXIT_INTERNAL
-
-
-def _interrupt(*_: object) -> Never:
-    raise KeyboardInterrupt
-
-
-def _fail(message: str, code: int) -> Never:
-    sys.stderr.write(f"error: {message}\n")
-    raise typer.Exit(code)
 
 
 if __name__ == "__main__":

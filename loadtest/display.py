@@ -6,6 +6,9 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from loadtest.arrivals import mean_level
+from loadtest.capacity_report import CapacityReport
+from loadtest.capacity_run import Measured
 from loadtest.report import Report
 from loadtest.session import Settings
 from loadtest.verdict import Outcome, requests_needed
@@ -16,11 +19,12 @@ STYLES: dict[Outcome, str] = {"met": "green", "violated": "red", "inconclusive":
 def print_plan(settings: Settings, console: Console) -> None:
     """What is going to happen, and whether it can show anything."""
     slo = settings.slo
-    n = round(slo.workload.rate_per_s * settings.window_s)
+    rate_per_s = slo.workload.rate_per_s * mean_level(settings.load, settings.window_s)
+    n = round(rate_per_s * settings.window_s)
     targets = ", ".join(target.url for target in settings.targets)
     console.print(
-        f"[bold]{escape(slo.name)}[/]: {slo.workload.rate_per_s:g} requests/s "
-        f"({slo.workload.arrivals}) for {settings.window_s:g} s to {escape(settings.model)} "
+        f"[bold]{escape(slo.name)}[/]: {rate_per_s:.4g} requests/s "
+        f"({settings.load.label}) for {settings.window_s:g} s to {escape(settings.model)} "
         f"at {escape(targets)}; want {slo.latency.quantile * 100:g} % within "
         f"{slo.latency.threshold_ms:g} ms",
         highlight=False,
@@ -32,6 +36,51 @@ def print_plan(settings: Settings, console: Console) -> None:
             f"{slo.latency.quantile:g}, {needed} are needed: the verdict can't be met",
             highlight=False,
         )
+
+
+def print_search(settings: Settings, console: Console) -> None:
+    """What is going to be searched for, and about how long that takes."""
+    slo = settings.slo
+    n, each_s = 16, settings.window_s + settings.warmup_s
+    console.print(
+        f"[bold]{escape(slo.name)}[/]: the highest rate at which {slo.latency.quantile * 100:g} % "
+        f"are within {slo.latency.threshold_ms:g} ms, from {slo.workload.rate_per_s:g} requests/s "
+        f"on; some {n} measurements of {each_s:g} s",
+        highlight=False,
+    )
+
+
+def print_measured(one: Measured, console: Console) -> None:
+    """One line for each measurement of a search."""
+    console.print(
+        f"{one.rate_per_s:10.4g}/s  good {one.good_share * 100:.4g} %, "
+        f"p99 {one.p99_s * 1e3:.4g} ms, goodput {one.goodput_per_s:.4g}/s"
+        + ("" if one.usable else f"  [yellow]in doubt:[/] {escape('; '.join(one.reasons))}"),
+        highlight=False,
+    )
+
+
+def print_capacity(report: CapacityReport, console: Console) -> None:
+    table = Table(box=box.SIMPLE_HEAD, title="By rate", title_justify="left")
+    for heading in ("requests/s", "good", "p50", "p95", "p99", "goodput", "rows of a batch"):
+        table.add_column(heading, justify="right")
+    for one in sorted(report.points, key=lambda point: point.rate_per_s):
+        table.add_row(
+            f"{one.rate_per_s:.4g}",
+            f"{one.good_share * 100:.4g} %",
+            *(
+                "no answer" if value is None else f"{value * 1e3:.4g} ms"
+                for value in (one.p50_s, one.p95_s, one.p99_s)
+            ),
+            f"{one.goodput_per_s:.4g}/s",
+            "" if one.batch_rows is None else f"{one.batch_rows:.3g}",
+        )
+    console.print(table)
+    style = STYLES[report.verdict]
+    title = f"[bold {style}]{report.verdict.upper()}"
+    console.print(
+        Panel(escape(report.message), title=title, border_style=style, title_align="left")
+    )
 
 
 def print_report(report: Report, console: Console) -> None:

@@ -7,7 +7,7 @@ nothing of what the documents mean; `loadtest.slo` and the optimizer's spec say 
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -118,13 +118,24 @@ def _allowed_keys(kind: type[pydantic.BaseModel], location: Location) -> str:
 
 
 def _model_at(kind: type[pydantic.BaseModel], location: Location) -> type[pydantic.BaseModel]:
-    """The model type that the mapping at `location` is read as."""
+    """The model type that the mapping at `location` is read as.
+
+    Where a mapping may be one of several, the location holds the tag of the one it claims to be.
+    """
+    candidates = [kind]
     for part in location:
-        field = kind.model_fields.get(str(part))
-        inner = next(_models(field.annotation), None) if field is not None else None
-        if inner is not None:
-            kind = inner
-    return kind
+        tagged = [one for one in candidates if _has_tag(one, part)]
+        if len(candidates) > 1 and tagged:
+            candidates = tagged
+            continue
+        field = candidates[0].model_fields.get(str(part))
+        inner = list(_models(field.annotation)) if field is not None else []
+        candidates = inner or candidates
+    return candidates[0]
+
+
+def _has_tag(kind: type[pydantic.BaseModel], tag: str | int) -> bool:
+    return any(tag in get_args(field.annotation) for field in kind.model_fields.values())
 
 
 def _models(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:

@@ -35,21 +35,25 @@ Figure = dict[str, Any]
 
 
 def render_html(report: Report) -> str:
-    environment = Environment(
-        loader=PackageLoader("loadtest"), autoescape=True, undefined=StrictUndefined
-    )
-    environment.filters["percent"] = percent
-    environment.filters["milliseconds"] = milliseconds
     figures = {
         "distribution": distribution(report),
         "latency": latency_timeline(report),
         "rate": rate_timeline(report),
     }
-    return environment.get_template(TEMPLATE).render(
-        report=report,
-        title=TITLES[report.verdict],
+    return render(TEMPLATE, figures, report=report, title=TITLES[report.verdict])
+
+
+def render(template: str, figures: dict[str, Figure], **content: object) -> str:
+    """One of the pages of `templates/`, with its charts by the names of their elements."""
+    environment = Environment(
+        loader=PackageLoader("loadtest"), autoescape=True, undefined=StrictUndefined
+    )
+    environment.filters["percent"] = percent
+    environment.filters["milliseconds"] = milliseconds
+    return environment.get_template(template).render(
         figures=script_json(figures),
         plotly=Markup(get_plotlyjs()),  # noqa: S704 - Plotly's own script, nothing of a report
+        **content,
     )
 
 

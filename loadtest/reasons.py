@@ -67,7 +67,8 @@ class TooFewRequests(Reason):
     def message(self) -> str:
         return (
             f"{self.n} requests can't show a quantile of {self.quantile:g}, even if all are "
-            f"good: want at least {self.needed}, so a longer --duration-s"
+            f"good: want at least {self.needed}, {self.needed - self.n} more, so a longer "
+            "--duration-s"
         )
 
 
@@ -83,9 +84,10 @@ class TooCloseToCall(Reason):
     @property
     def message(self) -> str:
         advice = (
-            "no number of requests shows a share that is just the one wanted"
+            "no number of requests shows a share that may be just the one wanted"
             if self.needed is None
-            else f"about {self.needed} requests would show it, so a longer --duration-s"
+            else f"about {self.needed} requests would show it, {max(1, self.needed - self.n)} "
+            "more, so a longer --duration-s"
         )
         return (
             f"{_share(self.good_share)} of {self.n} requests were good, but the lower bound "
@@ -104,7 +106,8 @@ class RequestsCorrelated(Reason):
     def message(self) -> str:
         return (
             f"slow requests come in bursts: {self.n} say no more than {self.effective_n} "
-            f"independent ones, want about {self.needed}, so a longer --duration-s"
+            f"independent ones; about {self.needed} would do, so a longer --duration-s: "
+            f"{max(1, self.needed - self.n)} more"
         )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from loadtest.document import Strict
+from loadtest.profile import LoadProfile
 from loadtest.reasons import AnyReason
 from loadtest.samples import FloatArray, Samples, status_label
 from loadtest.server_metrics import counted
@@ -70,6 +71,8 @@ class RunFacts(Strict):
     timeout_s: float
     max_in_flight: int
     n_payloads: int
+    profile: LoadProfile | None = None
+    """none: the SLO's own arrivals"""
 
 
 class RequestFacts(Strict):
@@ -94,6 +97,9 @@ class GoodShareFacts(Strict):
     """none: too few requests for it"""
     correlation_requests: float
     effective_n: int
+    n_settling: int = 0
+    lower_when_settled: float | None = None
+    """none: no start is left out"""
 
 
 class GeneratorFacts(Strict):
@@ -221,6 +227,7 @@ def _run_facts(result: Result) -> RunFacts:
         timeout_s=plan.timeout_s,
         max_in_flight=plan.max_in_flight,
         n_payloads=len(next(iter(plan.payloads.values()))),
+        profile=settings.profile,
     )
 
 
@@ -277,6 +284,8 @@ def _good_share_facts(result: Result) -> GoodShareFacts:
         lower_by_batch_means=_finite(good.lower_by_batch_means),
         correlation_requests=good.correlation_requests,
         effective_n=good.effective_n,
+        n_settling=good.n_settling,
+        lower_when_settled=_finite(good.lower_when_settled) if good.n_settling else None,
     )
 
 

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from prometheus_client.parser import text_string_to_metric_families
 
 HISTOGRAM = "trimserve_request_duration_seconds"
+BATCH_ROWS = "trimserve_batch_rows"
 START_TIME = "process_start_time_seconds"
 TIMEOUT_S = 5.0
 MAX_METRICS_BYTES = 50_000_000
@@ -52,6 +53,9 @@ class Snapshot:
     """of the model's histogram, infinity left out; none where it has no request yet"""
     has_edge: bool
     """every series has an edge on the threshold"""
+    n_batches: float = 0
+    n_rows: float = 0
+    """in all those batches"""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,13 @@ def counted(scrapes: tuple[Scrapes, ...]) -> dict[str, Count]:
             grown = count - pair.before.counts.get(transport, Count())
             totals[transport] = totals.get(transport, Count()) + grown
     return totals
+
+
+def mean_batch_rows(scrapes: tuple[Scrapes, ...]) -> float | None:
+    """Rows of a batch between the scrapes, on average; none where no batch was counted."""
+    n_batches = sum(pair.after.n_batches - pair.before.n_batches for pair in scrapes)
+    n_rows = sum(pair.after.n_rows - pair.before.n_rows for pair in scrapes)
+    return n_rows / n_batches if n_batches > 0 else None
 
 
 def scrape(url: str, model: str, version: str, threshold_s: float) -> Snapshot:
@@ -117,6 +128,7 @@ def read_snapshot(text: str, model: str, version: str, threshold_s: float, sourc
     """
     series: dict[tuple[str, str, str], dict[float, float]] = {}
     started_s = None
+    batches = {f"{BATCH_ROWS}_count": 0.0, f"{BATCH_ROWS}_sum": 0.0}
     try:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
@@ -127,6 +139,12 @@ def read_snapshot(text: str, model: str, version: str, threshold_s: float, sourc
                     if version in ("", labels["version"]):
                         key = (labels["transport"], labels["code"], labels["version"])
                         series.setdefault(key, {})[float(labels["le"])] = sample.value
+                elif (
+                    sample.name in batches
+                    and sample.labels["model"] == model
+                    and version in ("", sample.labels["version"])
+                ):
+                    batches[sample.name] += sample.value
     except (ValueError, KeyError) as error:
         raise MetricsUnusable(f"{source}: not the metrics expected ({error!r})") from error
     counts: dict[str, Count] = {}
@@ -140,7 +158,12 @@ def read_snapshot(text: str, model: str, version: str, threshold_s: float, sourc
         over = n - int(within) if within is not None else 0
         counts[transport] = counts.get(transport, Count()) + Count(n, n * (code == "ok"), over)
     return Snapshot(
-        started_s, counts, tuple(sorted(edge for edge in edges if edge < math.inf)), has_edge
+        started_s,
+        counts,
+        tuple(sorted(edge for edge in edges if edge < math.inf)),
+        has_edge,
+        n_batches=batches[f"{BATCH_ROWS}_count"],
+        n_rows=batches[f"{BATCH_ROWS}_sum"],
     )
 
 

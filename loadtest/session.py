@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from loadtest.arrivals import draw_arrivals
+from loadtest.arrivals import Arrivals, TraceInvalid, draw_profile, mean_level, peak_level
 from loadtest.driver import Played, Progress, Warmed, check_generator, play
 from loadtest.endpoint import describe_all
 from loadtest.inputs import FileInputs, RandomInputs, read_inputs_file
 from loadtest.plan import Plan
+from loadtest.profile import LoadProfile, simple_profile
 from loadtest.samples import Samples
 from loadtest.server_metrics import MetricsUnusable, Scrapes, Snapshot, counted, scrape
 from loadtest.signature import Signature, check_fit, check_lengths
@@ -55,6 +56,12 @@ class Settings:
     server_metrics: bool = True
     max_in_flight: int | None = None
     """none: as many as can be waiting before the first times out"""
+    profile: LoadProfile | None = None
+    """none: the SLO's own arrivals at its rate"""
+
+    @property
+    def load(self) -> LoadProfile:
+        return self.profile or simple_profile(self.slo.workload.arrivals)
 
     @property
     def window_s(self) -> float:
@@ -68,7 +75,8 @@ class Settings:
     def in_flight_limit(self) -> int:
         if self.max_in_flight is not None:
             return self.max_in_flight
-        waiting = self.slo.workload.rate_per_s * self.timeout_s
+        peak = peak_level(self.load, self.window_s)
+        waiting = self.slo.workload.rate_per_s * peak * self.timeout_s
         return max(64, min(MAX_IN_FLIGHT, int(1.5 * waiting)))
 
     @property
@@ -141,7 +149,7 @@ def check_settings(settings: Settings) -> None:
     """Raises SettingsInvalid."""
     if not settings.targets:
         raise SettingsInvalid("--target: got none, want at least one")
-    rate_per_s = settings.slo.workload.rate_per_s
+    rate_per_s = settings.slo.workload.rate_per_s * mean_level(settings.load, settings.window_s)
     if round(rate_per_s * settings.window_s) < 1:
         raise SettingsInvalid(
             f"--duration-s: got {settings.window_s:g}, in which workload.rate_per_s "
@@ -184,17 +192,7 @@ def make_plan(settings: Settings, signature: Signature) -> Plan:
         settings.version,
     )
     n_payloads = len(next(iter(payloads.values())))
-    warmup, window = (
-        draw_arrivals(
-            workload.arrivals,
-            workload.rate_per_s,
-            duration_s,
-            len(settings.targets),
-            n_payloads,
-            rng,
-        )
-        for duration_s, rng in ((settings.warmup_s, rngs[1]), (settings.window_s, rngs[2]))
-    )
+    warmup, window = draw_schedules(settings, n_payloads, rngs[1], rngs[2])
     return Plan(
         model=settings.model,
         version=settings.version,
@@ -205,6 +203,32 @@ def make_plan(settings: Settings, signature: Signature) -> Plan:
         timeout_s=settings.timeout_s,
         max_in_flight=settings.in_flight_limit,
     )
+
+
+def draw_schedules(
+    settings: Settings,
+    n_payloads: int,
+    warmup_rng: np.random.Generator,
+    window_rng: np.random.Generator,
+) -> tuple[Arrivals, Arrivals]:
+    """Warm-up at the SLO's own rate, and the window by the profile. Raises SettingsInvalid."""
+    workload, n_targets = settings.slo.workload, len(settings.targets)
+    plain = simple_profile(workload.arrivals)
+    try:
+        warmup, window = (
+            draw_profile(profile, workload.rate_per_s, duration_s, n_targets, n_payloads, rng)
+            for profile, duration_s, rng in (
+                (plain, settings.warmup_s, warmup_rng),
+                (settings.load, settings.window_s, window_rng),
+            )
+        )
+    except TraceInvalid as error:
+        raise SettingsInvalid(f"--profile: {error}") from error
+    if len(warmup) + len(window) > MAX_REQUESTS or len(window) == 0:
+        raise SettingsInvalid(
+            f"--profile: gives {len(window)} requests, want 1 to {MAX_REQUESTS} with the warm-up"
+        )
+    return warmup, window
 
 
 def scrape_of(settings: Settings, url: str) -> Snapshot:

@@ -8,11 +8,12 @@ objective is.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from loadtest.samples import FloatArray
+from loadtest.settling import warmup_requests
 
 CONFIDENCE = 0.95
 """One-sided, of every bound."""
@@ -20,6 +21,8 @@ N_BATCHES = 30
 SLOWEST_PER_BAD = 4
 MAX_SLOWEST = 0.5
 NEAR = 0.5
+SEEN_UP_TO = 10
+"""Latencies are cut at this many thresholds where the warm-up is looked for."""
 WINDOW_PER_CORRELATION = 5
 BISECTIONS = 100
 
@@ -39,6 +42,10 @@ class GoodShare:
     """minus infinity where there are too few requests for it"""
     correlation_requests: float
     """integrated autocorrelation time, in requests; 1 where they are independent"""
+    n_settling: int = 0
+    """requests at the start that aren't like the rest"""
+    lower_when_settled: float = 1.0
+    """the least of the same three bounds without those; 1 where nothing is left out"""
 
     @property
     def estimate(self) -> float:
@@ -49,9 +56,16 @@ class GoodShare:
         """The bound to judge by, the lowest.
 
         Each sees what another is blind to: batch means see no spread in a sample without a bad
-        request, however small it is; Clopper-Pearson needs the right number of requests.
+        request, however small it is; Clopper-Pearson needs the right number of requests. Leaving
+        the start out can only lower the bound: a queue that begins empty flatters, and a start
+        that was bad mustn't be forgotten.
         """
-        return min(self.lower_if_independent, self.lower_if_correlated, self.lower_by_batch_means)
+        return min(
+            self.lower_if_independent,
+            self.lower_if_correlated,
+            self.lower_by_batch_means,
+            self.lower_when_settled,
+        )
 
     @property
     def effective_n(self) -> int:
@@ -74,6 +88,17 @@ def good_share(
     of the runs at the limit are certified, not 5 %; the half changes nothing there, and keeps
     harmless drifts far below the threshold from costing a fast server its certificate.
     """
+    whole = _good_share(latency_s, threshold_s, wanted, confidence)
+    n_settling = warmup_requests(np.minimum(latency_s, SEEN_UP_TO * threshold_s))
+    if n_settling == 0:
+        return whole
+    settled = _good_share(latency_s[n_settling:], threshold_s, wanted, confidence)
+    return replace(whole, n_settling=n_settling, lower_when_settled=settled.lower)
+
+
+def _good_share(
+    latency_s: FloatArray, threshold_s: float, wanted: float, confidence: float
+) -> GoodShare:
     good = latency_s <= threshold_s
     n, n_good = len(good), int(good.sum())
     slowest_share = min(MAX_SLOWEST, SLOWEST_PER_BAD * (1 - wanted))

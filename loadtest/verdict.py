@@ -33,6 +33,7 @@ from loadtest.reasons import (
 )
 from loadtest.samples import FloatArray, Samples
 from loadtest.server_metrics import Count, Scrapes, counted
+from loadtest.settling import requests_to_show
 from loadtest.slo import LatencyObjective, Slo
 from loadtest.statistics import (
     CONFIDENCE,
@@ -84,6 +85,12 @@ class Judgement:
     success_ratio: float
     """observed"""
     achieved_per_s: float
+
+
+def doubts_of(judgement: Judgement) -> tuple[AnyReason, ...]:
+    """The reasons that doubt the measurement; not those of too little evidence, nor of misses."""
+    others = (LatencyMissed, SuccessRatioMissed, TooFewRequests, TooCloseToCall, RequestsCorrelated)
+    return tuple(one for one in judgement.reasons if not isinstance(one, others))
 
 
 def judge(evidence: Evidence) -> Judgement:
@@ -166,7 +173,7 @@ def _unshown(wanted: float, good: GoodShare) -> list[AnyReason]:
                 correlation_requests=good.correlation_requests,
                 effective_n=good.effective_n,
                 n=good.n,
-                needed=math.ceil(needed * good.correlation_requests),
+                needed=_needed(wanted, good) or math.ceil(needed * good.correlation_requests),
             )
         ]
     if good.lower < wanted:
@@ -188,10 +195,7 @@ def requests_needed(wanted: float, confidence: float = CONFIDENCE) -> int:
 
 
 def _needed(wanted: float, good: GoodShare) -> int | None:
-    """The bound's distance from the estimate shrinks with the root of the number."""
-    if good.estimate <= wanted:
-        return None
-    return round(good.n * ((good.estimate - good.lower) / (good.estimate - wanted)) ** 2)
+    return requests_to_show(good.n, good.n_good, good.correlation_requests, wanted, good.confidence)
 
 
 def _doubts(evidence: Evidence, good: GoodShare) -> list[AnyReason]:

@@ -48,7 +48,9 @@ class Stub:
     options: argparse.Namespace
     seen: int = 0
     requests: Histogram = field(init=False)
+    batch_rows: Histogram = field(init=False)
     registry: CollectorRegistry = field(init=False)
+    one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -59,6 +61,9 @@ class Stub:
             buckets=[0.001, *self.options.edge_s, 10.0],
             registry=self.registry if self.options.metrics != "none" else None,
         )
+        self.batch_rows = Histogram(
+            "trimserve_batch_rows", "Rows.", ("model", "version"), registry=self.registry
+        )
         self.registry.register(StartTime(self.options.metrics == "restarts"))
 
     async def infer(self, transport: str, started: float) -> str:
@@ -66,6 +71,10 @@ class Stub:
         self.seen += 1
         if self.seen == self.options.stall_at:
             time.sleep(self.options.stall_s)
+        if self.options.service_s > 0:
+            async with self.one_at_a_time:
+                await asyncio.sleep(self.options.service_s)
+                self.batch_rows.labels("stub", "1").observe(2)
         if self.options.latency_s > 0:
             await asyncio.sleep(self.options.latency_s)
         failed = self.options.fail_every > 0 and self.seen % self.options.fail_every == 0
@@ -167,6 +176,7 @@ async def serve(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--latency-s", type=float, default=0.0)
+    parser.add_argument("--service-s", type=float, default=0.0, help="serve one at a time")
     parser.add_argument("--fail-every", type=int, default=0, help="fail each n-th request")
     parser.add_argument("--stall-at", type=int, default=0, help="block at the n-th request")
     parser.add_argument("--stall-s", type=float, default=1.0)

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import pytest
 
+from loadtest.capacity_report import CapacityReport
 from loadtest.cli import main
 from loadtest.document import parse_document
 from loadtest.report import Report, from_json
@@ -224,6 +225,34 @@ def test_loadtest_is_a_usage_error_when_arguments_do_not_fit(
     for arguments, message in cases:
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_loadtest_finds_the_highest_rate_when_the_server_takes_one_at_a_time(
+    start_stub: StartStub, tmp_path: Path
+) -> None:
+    """20 ms a request are 50 requests/s at most, and few less within 20 times that."""
+    stub = start_stub("--edge-s", "0.4", "--service-s", "0.02")
+    text = SLO.replace("threshold_ms: 100", "threshold_ms: 400").replace("150", "20")
+    file, page = tmp_path / "capacity.json", tmp_path / "capacity.html"
+    arguments = ["--target", stub.rest_url, "--model", "stub", "--metrics-url", stub.metrics_url]
+    arguments += ["--find-capacity", "--duration-s", "6", "--json", str(file), "--html", str(page)]
+    code = main([str(write_slo(tmp_path, text)), *arguments])
+    report = CapacityReport.model_validate_json(file.read_text("utf-8"))
+    assert code == report.exit_code
+    assert report.ending == "found", report.message
+    assert report.capacity_per_s is not None
+    assert 25 < report.capacity_per_s < 55
+    assert {one.batch_rows for one in report.points} == {2}
+    assert "Latency by rate" in page.read_text("utf-8")
+
+
+def test_loadtest_takes_the_command_run_by_name_when_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (["run"], []):
+        assert main([*arguments, str(tmp_path / "absent.yaml"), "--target", "x"]) == 2
+        assert "--model" in capsys.readouterr().err
 
 
 def test_loadtest_ends_with_130_when_interrupted(start_stub: StartStub, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from loadtest.server_metrics import (
     Snapshot,
     counted,
     fetch,
+    mean_batch_rows,
     read_snapshot,
 )
 
@@ -108,3 +109,22 @@ def test_snapshot_is_refused_when_the_text_is_no_metrics() -> None:
 def test_fetch_refuses_a_url_when_it_is_no_http_address(url: str) -> None:
     with pytest.raises(MetricsUnusable):
         fetch(url)
+
+
+def test_batch_rows_are_the_mean_of_the_batches_between_the_scrapes() -> None:
+    before = Snapshot(1.0, {}, (), True, n_batches=5, n_rows=50)
+    after = Snapshot(1.0, {}, (), True, n_batches=9, n_rows=64)
+    assert mean_batch_rows((Scrapes("here", before, after),)) == 3.5
+    assert mean_batch_rows((Scrapes("here", before, before),)) is None
+
+
+def test_snapshot_counts_the_models_batches_when_they_are_exported() -> None:
+    server = Server(0.05)
+    rows = Histogram(
+        "trimserve_batch_rows", "Rows.", ("model", "version"), registry=server.registry
+    )
+    for model, version, n in (("m", "1", 4), ("m", "2", 2), ("other", "1", 8)):
+        rows.labels(model, version).observe(n)
+    both, one = server.snapshot(), server.snapshot(version="2")
+    assert (both.n_batches, both.n_rows) == (2, 6)
+    assert (one.n_batches, one.n_rows) == (1, 2)

@@ -192,7 +192,7 @@ def test_verdict_counts_a_fast_failure_as_bad_when_latency_is_judged() -> None:
                 "good_share": pytest.approx(0.99167, abs=1e-4),
                 "lower_bound": pytest.approx(0.98836, abs=1e-4),
                 "n": N,
-                "needed": pytest.approx(11800, rel=0.05),
+                "needed": pytest.approx(25700, rel=0.05),
             },
             id="the bound is below, though the share is above",
         ),
