@@ -16,6 +16,8 @@ from rich.console import Console
 
 from loadtest.default_command import DefaultCommand
 from loadtest.exits import EXIT_INTERNAL, EXIT_INTERRUPTED, exit_codes
+from loadtest.rules_cli import HELP as RULES_HELP
+from loadtest.rules_cli import write_rules
 
 if TYPE_CHECKING:
     from loadtest.session import Settings, Watcher
@@ -54,6 +56,8 @@ Judge a running server by its SLO, and make what watches it in production.
 `trimserve loadtest run --help`.
 
 `trimserve loadtest slo.yaml --target http://127.0.0.1:8000 --model resnet --html report.html`
+
+`trimserve loadtest rules slo.yaml --model resnet > rules.yaml`
 """
 
 app = typer.Typer(
@@ -65,6 +69,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+app.command("rules", help=RULES_HELP, no_args_is_help=True)(write_rules)
 
 
 @app.callback()

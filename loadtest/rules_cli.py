@@ -3,9 +3,14 @@
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from loadtest.exits import exit_codes
+
+if TYPE_CHECKING:
+    from loadtest.slo import Slo
 
 HELP = """\
 Write what watches an SLO in production, from the same file that the load test judges by.
@@ -56,8 +61,6 @@ def write_rules(
     ] = 0.8,
 ) -> None:
     """See HELP; the function only translates arguments and outcomes."""
-    from loadtest.cli import exit_codes
-
     with exit_codes():
         from loadtest.report import write_atomically
         from loadtest.session import SettingsInvalid
@@ -84,16 +87,21 @@ def write_rules(
             write_atomically(output, text)
 
 
-def _text(form: Form, slo: "object", model: str, period_s: float) -> str:
+def _text(form: Form, slo: "Slo", model: str, period_s: float) -> str:
     import yaml
+
+    class _Plain(yaml.SafeDumper):
+        """Without anchors: what is there twice is written twice, for people to read."""
+
+        def ignore_aliases(self, data: object) -> bool:
+            del data
+            return True
 
     from loadtest.burn import shown
     from loadtest.dashboard import dashboard
     from loadtest.openslo import openslo_documents
     from loadtest.rules import rules_of
-    from loadtest.slo import Slo
 
-    assert isinstance(slo, Slo)
     made = rules_of(slo, model, period_s)  # refuses a name that no query can hold
     if form is Form.DASHBOARD:
         return json.dumps(dashboard(slo, model, period_s), indent=2) + "\n"
@@ -105,4 +113,4 @@ def _text(form: Form, slo: "object", model: str, period_s: float) -> str:
                 f"{name}: no {window.severity} over {shown(window.long_s)}: {window.reason}",
                 err=True,
             )
-    return yaml.safe_dump(made.document(), sort_keys=False, width=1000)
+    return yaml.dump(made.document(), Dumper=_Plain, sort_keys=False, width=1000)
