@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from loadtest.slo import Slo
+from optimizer.architecture.halving import first_epochs
 from optimizer.data.splits import DataSplits
 from optimizer.errors import SpecInvalid
 from optimizer.measuring import Measurer
@@ -39,6 +40,9 @@ def refuse_contradictions(spec: Spec, repository: Path, measurer: Measurer) -> N
             "or this user may not read them), want cost, latency or size"
         )
         raise SpecInvalid(str(spec.source), [problem])
+    problem = _too_few_epochs(spec)
+    if problem:
+        raise SpecInvalid(str(spec.source), [problem])
 
 
 def refuse_lost_output(spec: Spec, task: Task) -> None:
@@ -50,6 +54,22 @@ def why_undecidable(spec: Spec, task: Task, splits: DataSplits, verify: bool) ->
     """Why no variant, however good, could be shown to keep the SLO; empty where one could."""
     too_few = _too_few_samples(spec, task, len(splits.validation))
     return too_few or (_too_few_requests(spec.slo) if verify else "")
+
+
+def _too_few_epochs(spec: Spec) -> str:
+    """Why the budget isn't enough for the first network of a search for an architecture."""
+    given, budget = spec.techniques.architecture, spec.budget.training_epochs
+    if given is None or budget is None:
+        return ""
+    is_shared = given.weights == "shared"
+    wanted = given.epochs if is_shared else first_epochs(given.epochs)
+    if budget >= wanted:
+        return ""
+    what = "the supernet" if is_shared else "one network of its first round"
+    return (
+        f"budget.training_epochs: got {budget:g}, want at least {wanted:g}: {what} takes as many "
+        f"(techniques.architecture.epochs is {given.epochs:g})"
+    )
 
 
 def _reads_energy(measurer: Measurer) -> bool:

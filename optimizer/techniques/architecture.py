@@ -123,12 +123,13 @@ class ArchitectureSearch:
                 "the recipe was made with"
             )
         target_s = setting.base_s(table) / float(parameters["speedup"])
+        given = load_torch(model)
         worth: Worth = (
-            Shared(setting, parameters, load_torch(model))
+            Shared(setting, parameters, given)
             if parameters["weights"] == _SHARED
             else Trained(setting, model, parameters)
         )
-        checkpoint = setting.lesson(model, load_torch(model), parameters).checkpoint(self.traits)
+        checkpoint = setting.lesson(model, given, parameters).checkpoint(self.traits)
         path = None if checkpoint is None else checkpoint.path.with_suffix(".json")
         accuracy = Remembered(worth, path)
         trails = run(setting, table, target_s, parameters, accuracy)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from optimizer.architecture.options import ArchitectureSpec
 from optimizer.errors import SpecInvalid
 from optimizer.measuring import Batch
 from optimizer.measuring.local import LocalMeasurer
@@ -83,3 +84,29 @@ def test_repository_is_refused_when_it_is_a_file(spec: Spec, tmp_path: Path) -> 
     (tmp_path / "models").touch()
     with pytest.raises(NotADirectoryError, match="want a directory for the repository"):
         refuse_contradictions(spec, tmp_path / "models", Metered())
+
+
+@pytest.mark.parametrize(
+    ("weights", "least", "what"),
+    [("shared", 9.0, "the supernet"), ("own", 1.0, "one network of its first round")],
+)
+def test_budget_that_is_too_small_for_the_first_network_is_refused_with_what_it_takes(
+    weights: str, least: float, what: str, spec: Spec, tmp_path: Path
+) -> None:
+    given = ArchitectureSpec.model_validate(
+        {
+            "space": {"kind": "vision", "stems": [4], "stages": [{"depths": [1], "widths": [4]}]},
+            "weights": weights,
+            "epochs": 9,
+        }
+    )
+    techniques = spec.techniques.model_copy(update={"architecture": given})
+    for epochs in (0.9 * least, least):
+        budget = spec.budget.model_copy(update={"training_epochs": epochs})
+        one = replace(spec, techniques=techniques, budget=budget)
+        if epochs >= least:
+            refuse_contradictions(one, tmp_path, Metered())
+            continue
+        with pytest.raises(SpecInvalid) as caught:
+            refuse_contradictions(one, tmp_path, Metered())
+        assert f"want at least {least:g}: {what} takes as many" in str(caught.value)
