@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from loadtest import compare_cli
 from loadtest.default_command import DefaultCommand
 from loadtest.exits import EXIT_INTERNAL, EXIT_INTERRUPTED, exit_codes
 from loadtest.rules_cli import HELP as RULES_HELP
@@ -101,6 +102,15 @@ def loadtest(
         Path | None,
         typer.Option("--html", metavar="FILE", help="Write the report as one HTML page."),
     ] = None,
+    junit_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--junit",
+            metavar="FILE",
+            help="Write the verdict as JUnit XML, a case for each objective; not with "
+            "--find-capacity.",
+        ),
+    ] = None,
     inputs: Annotated[
         Path | None,
         typer.Option(
@@ -162,7 +172,7 @@ def loadtest(
     """See HELP; the function only translates arguments and outcomes."""
     with exit_codes():
         from loadtest.profile import read_profile
-        from loadtest.session import Settings
+        from loadtest.session import Settings, SettingsInvalid
         from loadtest.slo import read_slo
         from loadtest.target import parse_target
 
@@ -180,13 +190,25 @@ def loadtest(
             max_in_flight=max_in_flight,
             profile=None if profile is None else read_profile(profile),
         )
-        for option, path in (("--json", json_file), ("--html", html_file)):
+        files = {"--json": json_file, "--html": html_file, "--junit": junit_file}
+        for option, path in files.items():
             check_folder(option, path)
-        act = search_and_report if find_capacity else test_and_report
-        raise typer.Exit(act(settings, json_file, html_file))
+        if find_capacity and junit_file is not None:
+            raise SettingsInvalid("--junit: got it with --find-capacity, want --json or --html")
+        if find_capacity:
+            raise typer.Exit(search_and_report(settings, json_file, html_file))
+        raise typer.Exit(test_and_report(settings, json_file, html_file, junit_file))
 
 
-def test_and_report(settings: "Settings", json_file: Path | None, html_file: Path | None) -> int:
+app.command("compare", help=compare_cli.HELP, no_args_is_help=True)(compare_cli.compare)
+
+
+def test_and_report(
+    settings: "Settings",
+    json_file: Path | None,
+    html_file: Path | None,
+    junit_file: Path | None,
+) -> int:
     """Run, write the reports, print the result; gives the exit code of the verdict."""
     from loadtest.display import print_plan, print_report
     from loadtest.report import make_report, to_json, write_atomically
@@ -203,6 +225,10 @@ def test_and_report(settings: "Settings", json_file: Path | None, html_file: Pat
         from loadtest.html import render_html
 
         write_atomically(html_file, render_html(report))
+    if junit_file is not None:
+        from loadtest.junit import to_junit
+
+        write_atomically(junit_file, to_junit(report))
     print_report(report, Console())
     return report.exit_code
 

@@ -15,6 +15,7 @@ EXIT_USAGE, EXIT_INTERNAL, EXIT_INTERRUPTED = 2, 70, 130
 @contextmanager
 def exit_codes() -> Iterator[None]:
     """Turn what the command raises into its exit code, and SIGTERM into an interruption."""
+    from loadtest.comparison import NotComparable
     from loadtest.document import DocumentInvalid
     from loadtest.driver import GeneratorFailed, GeneratorMissing
     from loadtest.endpoint import TargetUnusable
@@ -31,6 +32,7 @@ def exit_codes() -> Iterator[None]:
         DocumentInvalid,
         GeneratorMissing,
         InputsInvalid,
+        NotComparable,
         SettingsInvalid,
         SignatureUnusable,
         TargetInvalid,

@@ -236,7 +236,17 @@ def test_loadtest_finds_the_highest_rate_when_the_server_takes_one_at_a_time(
     text = SLO.replace("threshold_ms: 100", "threshold_ms: 400").replace("150", "20")
     file, page = tmp_path / "capacity.json", tmp_path / "capacity.html"
     arguments = ["--target", stub.rest_url, "--model", "stub", "--metrics-url", stub.metrics_url]
-    arguments += ["--find-capacity", "--duration-s", "6", "--json", str(file), "--html", str(page)]
+    arguments += [
+        "--find-capacity",
+        "--warmup-s",
+        "0.5",
+        "--duration-s",
+        "4",
+        "--json",
+        str(file),
+        "--html",
+        str(page),
+    ]
     code = main([str(write_slo(tmp_path, text)), *arguments])
     report = CapacityReport.model_validate_json(file.read_text("utf-8"))
     assert code == report.exit_code
