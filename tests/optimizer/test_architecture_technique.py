@@ -21,12 +21,14 @@ from optimizer.architecture.reward import Reward
 from optimizer.architecture.search import Looked, Worth
 from optimizer.architecture.setting import Setting
 from optimizer.architecture.worth import Shared
+from optimizer.architectures import architectures
 from optimizer.blocks import Block
 from optimizer.builder import Builder
 from optimizer.errors import SpecInvalid
 from optimizer.quantization.processor import kernel_layout
 from optimizer.quantization.qdq import Arithmetic
 from optimizer.recipe import Recipe
+from optimizer.report import render_html
 from optimizer.space import Value, defaults
 from optimizer.spec import TrainingSpec, read_spec
 from optimizer.store import Store
@@ -547,12 +549,27 @@ def test_steps_share_the_supernet_in_the_store(bench: TorchBench, tmp_path: Path
             assert builder.find(built.id) is not None
         assert ids[0][0] == ids[1][0]
         assert ids[0][1] != ids[1][1]
+        recovery = techniques["recovery"]
+        parameters = defaults(recovery.space(bench.torch, at))
+        behind = builder.build(recipe.then(recovery.traits, parameters).with_effort("recalibrate"))
+        records = architectures(
+            [behind.id, "unknown", ids[0][0], *(one[1] for one in ids)], builder
+        )
+        assert [one.id for one in records] == [ids[1][1], ids[0][1]]
+        assert [one.proposers[0].name for one in records] == ["ppo", "reinforce"]
+        assert {one.name: len(one.networks) for one in records[0].proposers} == {
+            "ppo": 6, "evolution": 6, "random": 6,
+        }  # fmt: skip
+        assert records[0].label == "another network, 1x, by ppo"
+        assert {one.precision for one in records[0].front} == {"fp32"}
 
 
 @pytest.mark.full
 def test_study_finds_a_network_of_the_space_and_publishes_it(tmp_path: Path) -> None:
     path = write_study(tmp_path, max_drop_points=90.0)
-    architecture = {"space": SPACE, "epochs": 2, "evaluations": 4, "speedups": [0.2]}
+    architecture = {
+        "space": SPACE, "epochs": 2, "evaluations": 4, "speedups": [0.2], "precisions": BOTH,
+    }  # fmt: skip
     plain = "techniques: {exclude: [torch_compilation]}"
     given = {"exclude": ["torch_compilation"], "architecture": architecture}
     text = path.read_text().replace(plain, f"techniques: {json.dumps(given)}")
@@ -564,3 +581,7 @@ def test_study_finds_a_network_of_the_space_and_publishes_it(tmp_path: Path) -> 
     result = optimize(path, tmp_path / "repository", options)
     labels = [row.label for row in result.variants]
     assert any("another network" in label for label in labels), labels
+    (record, *_) = result.architectures
+    looked = {one.precision for trail in record.proposers for one in trail.networks}
+    assert looked == {"fp32", "int8"}
+    assert f"Looking for {record.label}" in render_html(result)
