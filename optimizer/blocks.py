@@ -16,14 +16,22 @@ import numpy as np
 
 from optimizer.variant import EngineModel, canonical_json, engine_model
 from serve.engines import EngineSpec
+from serve.machine import Machine
 
 if TYPE_CHECKING:
     import onnx
     import torch
+    from numpy.typing import NDArray
 
-PROTOCOL_VERSION = 2
+    from optimizer.data.splits import Samples
+    from optimizer.data.table import Labels
+
+PROTOCOL_VERSION = 3
 _OPSET = 17
 _FILE = "model.onnx"
+_INT8 = "int8"
+_N_CALIBRATED = 32
+"""Random inputs that an int8 block's ranges are taken from: they make no difference to its time."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ class Block:
     dilation: tuple[int, ...] = ()
     groups: int = 1
     bias: bool = True
+    precision: str = "fp32"
+    """Or `int8`: weights and activations in 8 bits, quantized statically."""
 
     @property
     def key(self) -> str:
@@ -96,12 +106,21 @@ def _met(module: "torch.nn.Module", example: Sequence["torch.Tensor"]) -> list[t
     return found
 
 
-def write_block(block: Block, engine: str, directory: Path) -> EngineModel:
+def write_block(block: Block, engine: str, directory: Path, machine: Machine) -> EngineModel:
     """Write the block with random weights and a ReLU behind it to `directory`, as what
-    `engine` runs."""
+    `engine` runs.
+
+    An int8 block is laid out for the kernels of `machine`. It takes and gives fp32 like any other,
+    so both conversions are in its time. Raises ValueError for another precision.
+    """
+    if block.precision not in ("fp32", _INT8):
+        raise ValueError(f"precision: got {block.precision}, want fp32 or int8")
     proto = _model(block)
-    (directory / _FILE).write_bytes(proto.SerializeToString(deterministic=True))
-    return engine_model(directory, EngineSpec(engine, _FILE, "fp32"))
+    written = proto.SerializeToString(deterministic=True)
+    if block.precision == _INT8:
+        written = _quantized(block, proto, machine)
+    (directory / _FILE).write_bytes(written)
+    return engine_model(directory, EngineSpec(engine, _FILE, block.precision))
 
 
 def block_inputs(block: Block, n_rows: int, seed: int) -> Mapping[str, Any]:
@@ -147,6 +166,40 @@ def _model(block: Block) -> "onnx.ModelProto":
         weights,
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=9)
+
+
+@dataclass(frozen=True, eq=False)
+class _RandomSplit:
+    """A block's random inputs as calibration samples."""
+
+    block: Block
+    name: str = "calibration"
+    digest: str = ""
+    labels: "Labels | None" = None
+
+    def __len__(self) -> int:
+        return _N_CALIBRATED
+
+    def read(self, indices: "Sequence[int] | NDArray[np.integer] | None" = None) -> "Samples":
+        from optimizer.data.splits import Samples
+
+        inputs = block_inputs(self.block, len(self), seed=0)
+        chosen = slice(None) if indices is None else np.asarray(indices, dtype=np.intp)
+        return Samples({name: values[chosen] for name, values in inputs.items()}, None, "")
+
+
+def _quantized(block: Block, proto: "onnx.ModelProto", machine: Machine) -> bytes:
+    """The graph in 8 bits, as static quantization makes it."""
+    from optimizer.quantization.graph import Graph
+    from optimizer.quantization.processor import kernel_layout
+    from optimizer.quantization.qdq import Arithmetic
+    from optimizer.quantization.static import Settings, quantize_static
+
+    activations, pairs_saturate = kernel_layout(machine)
+    arithmetic = Arithmetic(activations == _INT8, pairs_saturate, least_error=False)
+    settings = Settings(arithmetic, method="minmax")
+    made, _ = quantize_static(Graph(proto), _RandomSplit(block), settings)
+    return made.to_bytes()
 
 
 def _conv(block: Block) -> tuple[list["onnx.TensorProto"], list["onnx.NodeProto"]]:

@@ -214,7 +214,7 @@ class Builder:
         stages = {one.traits.stage for one in self.techniques.values()}
 
         def is_of_use(traits: Traits) -> bool:
-            if traits.prepares is not None:
+            if traits.prepares is not None and traits.prepares_when is None:
                 return traits.prepares in stages
             return traits.stage is not Stage.RECOVER or recipe.is_structural
 

@@ -185,7 +185,7 @@ class Estimates:
 
     def _measured(self, block: Block, engine: str) -> dict[str, float]:
         with self.store.workshop() as directory:
-            model = write_block(block, engine, directory)
+            model = write_block(block, engine, directory, self.measurer.machine)
             sizes = fixed_sizes(engine, SIZES)
             contender = Contender(directory, model.served(self.cores, 1, sizes))
             inputs = block_inputs(block, SIZES[-1], self.spec.seed)

@@ -50,6 +50,8 @@ class Traits:
     """Parameters of that later step, each with the values that it is of use for."""
     shares: tuple[str, ...] = ()
     """Parameters that the later step has to have the same values of."""
+    prepares_when: tuple[str, tuple[Value, ...]] | None = None
+    """Its own parameter, with the values with which it prepares; without it, it always does."""
     follows: Stage | None = None
     """The stage without a step of which it can't be in a recipe: it takes what that step made."""
 
@@ -87,6 +89,14 @@ class Choice:
     def trains(self) -> bool:
         """Whether all of train decides its result."""
         return EFFORT in self.parameters or self.trains_first
+
+    @property
+    def prepares(self) -> Stage | None:
+        """The stage that it is for, with the parameters that it has."""
+        when = self.traits.prepares_when
+        if when is not None and self.parameters.get(when[0]) not in when[1]:
+            return None
+        return self.traits.prepares
 
     def wanted(self) -> dict[str, tuple[Value, ...]]:
         """Of the step that it prepares for: parameter → the values that it is of use for."""
@@ -146,7 +156,7 @@ class Recipe:
     @property
     def lacks(self) -> frozenset[Stage]:
         """The stages that its steps prepare for, and that are still to come."""
-        wanted = {choice.traits.prepares for choice in self.choices}
+        wanted = {choice.prepares for choice in self.choices}
         had = {choice.traits.stage for choice in self.choices}
         return frozenset(stage for stage in wanted if stage is not None and stage not in had)
 
@@ -176,7 +186,7 @@ class Recipe:
 def _wanted(choices: Sequence[Choice], stage: Stage) -> dict[str, tuple[Value, ...]]:
     found: dict[str, tuple[Value, ...]] = {}
     for choice in choices:
-        if choice.traits.prepares is stage:
+        if choice.prepares is stage:
             found |= choice.wanted()
     return found
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from optimizer.architecture_figures import accuracy_by_latency, regret_by_evaluation
 from optimizer.chart import Figure
 from optimizer.contribution import (
     MAX_LAYERS,
@@ -54,6 +55,8 @@ MARKS: dict[Status, tuple[str, str]] = {
 MAX_ROWS = 12
 """Of the table on a terminal."""
 MAX_FUSIONS = 16
+MAX_ARCHITECTURES = 6
+"""Searches for another network that are drawn."""
 MAX_PAGE_ROWS = 20
 """Of the table on the page, before the rest is folded away."""
 WIDE = 100
@@ -161,6 +164,7 @@ def render_html(result: StudyResult) -> str:
         layers_summary=layers_summary(result.layers),
         fusions=fusion_rows(result.fusions)[:MAX_FUSIONS],
         fusion_summary=fusion_summary(result.fusions),
+        architectures=result.architectures[:MAX_ARCHITECTURES],
         command=shlex.join(result.command),
         views=pareto_views(result),
         figures=_figures(result),
@@ -177,6 +181,9 @@ def _figures(result: StudyResult) -> dict[str, Figure]:
         "predictions": predicted_against_measured(result),
         "parallel": parallel_coordinates(result),
     }
+    for index, record in enumerate(result.architectures[:MAX_ARCHITECTURES]):
+        figures[f"architecture-front-{index}"] = accuracy_by_latency(record)
+        figures[f"architecture-regret-{index}"] = regret_by_evaluation(record)
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 

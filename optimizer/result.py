@@ -14,6 +14,7 @@ from typing import Any, Literal
 import pydantic
 
 from loadtest.slo import Slo
+from optimizer.architectures import ArchitectureRecord, Network, ProposerRecord
 from optimizer.errors import OptimizerError
 from serve.artifact import Quality, ServiceTime, Step
 from serve.machine import Machine
@@ -341,6 +342,8 @@ class StudyResult:
     layers: tuple[Layer, ...] = ()
     fusions: tuple[Fusion, ...] = ()
     """Of the answer, where it was made from an ONNX graph."""
+    architectures: tuple[ArchitectureRecord, ...] = ()
+    """The searches for another network that the variants come of."""
     notes: tuple[str, ...] = field(default=())
     """What a reader of the answer should know, for example that the machine was noisy."""
     schema_version: int = SCHEMA_VERSION
@@ -411,7 +414,8 @@ def _in_words(value: Any) -> Any:
 
 _KINDS = (
     Reason, Speedup, InstanceTimes, KernelShare, Prediction, ServingChoice, Verification, Variant,
-    BudgetUsed, NearestMiss, Relaxation, RungRecord, Ablation, Layer, Fusion, Target, StudyResult,
+    BudgetUsed, NearestMiss, Relaxation, RungRecord, Ablation, Layer, Fusion, Target,
+    Network, ProposerRecord, ArchitectureRecord, StudyResult,
 )  # fmt: skip
 for _kind in _KINDS:
     _config = pydantic.ConfigDict(extra="forbid", ser_json_inf_nan="strings")

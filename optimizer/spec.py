@@ -460,6 +460,12 @@ class Techniques(Strict):
             raise ValueError(
                 "want quantization among those left: quantization_aware_training prepares for it"
             )
+        searched = self.architecture.precisions if self.architecture is not None else ()
+        if "int8" in searched and "quantization" not in self.enabled:
+            raise ValueError(
+                "want quantization among those left: architecture.precisions has int8, which it "
+                "makes"
+            )
         if "sparsity_training" in self.enabled and not {"pruning", "recovery"} <= set(self.enabled):
             raise ValueError(
                 "want pruning and recovery among those left: sparsity_training prepares for them"

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from optimizer.architectures import architectures
 from optimizer.choice import nearest_miss, ranked
 from optimizer.data.generated import NOTE as GENERATED
 from optimizer.data.splits import DataSplits
@@ -362,6 +363,7 @@ class _Study:
             ablations=found.ablations,
             layers=found.layers,
             fusions=found.fusions,
+            architectures=architectures((row.id for row in found.rows), trials.builder),
         )
 
     def _verifier(self, inputs: Mapping[str, Array]) -> Verifier | None:

@@ -12,14 +12,19 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from optimizer.quantization.histogram import NotFinite
+from optimizer.quantization.qdq import Arithmetic
 from optimizer.torch_source import named_outputs
 from optimizer.training.batches import Batch, Batches, Rows
+from optimizer.training.fake_quantization import fake_quantized
 from optimizer.training.recalibration import recalibrate
 
 MAX_HELD_OUT = 2000
 _SHARE = 10
 """One sample in so many is held out."""
 N_RECALIBRATED = 512
+N_OBSERVED = 256
+"""Samples that an int8 network's ranges of activations are taken from."""
 _BATCH = 128
 
 
@@ -65,14 +70,27 @@ class Judge:
     output: str
     learns: str
 
-    def __call__(self, network: nn.Module) -> float:
+    def __call__(self, network: nn.Module, rounding: Arithmetic | None = None) -> float:
         """Between 0 and 1, more is better: the share of labels that are right; without labels that
         of samples whose class is the base's, the mean cosine to its embeddings (from 0), or the
         share of its values' variance that is explained (from 0). Batch normalization's statistics
-        are taken anew first; else the network is left as it is."""
+        are taken anew first; else the network is left as it is.
+
+        With `rounding` it is what the network comes to in 8 bits by that, fake-quantized after it;
+        0 for one whose activations aren't finite."""
         rows = np.arange(len(self.learned))[:N_RECALIBRATED]
         recalibrate(network, self.learned.each(rows, _BATCH, whole=True))
-        given = self._outputs(network)
+        if rounding is None:
+            return self._quality(self._outputs(network))
+        observed = self.learned.each(rows[:N_OBSERVED], _BATCH)
+        try:
+            with fake_quantized(network, observed, rounding):
+                return self._quality(self._outputs(network))
+        except NotFinite:
+            return 0.0
+
+    def _quality(self, given: torch.Tensor) -> float:
+        """Of outputs [sample, ...] for what is held out."""
         if self.learns == "classes":
             labels = self._labels
             wanted = self._base_outputs.argmax(1) if labels is None else labels

@@ -13,6 +13,7 @@ from optimizer.architecture.options import ArchitectureSpec, EncoderSpaceSpec, V
 from optimizer.architecture.plan import LayerPlan
 from optimizer.architecture.space import (
     ArchitectureSpace,
+    Decision,
     EncoderNetworks,
     Networks,
     StageChoices,
@@ -23,6 +24,9 @@ from optimizer.model_source import Signature
 from optimizer.torch_source import named_outputs
 from optimizer.variant import Json, canonical_json
 
+PRECISION = "precision"
+"""The decision that is about no plan: what the network computes in."""
+_BY_SIZE = ("int8", "fp32")
 _IMAGE_AXES = 3
 _TOKENS = 2
 """Inputs of an encoder: ids and mask."""
@@ -82,9 +86,10 @@ def place_of(
 
 
 def space_of(spec: ArchitectureSpec, place: Place) -> ArchitectureSpace:
-    """All networks that the spec allows in that place. Raises Unfit for a block that there isn't,
-    by its name."""
-    return ArchitectureSpace(_networks(spec, place))
+    """All networks that the spec allows in that place, each in the spec's precisions. Raises Unfit
+    for a block that there isn't, by its name."""
+    precisions = tuple(one for one in _BY_SIZE if one in spec.precisions)
+    return ArchitectureSpace(_networks(spec, place), (Decision(PRECISION, precisions),))
 
 
 def factories_of(spec: ArchitectureSpec) -> dict[str, BlockFactory]:
@@ -93,7 +98,8 @@ def factories_of(spec: ArchitectureSpec) -> dict[str, BlockFactory]:
 
 
 def space_digest(spec: ArchitectureSpec) -> str:
-    """SHA-256 (hex, 16 digits) of the space and of the code of the user's blocks."""
+    """SHA-256 (hex, 16 digits) of the networks and of the code of the user's blocks; their
+    precisions aren't in it, as they make no difference to a supernet."""
     digest = hashlib.sha256(canonical_json(spec.space.model_dump(mode="json")).encode())
     for name, block in sorted(spec.blocks.items()):
         digest.update(name.encode() + block.source_bytes())

@@ -103,12 +103,17 @@ class ArchitectureSpec(Strict):
     controllers: Annotated[
         tuple[ControllerName, ...], BeforeValidator(listed), Field(min_length=1)
     ] = ("reinforce",)
+    precisions: Annotated[
+        tuple[PrecisionName, ...], BeforeValidator(listed), Field(min_length=1)
+    ] = ("fp32",)
+    """That networks are looked at in: of several, the search chooses the precision with the
+    network, or a recipe fixes one of them."""
     screen: Literal["none", "naswot", "synflow"] = "none"
     """What rates untrained networks: the lower half of those proposed isn't looked at."""
 
     @model_validator(mode="after")
     def _values_fit_each_other(self) -> Self:
-        _check_rising(self, ("speedups", "controllers"))
+        _check_rising(self, ("speedups", "controllers", "precisions"))
         return self
 
 

@@ -20,6 +20,15 @@ def why_not(setting: Setting) -> str | None:
     return None if len(missed) < len(setting.spec.speedups) else "; ".join(missed.values())
 
 
+def slow_precisions(setting: Setting) -> dict[str, str]:
+    """By precision of several, why no network of the space reaches any speedup in it."""
+    precisions = setting.spec.precisions
+    if len(precisions) == 1:
+        return {}
+    found = {one: why_not(setting.at(one)) for one in precisions}
+    return {one: reason for one, reason in found.items() if reason is not None}
+
+
 def unreachable(setting: Setting, table: SpaceTable) -> dict[float, str]:
     """By speedup, why no network of the space reaches it."""
     try:

@@ -15,6 +15,7 @@ import torch
 from optimizer.architecture.judging import Judge, Part, parted
 from optimizer.architecture.latency import Unmeasured, blocks_in
 from optimizer.architecture.making import (
+    PRECISION,
     Place,
     Unfit,
     factories_of,
@@ -30,6 +31,7 @@ from optimizer.architecture.table import SpaceTable, blocks_of_space, space_tabl
 from optimizer.block_times import TABLE_SIZE
 from optimizer.blocks import Block, blocks_of
 from optimizer.model_source import Signature, read_signature
+from optimizer.quantization.qdq import Arithmetic
 from optimizer.space import Categorical, Parameters, Space, Value
 from optimizer.spec import TorchKind
 from optimizer.techniques import Context
@@ -40,6 +42,8 @@ from optimizer.variant import TorchModel
 
 _EXAMPLE = 2
 """Samples that the model is run on to see what it gives."""
+SEARCHED = "searched"
+"""In a precision's place: the search chooses it with the network."""
 _LOSSES = ("answers", "dist")
 """Those that need no features, which two structures don't have alike."""
 
@@ -52,11 +56,12 @@ class Setting:
     source: TorchKind
     context: Context
     _layers: dict[Choices, Counter[Block]] = field(default_factory=dict)
+    _fixed: dict[str, "Setting"] = field(default_factory=dict)
 
     def reason_against(self) -> str | None:
         """Why no network of the space can take the model's place, or None."""
         try:
-            Supernet(self.space, self.factories)
+            Supernet(self.space.structures, self.factories)
         except (Unfit, ValueError) as error:
             return str(error)
         return None
@@ -79,6 +84,29 @@ class Setting:
         """Raises Unfit."""
         return space_of(self.spec, self.place)
 
+    def at(self, precision: str) -> "Setting":
+        """The setting with all networks in that precision; as it is where that is searched."""
+        if precision == SEARCHED or self.spec.precisions == (precision,):
+            return self
+        if precision not in self._fixed:
+            spec = self.spec.model_copy(update={"precisions": (precision,)})
+            self._fixed[precision] = Setting(spec, self.source, self.context)
+        return self._fixed[precision]
+
+    def precision(self, choices: Choices) -> str:
+        """What the network computes in."""
+        return str(self.space.option(choices, PRECISION))
+
+    def rounding(self, choices: Choices, parameters: Parameters) -> Arithmetic | None:
+        """How the network rounds, None where it computes in fp32."""
+        if self.precision(choices) == "fp32":
+            return None
+        return Arithmetic(
+            signed=parameters["activations"] == "int8",
+            pairs_saturate=bool(parameters["reduce_range"]),
+            least_error=True,
+        )
+
     @cached_property
     def base_blocks(self) -> Counter[Block]:
         """The layers of the model itself."""
@@ -91,9 +119,12 @@ class Setting:
         return tuple(dict.fromkeys([*self.base_blocks, *own]))
 
     def layers_of(self, choices: Choices) -> Counter[Block]:
-        """The network's. Raises ValueError where it can't be built."""
+        """The network's, in its precision. Raises ValueError where it can't be built."""
         if choices not in self._layers:
-            self._layers[choices] = blocks_in(self.space.plan(choices), self.factories)
+            precision = self.precision(choices)
+            plain = blocks_in(self.space.plan(choices), self.factories)
+            found = {replace(one, precision=precision): n for one, n in plain.items()}
+            self._layers[choices] = Counter(found)
         return self._layers[choices]
 
     def table(self) -> SpaceTable | None:

@@ -62,6 +62,11 @@ class ArchitectureSpace:
     def decisions(self) -> tuple[Decision, ...]:
         return (*self.networks.decisions(), *self.further)
 
+    @property
+    def structures(self) -> "ArchitectureSpace":
+        """The same networks without the further decisions; it reads this one's choices too."""
+        return ArchitectureSpace(self.networks)
+
     @cached_property
     def n_networks(self) -> int:
         """How many there are; counts past a million may take long in spaces of many conditions."""

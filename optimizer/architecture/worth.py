@@ -47,10 +47,13 @@ class Shared:
             raise ValueError(f"got a {type(supernet).__name__}, want the supernet's step before")
         self._supernet = supernet
         self._learned, _ = setting.parts()
+        self._setting = setting
+        self._parameters = parameters
         self._judge = setting.judge(parameters)
 
     def accuracy(self, choices: Choices) -> float:
-        return self._judge(self._supernet.extract(choices))
+        rounding = self._setting.rounding(choices, self._parameters)
+        return self._judge(self._supernet.extract(choices), rounding)
 
     def chosen(self, ranked: Sequence[Choices]) -> tuple[Choices, nn.Module]:
         network = self._supernet.extract(ranked[0])
@@ -91,7 +94,7 @@ class Trained:
         learned, _ = setting.parts()
         train(network, learned, lesson.loss(), lesson.settings())
         self._last = (choices, network)
-        return self._judge(network)
+        return self._judge(network, setting.rounding(choices, self._parameters))
 
 
 @dataclass

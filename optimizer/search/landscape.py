@@ -102,10 +102,11 @@ def walk(landscape: Landscape, starts_from: Kind, choose: Chooser) -> Decisions:
 
 def _useless(recipe: Recipe) -> TechniqueNotApplicable | None:
     """Why a step is of no use in the recipe: nothing came of what it prepares for."""
-    for traits in (choice.traits for choice in recipe.choices):
-        if traits.prepares in recipe.lacks:
-            reason = f"it prepares for a step of stage {traits.prepares.value}, and none can follow"
-            return TechniqueNotApplicable(traits.name, reason)
+    for choice in recipe.choices:
+        stage = choice.prepares
+        if stage is not None and stage in recipe.lacks:
+            reason = f"it prepares for a step of stage {stage.value}, and none can follow"
+            return TechniqueNotApplicable(choice.traits.name, reason)
     return None
 
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from optimizer.architecture.options import ArchitectureSpec
 from optimizer.blocks import Block
+from optimizer.quantization.processor import kernel_layout
 from optimizer.recipe import EPOCHS, Needs, Traits
-from optimizer.space import Categorical, Parameters, Space
+from optimizer.space import Categorical, Parameters, Space, Value
 from optimizer.techniques import Context
 from optimizer.torch_variant import load_torch, torch_model
 from optimizer.training.lesson import reason_against
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 _RECORD = "architecture.json"
 """What was looked at, beside the weights."""
 _SHARED = "shared"
+_PRECISION, _INT8 = "network_precision", "int8"
+"""The parameter beside `precision`, which is what a training computes in."""
+_FOUND_IN_INT8 = "found in int8: latency and accuracy are those of the network once it is quantized"
 
 
 class ArchitectureSearch:
@@ -39,13 +43,17 @@ class ArchitectureSearch:
         self._spec = spec
         self.traits = Traits(
             name="architecture",
-            version="1",
+            version="2",
             stage=Stage.ARCHITECTURE,
             accepts=Kind.TORCH,
             gives=Kind.TORCH,
             needs=Needs.UNLABELLED,
             packages=("torch", "numpy"),
             preserves=False,
+            prepares=Stage.PRECISION if _INT8 in spec.precisions else None,
+            prepares_when=(_PRECISION, (_INT8,)),
+            wants=(("format", ("static",)),),
+            shares=("activations", "reduce_range"),
             follows=Stage.SUPERNET if spec.weights == _SHARED else None,
         )
         self._known: Setting | None = None
@@ -57,14 +65,17 @@ class ArchitectureSearch:
         return reason_against(model, context) or why_not(self._setting(model, context))
 
     def missing(self, model: Model, context: Context) -> Mapping[str, str]:
-        """Speedups that no network of the space reaches."""
-        from optimizer.architecture.reach import unreachable
+        """Speedups that no network of the space reaches, and precisions that reach none."""
+        from optimizer.architecture.reach import slow_precisions, unreachable
 
         assert isinstance(model, TorchModel)
         setting = self._setting(model, context)
         table = setting.table()
         found = {} if table is None else unreachable(setting, table)
-        return {f"architecture at {speedup:g}x": reason for speedup, reason in found.items()}
+        return {
+            **{f"architecture at {speedup:g}x": reason for speedup, reason in found.items()},
+            **{f"architecture in {one}": why for one, why in slow_precisions(setting).items()},
+        }
 
     def timed_blocks(self, model: Model, context: Context) -> Sequence[Block]:
         assert isinstance(model, TorchModel)
@@ -72,8 +83,10 @@ class ArchitectureSearch:
         return () if setting.reason_against() is not None else setting.wanted
 
     def space(self, model: Model, context: Context) -> Space:
-        from optimizer.architecture.reach import unreachable
-        from optimizer.architecture.setting import single
+        """A step whose precision is fixed binds the recipe's quantization to it; of one that is
+        searched the outcome isn't known before it is applied, so it binds nothing."""
+        from optimizer.architecture.reach import slow_precisions, unreachable
+        from optimizer.architecture.setting import SEARCHED, single
 
         assert isinstance(model, TorchModel)
         setting, spec = self._setting(model, context), self._spec
@@ -81,10 +94,16 @@ class ArchitectureSearch:
         assert table is not None, "checked before"
         missed = unreachable(setting, table)
         reachable = [one for one in spec.speedups if one not in missed]
+        precisions: tuple[str, ...] = spec.precisions
+        if len(precisions) > 1:
+            slow = slow_precisions(setting)
+            precisions = (SEARCHED, *(one for one in precisions if one not in slow))
         epochs = 0.0 if spec.weights == _SHARED else spec.epochs
         return {
             "speedup": Categorical(tuple(reachable)),
             "controller": Categorical(spec.controllers),
+            _PRECISION: Categorical(precisions),
+            **_rounding(precisions, context),
             "weights": Categorical((spec.weights,)),
             "evaluations": Categorical((spec.evaluations,)),
             "screen": Categorical((spec.screen,)),
@@ -93,8 +112,10 @@ class ArchitectureSearch:
         }
 
     def describe(self, parameters: Parameters) -> str:
-        controller = parameters["controller"]
-        return f"another network, {float(parameters['speedup']):g}x, by {controller}"
+        words = f"another network, {float(parameters['speedup']):g}x, by {parameters['controller']}"
+        if self._spec.precisions == ("fp32",):
+            return words
+        return f"{words}, precision {parameters[_PRECISION]}"
 
     def epochs(self, parameters: Parameters, context: Context) -> float:
         """Of all networks that are trained from scratch, were none proposed twice; networks of a
@@ -114,14 +135,17 @@ class ArchitectureSearch:
         from optimizer.architecture.worth import Remembered, Shared, Trained, Worth
 
         assert isinstance(model, TorchModel)
-        setting = self._setting(model, context)
-        table = setting.table()
+        whole = self._setting(model, context)
+        table = whole.table()
         found = "missing" if table is None else table.digest
         if table is None or found != parameters["table"]:
             raise ValueError(
                 f"table: got {parameters['table']}, and the target's is {found}: want the one that "
                 "the recipe was made with"
             )
+        setting = whole.at(str(parameters[_PRECISION]))
+        table = setting.table()
+        assert table is not None, "the model's own layers are in the whole's"
         target_s = setting.base_s(table) / float(parameters["speedup"])
         given = load_torch(model)
         worth: Worth = (
@@ -137,8 +161,13 @@ class ArchitectureSearch:
         accuracy.forget()
         record = document(setting.space, trails, target_s)
         (directory / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
-        operations = {"plan": plan_json(setting.space.plan(chosen))}
-        notes = (*notes_of(trails, target_s), *_slower(table, chosen, target_s))
+        precision = setting.precision(chosen)
+        operations = {"plan": plan_json(setting.space.plan(chosen)), "precision": precision}
+        notes = (
+            *notes_of(trails, target_s),
+            *_slower(table, chosen, target_s),
+            *((_FOUND_IN_INT8,) if precision == _INT8 else ()),
+        )
         return torch_model(directory, model, network, self, operations, notes)
 
     def restructure(self, module: "nn.Module", operations: Json) -> "nn.Module":
@@ -157,6 +186,19 @@ class ArchitectureSearch:
         if known is None or known.context is not context or known.source is not model.source:
             self._known = known = Setting(self._spec, model.source, context)
         return known
+
+
+def _rounding(precisions: Sequence[str], context: Context) -> Space:
+    """How the target wants int8, as for static quantization, where networks are looked at in it."""
+    rounded = tuple(one for one in precisions if one != "fp32")
+    if not rounded:
+        return {}
+    activations, reduce_range = kernel_layout(context.machine)
+    when: Mapping[str, tuple[Value, ...]] = {_PRECISION: rounded}
+    return {
+        "activations": Categorical((activations,), when=when),
+        "reduce_range": Categorical((reduce_range,), when=when),
+    }
 
 
 def _slower(table: "SpaceTable", chosen: "Choices", target_s: float) -> tuple[str, ...]:

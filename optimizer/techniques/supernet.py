@@ -73,7 +73,7 @@ class SupernetTraining:
         setting = self._setting(model, context)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
-            supernet = Supernet(setting.space, factories_of(self._spec))
+            supernet = Supernet(setting.space.structures, factories_of(self._spec))
         lesson = setting.lesson(model, supernet, parameters)
         answer = answering(setting.signature.output_names, str(parameters["output"]))
         loss = Sandwich(lesson.loss(), answer, kind_of(parameters))
@@ -83,7 +83,7 @@ class SupernetTraining:
         if checkpoint is not None:
             checkpoint.remove()
         operations = {"space": parameters["space"], "place": setting.place.to_json()}
-        note = f"{setting.space.n_networks:,} networks share these weights"
+        note = f"{setting.space.structures.n_networks:,} networks share these weights"
         return torch_model(directory, model, supernet, self, operations, (note,))
 
     def restructure(self, module: "nn.Module", operations: Json) -> "nn.Module":
@@ -95,7 +95,7 @@ class SupernetTraining:
         if operations["space"] != own:
             raise ValueError(f"the plan has the space {operations['space']}, this is {own}")
         space = space_of(self._spec, Place.of_json(operations["place"]))
-        return Supernet(space, factories_of(self._spec)).eval()
+        return Supernet(space.structures, factories_of(self._spec)).eval()
 
     def _setting(self, model: TorchModel, context: Context) -> "Setting":
         """Kept as long as source and context are the same: tracing a space takes seconds."""

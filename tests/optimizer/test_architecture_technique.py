@@ -13,16 +13,22 @@ from pydantic import ValidationError
 
 from optimizer.architecture.exploration import Trail, everything, explore, ranking, regrets
 from optimizer.architecture.halving import first_epochs, halved, survivors, total_epochs
+from optimizer.architecture.judging import N_RECALIBRATED
 from optimizer.architecture.options import ArchitectureSpec
 from optimizer.architecture.plan import plan_of_json
 from optimizer.architecture.proposers import RandomSearch
 from optimizer.architecture.reward import Reward
 from optimizer.architecture.search import Looked, Worth
 from optimizer.architecture.setting import Setting
+from optimizer.architecture.worth import Shared
+from optimizer.architectures import architectures
 from optimizer.blocks import Block
 from optimizer.builder import Builder
 from optimizer.errors import SpecInvalid
+from optimizer.quantization.processor import kernel_layout
+from optimizer.quantization.qdq import Arithmetic
 from optimizer.recipe import Recipe
+from optimizer.report import render_html
 from optimizer.space import Value, defaults
 from optimizer.spec import TrainingSpec, read_spec
 from optimizer.store import Store
@@ -30,8 +36,11 @@ from optimizer.study import Options, optimize
 from optimizer.techniques import Context, load_technique
 from optimizer.techniques.architecture import ArchitectureSearch
 from optimizer.techniques.supernet import SupernetTraining
+from optimizer.torch_source import load_source
 from optimizer.torch_variant import load_torch, read_plan
-from optimizer.variant import TorchModel, TorchVariant
+from optimizer.training.fake_quantization import fake_quantized
+from optimizer.training.recalibration import recalibrate
+from optimizer.variant import Stage, TorchModel, TorchVariant
 from tests.optimizer.test_recovery_technique import Dying, Killed
 from tests.optimizer.tiny_study import QUICK, FakeVerifier, write_study
 from tests.optimizer.torch_bench import TorchBench, make_torch_bench
@@ -46,6 +55,11 @@ SPACE: dict[str, Any] = {
 }
 
 
+INT8_SHARE = 0.02
+"""Of an fp32 layer's time."""
+BOTH = ["fp32", "int8"]
+
+
 def spec(**given: Any) -> ArchitectureSpec:
     quick = {"space": SPACE, "epochs": 2.0, "evaluations": 6, "speedups": [1.0]}
     return ArchitectureSpec(**{**quick, **given})
@@ -56,7 +70,8 @@ def seconds(block: Block) -> float:
     pixels = np.prod(block.input_shape[1:]) / np.prod(block.stride or (1,))
     kernel = np.prod(block.kernel or (1,))
     macs = block.input_shape[0] // block.groups * block.n_outputs * kernel * pixels
-    return float(1e-9 * macs + 1e-6)
+    whole = 1e-9 * macs + 1e-6
+    return float(whole if block.precision == "fp32" else INT8_SHARE * whole)
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +246,129 @@ def test_regret_is_counted_from_the_best_that_any_found() -> None:
     assert found == {"reinforce": (2.0, 2.0, 0.0), "random": (1.0, 0.5, 0.5)}
 
 
+# --- precision
+
+
+def test_precision_is_searched_with_the_network_and_both_are_in_the_record(
+    bench: TorchBench, trained: TorchVariant, tmp_path: Path
+) -> None:
+    at = context(bench)
+    given = {"precisions": BOTH, "speedups": [30.0]}
+    made = found(trained, at, tmp_path / "made", given)
+    record = json.loads((made.directory / "architecture.json").read_text())
+    assert record["decisions"][-1] == {"name": "precision", "options": ["int8", "fp32"]}
+    looked = [one for trail in record["trails"].values() for one in trail]
+    assert {one["choices"][-1] for one in looked} == {0, 1}
+    (step,) = [one for one in read_plan(made).steps if one.technique == "architecture"]
+    assert step.operations["precision"] == "int8", "fp32 doesn't reach it"
+    assert any(note.startswith("found in int8") for note in made.notes)
+
+
+def test_int8_network_is_judged_as_it_rounds_and_timed_by_int8_layers(
+    bench: TorchBench, trained: TorchVariant
+) -> None:
+    at = context(bench)
+    given = spec(precisions=BOTH)
+    setting = Setting(given, bench.torch.source, at)
+    parameters = defaults(ArchitectureSearch(given).space(trained, at))
+    worth = Shared(setting, parameters, load_torch(trained))
+    in_int8 = setting.space.extreme(is_largest=False)
+    in_fp32 = (*in_int8[:-1], 1)
+    network = load_torch(trained).extract(in_int8)  # type: ignore[operator]
+    learned, held_out = setting.parts()
+    recalibrate(network, learned.each(np.arange(len(learned))[:N_RECALIBRATED], 128, whole=True))
+    batch = held_out.read(np.arange(len(held_out)))
+    arithmetic = setting.rounding(in_int8, parameters)
+    assert arithmetic is not None
+    assert setting.rounding(in_fp32, parameters) is None
+
+    def accuracy() -> float:
+        with torch.inference_mode():
+            return float((network(*batch.inputs).argmax(1) == batch.labels).double().mean())
+
+    assert worth.accuracy(in_fp32) == pytest.approx(accuracy())
+    with fake_quantized(network, learned.each(np.arange(len(learned)), 128), arithmetic):
+        assert worth.accuracy(in_int8) == pytest.approx(accuracy())
+
+    table = setting.table()
+    assert table is not None
+    fast, slow = table.seconds(in_int8), table.seconds(in_fp32)
+    assert slow is not None
+    assert fast == pytest.approx(INT8_SHARE * slow)
+
+
+def test_rounding_costs_a_network_a_little_and_leaves_its_weights_as_they_were(
+    bench: TorchBench,
+) -> None:
+    network = load_source(bench.torch.source)
+    setting = Setting(spec(), bench.torch.source, context(bench))
+    judge = setting.judge({"output": "logits", "learns": "values"})
+    judge = replace(judge, base=network)
+    before = [one.clone() for one in network.parameters()]
+    assert judge(network) == 1.0
+    rounded = judge(network, Arithmetic(signed=False, pairs_saturate=False, least_error=True))
+    assert 0.9 < rounded < 1.0
+    assert all(map(torch.equal, before, network.parameters()))
+
+
+def test_network_that_has_no_finite_activations_is_worth_nothing_in_int8(bench: TorchBench) -> None:
+    judge = Setting(spec(), bench.torch.source, context(bench)).judge(
+        {"output": "logits", "learns": "classes"}
+    )
+    network = load_source(bench.torch.source)
+    with torch.no_grad():
+        next(iter(network.parameters())).fill_(float("nan"))
+    assert judge(network, Arithmetic(False, False, least_error=True)) == 0.0
+
+
+def test_step_with_a_fixed_precision_looks_at_it_alone_and_binds_the_quantization(
+    bench: TorchBench, trained: TorchVariant, tmp_path: Path
+) -> None:
+    at, given = context(bench), {"precisions": BOTH, "evaluations": 3}
+    technique = ArchitectureSearch(spec(**given))
+    space = technique.space(trained, at)
+    assert space["network_precision"].choices == ("searched", "fp32", "int8")  # type: ignore[union-attr]
+    made = found(trained, at, tmp_path / "made", given, network_precision="int8")
+    record = json.loads((made.directory / "architecture.json").read_text())
+    assert record["decisions"][-1]["options"] == ["int8"]
+
+    def recipe(precision: str) -> Recipe:
+        start = Recipe(bench.torch.kind)
+        for one in (SupernetTraining(spec(**given)), technique):
+            chosen = {"network_precision": precision} if one is technique else {}
+            start = start.then(one.traits, defaults(one.space(bench.torch, at), **chosen))
+        return start
+
+    activations, reduce_range = kernel_layout(at.machine)
+    assert recipe("int8").wanted(Stage.PRECISION) == {
+        "format": ("static",), "activations": (activations,), "reduce_range": (reduce_range,),
+    }  # fmt: skip
+    for free in ("searched", "fp32"):
+        assert recipe(free).wanted(Stage.PRECISION) == {}
+        assert recipe(free).lacks == frozenset()
+
+
+def test_precision_that_reaches_no_speedup_is_no_choice(bench: TorchBench) -> None:
+    technique, at = ArchitectureSearch(spec(precisions=BOTH, speedups=[30.0])), context(bench)
+    assert technique.check(bench.torch, at) is None
+    space = technique.space(bench.torch, at)
+    assert space["network_precision"].choices == ("searched", "int8")  # type: ignore[union-attr]
+    (missing,) = technique.missing(bench.torch, at).items()
+    assert missing[0] == "architecture in fp32"
+    assert "the fastest of" in missing[1]
+
+
+def test_supernet_and_its_id_are_the_same_whatever_the_precisions(bench: TorchBench) -> None:
+    plain, joint = (SupernetTraining(spec(precisions=one)) for one in (["fp32"], BOTH))
+    at = context(bench)
+    assert plain.space(bench.torch, at) == joint.space(bench.torch, at)
+    spaces = [
+        Setting(spec(precisions=one), bench.torch.source, at).space for one in (BOTH, ["int8"])
+    ]
+    assert {one.structures.n_networks for one in spaces} == {spaces[1].n_networks}
+    assert spaces[0].n_networks == 2 * spaces[1].n_networks
+
+
 # --- resuming
 
 
@@ -353,6 +491,8 @@ def test_table_of_another_target_is_refused(
         ({"speedups": [2.0, 2.0]}, "want every value once in speedups"),
         ({"evaluations": 1}, "evaluations"),
         ({"controllers": ["guess"]}, "controllers"),
+        ({"precisions": ["int4"]}, "precisions"),
+        ({"precisions": ["int8", "int8"]}, "want every value once in precisions"),
     ],
 )  # fmt: skip
 def test_spec_refuses_a_space_that_cannot_be(given: dict[str, Any], reason: str) -> None:
@@ -366,6 +506,16 @@ def test_spec_refuses_the_search_when_recovery_is_left_out(tmp_path: Path) -> No
     given = f"techniques: {{exclude: [recovery], architecture: {json.dumps({'space': SPACE})}}}"
     path.write_text(path.read_text().replace(plain, given))
     with pytest.raises(SpecInvalid, match="want recovery among those left"):
+        read_spec(path)
+
+
+def test_spec_refuses_int8_networks_when_quantization_is_left_out(tmp_path: Path) -> None:
+    path = write_study(tmp_path)
+    plain = "techniques: {exclude: [torch_compilation]}"
+    searched = json.dumps({"space": SPACE, "precisions": BOTH})
+    given = f"techniques: {{exclude: [quantization], architecture: {searched}}}"
+    path.write_text(path.read_text().replace(plain, given))
+    with pytest.raises(SpecInvalid, match="want quantization among those left: architecture"):
         read_spec(path)
 
 
@@ -399,12 +549,27 @@ def test_steps_share_the_supernet_in_the_store(bench: TorchBench, tmp_path: Path
             assert builder.find(built.id) is not None
         assert ids[0][0] == ids[1][0]
         assert ids[0][1] != ids[1][1]
+        recovery = techniques["recovery"]
+        parameters = defaults(recovery.space(bench.torch, at))
+        behind = builder.build(recipe.then(recovery.traits, parameters).with_effort("recalibrate"))
+        records = architectures(
+            [behind.id, "unknown", ids[0][0], *(one[1] for one in ids)], builder
+        )
+        assert [one.id for one in records] == [ids[1][1], ids[0][1]]
+        assert [one.proposers[0].name for one in records] == ["ppo", "reinforce"]
+        assert {one.name: len(one.networks) for one in records[0].proposers} == {
+            "ppo": 6, "evolution": 6, "random": 6,
+        }  # fmt: skip
+        assert records[0].label == "another network, 1x, by ppo"
+        assert {one.precision for one in records[0].front} == {"fp32"}
 
 
 @pytest.mark.full
 def test_study_finds_a_network_of_the_space_and_publishes_it(tmp_path: Path) -> None:
     path = write_study(tmp_path, max_drop_points=90.0)
-    architecture = {"space": SPACE, "epochs": 2, "evaluations": 4, "speedups": [0.2]}
+    architecture = {
+        "space": SPACE, "epochs": 2, "evaluations": 4, "speedups": [0.2], "precisions": BOTH,
+    }  # fmt: skip
     plain = "techniques: {exclude: [torch_compilation]}"
     given = {"exclude": ["torch_compilation"], "architecture": architecture}
     text = path.read_text().replace(plain, f"techniques: {json.dumps(given)}")
@@ -416,3 +581,7 @@ def test_study_finds_a_network_of_the_space_and_publishes_it(tmp_path: Path) -> 
     result = optimize(path, tmp_path / "repository", options)
     labels = [row.label for row in result.variants]
     assert any("another network" in label for label in labels), labels
+    (record, *_) = result.architectures
+    looked = {one.precision for trail in record.proposers for one in trail.networks}
+    assert looked == {"fp32", "int8"}
+    assert f"Looking for {record.label}" in render_html(result)

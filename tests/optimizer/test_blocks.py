@@ -1,17 +1,19 @@
 """Blocks: which a network has, and that the model of one computes what torch's layer does."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 from torch import nn
 
 from optimizer.blocks import Block, block_inputs, blocks_of, write_block
 from optimizer.importable import Importable
 from serve.engines import load_engine
+from serve.machine import Machine, this_machine
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -103,6 +105,7 @@ def test_keys_are_equal_for_equal_shapes_only() -> None:
         only_block(conv(out_channels=16), (4, 8, 8)),
         only_block(nn.Linear(8, 8), (4, 8)),
         only_block(nn.Linear(8, 8), (8,)),
+        replace(only_block(nn.Linear(8, 8), (8,)), precision="int8"),
     ]
     assert len({block.key for block in blocks}) == len(blocks)
     assert only_block(conv(), (4, 8, 8)).key == blocks[0].key
@@ -129,7 +132,7 @@ def test_model_of_a_block_computes_what_the_layer_does_when_weights_are_the_same
     layer: nn.Module, shape: tuple[int, ...], tmp_path: Path
 ) -> None:
     block = only_block(layer, shape)
-    made = write_block(block, "onnxruntime", tmp_path)
+    made = write_block(block, "onnxruntime", tmp_path, this_machine())
     with torch.no_grad():
         for tensor in onnx.load(tmp_path / made.spec.file).graph.initializer:
             values = torch.from_numpy(numpy_helper.to_array(tensor).copy())
@@ -143,10 +146,55 @@ def test_model_of_a_block_computes_what_the_layer_does_when_weights_are_the_same
 
     for spec in (
         made.served(1, 1, ()),
-        write_block(block, "openvino", tmp_path).served(1, 1, (3,)),
+        write_block(block, "openvino", tmp_path, this_machine()).served(1, 1, (3,)),
     ):
         engine = load_engine(tmp_path, spec)
         given = engine.run(inputs)["z"]
         engine.close()
         assert given.shape == wanted.shape
         np.testing.assert_allclose(given, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("system", "flags", "activations"),
+    [
+        pytest.param("Linux x86_64", ("avx2",), TensorProto.UINT8, id="pairs saturate"),
+        pytest.param("Linux aarch64", (), TensorProto.INT8, id="signed by signed"),
+    ],
+)
+@pytest.mark.parametrize(("layer", "shape"), [LAYERS[0], LAYERS[7], LAYERS[9]])
+def test_int8_block_computes_nearly_what_the_fp32_one_does_in_the_machines_layout(
+    layer: nn.Module,
+    shape: tuple[int, ...],
+    system: str,
+    flags: tuple[str, ...],
+    activations: int,
+    tmp_path: Path,
+) -> None:
+    machine = Machine("a processor", flags, 2, system, {})
+    block = only_block(layer, shape)
+    inputs = block_inputs(block, 3, seed=1)
+
+    def run(precision: str) -> np.ndarray:
+        made = write_block(replace(block, precision=precision), "onnxruntime", tmp_path, machine)
+        assert made.spec.precision == precision
+        engine = load_engine(tmp_path, made.served(1, 1, ()))
+        given = engine.run(inputs)["z"]
+        engine.close()
+        return np.asarray(given)
+
+    wanted, given = run("fp32"), run("int8")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    types = {one.name: one.data_type for one in graph.initializer}
+    zeros = [node.input[2] for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert zeros
+    assert {types[zero] for zero in zeros} == {activations}
+    assert given.dtype == np.float32
+    error = np.abs(given - wanted).mean() / np.abs(wanted).mean()
+    assert 0 < error < 0.05
+
+
+def test_block_of_unknown_precision_is_refused(tmp_path: Path) -> None:
+    block = Block("linear", (8,), 4, precision="int3")
+    with pytest.raises(ValueError, match="precision: got int3, want fp32 or int8"):
+        write_block(block, "onnxruntime", tmp_path, this_machine())

@@ -88,6 +88,23 @@ def test_recipe_refuses_the_step_that_was_prepared_for_when_it_is(
     assert Recipe(Kind.TORCH).then(PRUNE, parameters).choices  # type: ignore[arg-type]
 
 
+def test_step_prepares_only_with_the_parameters_that_it_prepares_with() -> None:
+    search = traits(
+        "architecture", Stage.ARCHITECTURE, Kind.TORCH, Kind.TORCH, prepares=Stage.PRECISION,
+        prepares_when=("precision", ("int8",)), wants=(("format", ("static",)),),
+    )  # fmt: skip
+    binding, free = (
+        Recipe(Kind.TORCH).then(search, {"precision": given}).then(EXPORT, {})
+        for given in ("int8", "searched")
+    )
+    assert binding.lacks == {Stage.PRECISION}
+    assert binding.wanted(Stage.PRECISION) == {"format": ("static",)}
+    with pytest.raises(ValueError, match="format: got dynamic, want static"):
+        binding.then(INT8, {"format": "dynamic"})
+    assert free.lacks == frozenset()
+    assert free.then(INT8, {"format": "dynamic"}).choices
+
+
 def test_skeleton_is_without_what_changes_structure_or_weights() -> None:
     recipe = SPARSE.then(PRUNE, {"what": "both", "residual": False}).then(RECOVER, {})
     assert recipe.then(EXPORT, {}).skeleton() == Recipe(Kind.TORCH).then(EXPORT, {})
