@@ -43,6 +43,7 @@ from optimizer.training.loop import Settings, train
 from optimizer.training.recalibration import recalibrate
 from optimizer.training.teacher import answering
 from serve.engines import EngineSpec
+from serve.machine import this_machine
 
 RESULTS = Path(__file__).parent / "results" / "architecture-digits.json"
 BLOCKS = ("conv", "depthwise", "mbconv")
@@ -113,7 +114,7 @@ def timed(results: Results) -> None:
 
         def of_block(block: Any = block) -> float:
             with tempfile.TemporaryDirectory() as folder:
-                model = write_block(block, "onnxruntime", Path(folder))
+                model = write_block(block, "onnxruntime", Path(folder), this_machine())
                 contender = Contender(Path(folder), model.served(1, 1, (1, BATCH_SIZE)))
                 return seconds(contender, block_inputs(block, BATCH_SIZE, 0))
 

@@ -30,6 +30,7 @@ from optimizer.techniques.architecture import ArchitectureSearch
 from optimizer.techniques.supernet import SupernetTraining
 from optimizer.timing import Contender
 from optimizer.variant import Model, TorchModel, TorchVariant
+from serve.machine import this_machine
 
 RESULTS = Path(__file__).parent / "results" / "architecture-cifar.json"
 BATCH_SIZE = 8
@@ -77,7 +78,7 @@ def main() -> None:
 
 def of_block(block: Block) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        model = write_block(block, "onnxruntime", Path(folder))
+        model = write_block(block, "onnxruntime", Path(folder), this_machine())
         contender = Contender(Path(folder), model.served(1, 1, (1, BATCH_SIZE)))
         return seconds(contender, block_inputs(block, BATCH_SIZE, 0))
 

@@ -44,6 +44,7 @@ from optimizer.techniques.quantization import Quantization
 from optimizer.timing import Contender, Effort
 from optimizer.torch_variant import load_torch
 from optimizer.variant import Kind
+from serve.machine import this_machine
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cifar10"
 CORES = 1
@@ -235,7 +236,7 @@ class Table:
         found = {}
         for engine in ENGINES:
             with self.store.workshop() as directory:
-                model = write_block(block, engine, directory)
+                model = write_block(block, engine, directory, this_machine())
                 contender = Contender(directory, model.served(CORES, 1, BLOCK_SIZES))
                 inputs = block_inputs(block, BLOCK_SIZES[-1], 0)
                 timing = self.evaluator.measurer.time(
