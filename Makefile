@@ -65,6 +65,7 @@ locks: $(STAMP) ## Lock the dependencies of the images (locks/*.txt)
 	for image in $(IMAGES); do \
 	  $(LOCK) $$(tr + '\n' <<<"$${image#*=}" | sed 's/^/--extra /') -o "locks/$${image%%=*}.txt" || exit 1; \
 	done
+	$(subst pyproject.toml,locks/build.in,$(LOCK)) -o locks/build.txt
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output

@@ -17,7 +17,8 @@ Write what watches an SLO in production, from the same file that the load test j
 
 `rules`: Prometheus recording rules, and alerts on two windows each, by how fast the error budget
 burns (the SRE workbook's 14.4, 6, 3 and 1 times for 30 days; windows that an objective can't reach
-are made longer or left out, which is said). `openslo`: OpenSLO v1. `dashboard`: a dashboard for
+are made longer or left out, which is said). `prometheus-rule`: the same for the Prometheus operator
+of a Kubernetes cluster. `openslo`: OpenSLO v1. `dashboard`: a dashboard for
 Grafana. `scaling`: the autoscaler's metric and its target for each replica, from the capacity that
 was measured.
 
@@ -34,6 +35,7 @@ was measured.
 
 class Form(StrEnum):
     RULES = "rules"
+    PROMETHEUS_RULE = "prometheus-rule"
     OPENSLO = "openslo"
     DASHBOARD = "dashboard"
     SCALING = "scaling"
@@ -113,4 +115,17 @@ def _text(form: Form, slo: "Slo", model: str, period_s: float) -> str:
                 f"{name}: no {window.severity} over {shown(window.long_s)}: {window.reason}",
                 err=True,
             )
-    return yaml.dump(made.document(), Dumper=_Plain, sort_keys=False, width=1000)
+    document = made.document()
+    if form is Form.PROMETHEUS_RULE:
+        document = _prometheus_rule(slo.name, document)
+    return yaml.dump(document, Dumper=_Plain, sort_keys=False, width=1000)
+
+
+def _prometheus_rule(name: str, rules: dict[str, object]) -> dict[str, object]:
+    """The rules as the resource of the Prometheus operator, named after the SLO."""
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": f"slo-{name}", "labels": {"app.kubernetes.io/part-of": "trimserve"}},
+        "spec": rules,
+    }

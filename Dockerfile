@@ -1,0 +1,97 @@
+# The images of trimserve, one target each: serve, serve-gpu, optimizer, loadtest.
+#
+#   docker build --target serve --tag trimserve-serve:0.1.0 .
+#
+# BASE_IMAGE is any glibc image with Python 3.11 or later as python3, pip and venv in it; build and
+# run share it, so that the environment's interpreter is where it was. Pin it by digest in CI.
+ARG BASE_IMAGE=python:3.12-slim-bookworm
+
+# The package itself, as a wheel, made with the locked build tool.
+FROM ${BASE_IMAGE} AS wheel
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+WORKDIR /src
+RUN ["python3", "-m", "venv", "/opt/build"]
+COPY locks/build.txt locks/build.txt
+RUN ["/opt/build/bin/python", "-m", "pip", "install", "--require-hashes", "-r", "locks/build.txt"]
+COPY pyproject.toml README.md LICENSE trimserve.py ./
+COPY serve serve
+COPY loadtest loadtest
+COPY optimizer optimizer
+RUN ["/opt/build/bin/python", "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", \
+     "--wheel-dir", "/wheels", "."]
+
+# An environment for each image: what its lock names, by hash, and the wheel.
+FROM ${BASE_IMAGE} AS environment
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+RUN ["python3", "-m", "venv", "/opt/trimserve"]
+
+FROM environment AS serve-environment
+COPY locks/serve.txt /locks/serve.txt
+RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--require-hashes", "-r", "/locks/serve.txt"]
+COPY --from=wheel /wheels /wheels
+RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--no-deps", "--no-index", \
+     "--find-links", "/wheels", "trimserve"]
+
+# The lock holds no CUDA: BASE_IMAGE of this target has to bring CUDA 13 and cuDNN 9.
+FROM environment AS serve-gpu-environment
+COPY locks/serve-gpu.txt /locks/serve-gpu.txt
+RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--require-hashes", "-r", "/locks/serve-gpu.txt"]
+COPY --from=wheel /wheels /wheels
+RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--no-deps", "--no-index", \
+     "--find-links", "/wheels", "trimserve"]
+
+FROM environment AS optimizer-environment
+COPY locks/optimizer.txt /locks/optimizer.txt
+RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--require-hashes", "-r", "/locks/optimizer.txt"]
+COPY --from=wheel /wheels /wheels
+RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--no-deps", "--no-index", \
+     "--find-links", "/wheels", "trimserve"]
+
+FROM environment AS loadtest-environment
+COPY locks/loadtest.txt /locks/loadtest.txt
+RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--require-hashes", "-r", "/locks/loadtest.txt"]
+COPY --from=wheel /wheels /wheels
+RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--no-deps", "--no-index", \
+     "--find-links", "/wheels", "trimserve"]
+
+# What all images share when they run: user 10001 owns nothing, and only /tmp need be writable.
+FROM ${BASE_IMAGE} AS runtime
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+ENV PATH=/opt/trimserve/bin:/usr/local/bin:/usr/bin:/bin \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    HOME=/tmp
+WORKDIR /tmp
+USER 10001:10001
+ENTRYPOINT ["/opt/trimserve/bin/python", "-m", "trimserve"]
+
+FROM runtime AS loadtest
+LABEL org.opencontainers.image.title="trimserve-loadtest" \
+      org.opencontainers.image.description="Judges a running model server by its SLO"
+COPY --from=loadtest-environment /opt/trimserve /opt/trimserve
+CMD ["loadtest", "--help"]
+
+FROM runtime AS optimizer
+LABEL org.opencontainers.image.title="trimserve-optimizer" \
+      org.opencontainers.image.description="Finds the cheapest variant of a model that keeps its SLO"
+COPY --from=optimizer-environment /opt/trimserve /opt/trimserve
+CMD ["optimize", "--help"]
+
+FROM runtime AS serve-gpu
+LABEL org.opencontainers.image.title="trimserve-serve-gpu" \
+      org.opencontainers.image.description="Serves models over the Open Inference Protocol, with ONNX Runtime for CUDA"
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+COPY --from=serve-gpu-environment /opt/trimserve /opt/trimserve
+EXPOSE 8000 8001 8002
+CMD ["serve", "--host", "0.0.0.0", "--repository", "/models"]
+
+FROM runtime AS serve
+LABEL org.opencontainers.image.title="trimserve-serve" \
+      org.opencontainers.image.description="Serves models over the Open Inference Protocol"
+COPY --from=serve-environment /opt/trimserve /opt/trimserve
+EXPOSE 8000 8001 8002
+CMD ["serve", "--host", "0.0.0.0", "--repository", "/models"]
