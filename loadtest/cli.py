@@ -119,6 +119,20 @@ def loadtest(
             "ones.",
         ),
     ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Array [n] of --inputs with the class of each row: shows the accuracy under "
+            "load, by the highest score of an output [rows, classes].",
+        ),
+    ] = None,
+    label_output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The output that --labels are of; by default the only one."
+        ),
+    ] = None,
     duration_s: Annotated[
         float | None,
         typer.Option(min=1, max=86_400, help="Measure this long; by default the SLO's window_s."),
@@ -182,6 +196,8 @@ def loadtest(
             targets=tuple(parse_target(url) for url in target),
             version=version,
             inputs=inputs,
+            labels=labels,
+            label_output=label_output,
             duration_s=duration_s,
             warmup_s=warmup_s,
             seed=seed,

@@ -143,6 +143,13 @@ def _requests(report: Report) -> Table:
     requests, generator = report.requests, report.generator
     table.add_row("sent", f"{requests.n_sent} of {requests.n}, {requests.achieved_per_s:.1f}/s")
     table.add_row("goodput", f"{requests.goodput_per_s:.1f}/s")
+    if report.accuracy is not None:
+        one = report.accuracy
+        table.add_row(
+            "accuracy",
+            f"{one.accuracy * 100:.5g} %, {one.n_right} of {one.n_rows} rows of "
+            f"{one.n_payloads} different requests (shown, not judged)",
+        )
     for status in requests.statuses:
         example = f": {status.example}" if status.example else ""
         table.add_row(escape(status.label), escape(f"{status.n}{example}"))
@@ -152,10 +159,10 @@ def _requests(report: Report) -> Table:
             f"lag p99 {generator.lag_p99_s * 1e3:.2f} ms, CPU {generator.cpu_share * 100:.0f} %",
         )
     if report.server is not None:
-        for one in report.server.transports:
+        for count in report.server.transports:
             table.add_row(
-                f"server, {one.transport}",
-                f"{one.server_n} counted, {one.server_over} over the threshold "
-                f"(seen here: {one.client_n} and {one.client_over})",
+                f"server, {count.transport}",
+                f"{count.server_n} counted, {count.server_over} over the threshold "
+                f"(seen here: {count.client_n} and {count.client_over})",
             )
     return table

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from loadtest.arrivals import Arrivals
+from loadtest.labels import AnswerKey
 from loadtest.target import Protocol, Target
 
 SETTINGS_FILE = "plan.json"
@@ -42,6 +43,8 @@ class Plan:
     timeout_s: float
     """how long a request may take from its send"""
     max_in_flight: int
+    key: AnswerKey | None = None
+    """none: answers aren't graded"""
 
 
 def save_plan(plan: Plan, folder: Path) -> None:
@@ -51,12 +54,13 @@ def save_plan(plan: Plan, folder: Path) -> None:
         "targets": [asdict(target) for target in plan.targets],
         "timeout_s": plan.timeout_s,
         "max_in_flight": plan.max_in_flight,
+        "label_output": None if plan.key is None else plan.key.output,
         "json_bytes": {
             protocol: [payload.json_bytes for payload in payloads]
             for protocol, payloads in plan.payloads.items()
         },
     }
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, Any] = {} if plan.key is None else {"classes": plan.key.classes}
     for phase in PHASES:
         for name, column in vars(getattr(plan, phase)).items():
             arrays[f"{phase}.{name}"] = column
@@ -82,6 +86,8 @@ def load_plan(folder: Path) -> Plan:
             protocol: _cut(arrays[f"{protocol}.bodies"], arrays[f"{protocol}.ends"], sizes)
             for protocol, sizes in settings["json_bytes"].items()
         }
+        output = settings["label_output"]
+        key = None if output is None else AnswerKey(output, arrays["classes"])
     return Plan(
         model=settings["model"],
         version=settings["version"],
@@ -91,6 +97,7 @@ def load_plan(folder: Path) -> Plan:
         window=window,
         timeout_s=settings["timeout_s"],
         max_in_flight=settings["max_in_flight"],
+        key=key,
     )
 
 

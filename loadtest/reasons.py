@@ -152,6 +152,21 @@ class RequestsInvalid(Reason):
         )
 
 
+class AnswersUngraded(Reason):
+    kind: Literal["answers_ungraded"] = "answers_ungraded"
+    n_ungraded: int
+    n_ok: int
+    output: str
+
+    @property
+    def message(self) -> str:
+        return (
+            f"{self.n_ungraded} of {self.n_ok} successful answers have no output "
+            f"'{self.output}' of numbers [rows, classes], so the accuracy isn't known: want "
+            "another --label-output"
+        )
+
+
 class GeneratorLagged(Reason):
     kind: Literal["generator_lagged"] = "generator_lagged"
     lag_p99_s: float
@@ -273,6 +288,7 @@ AnyReason = Annotated[
     | RateNotReached
     | RequestsDropped
     | RequestsInvalid
+    | AnswersUngraded
     | GeneratorLagged
     | GeneratorBusy
     | MetricsUnreadable

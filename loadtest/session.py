@@ -7,23 +7,26 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from loadtest.arrivals import Arrivals, TraceInvalid, draw_profile, mean_level, peak_level
 from loadtest.driver import Played, Progress, Warmed, check_generator, play
 from loadtest.endpoint import describe_all
-from loadtest.inputs import FileInputs, RandomInputs, read_inputs_file
+from loadtest.inputs import FileInputs, RandomInputs, read_inputs_file, read_labelled_file
+from loadtest.labels import AnswerKey, choose_output
 from loadtest.plan import Plan
 from loadtest.profile import LoadProfile, simple_profile
 from loadtest.samples import Samples
 from loadtest.server_metrics import MetricsUnusable, Scrapes, Snapshot, counted, scrape
-from loadtest.signature import Signature, check_fit, check_lengths
+from loadtest.signature import Signature, TensorSpec, check_fit, check_lengths
 from loadtest.slo import Slo
 from loadtest.target import Target
 from loadtest.verdict import Evidence, Judgement, ServerEvidence, judge
-from loadtest.wire import encode_payloads
+from loadtest.wire import MAX_LABELLED_PAYLOADS, MAX_PAYLOADS, encode_payloads
 
 MAX_REQUESTS = 5_000_000
 MIN_TIMEOUT_S = 5.0
@@ -58,6 +61,10 @@ class Settings:
     """none: as many as can be waiting before the first times out"""
     profile: LoadProfile | None = None
     """none: the SLO's own arrivals at its rate"""
+    labels: str | None = None
+    """array of `inputs` with the class of each row; none: answers aren't graded"""
+    label_output: str | None = None
+    """the output with the scores; none: the model's only one"""
 
     @property
     def load(self) -> LoadProfile:
@@ -112,8 +119,8 @@ def run(settings: Settings, watcher: Watcher) -> Result:
     """Test and judge.
 
     Before the first request it may raise SettingsInvalid, GeneratorMissing, TargetUnusable,
-    SignatureUnusable, InputsInvalid or MetricsUnusable; later only GeneratorFailed and
-    KeyboardInterrupt.
+    SignatureUnusable, InputsInvalid, LabelsInvalid or MetricsUnusable; later only
+    GeneratorFailed and KeyboardInterrupt.
     """
     check_settings(settings)
     check_generator()
@@ -141,12 +148,17 @@ def run(settings: Settings, watcher: Watcher) -> Result:
         max_in_flight=plan.max_in_flight,
         cpu_share=played.cpu_share,
         server=server,
+        label_output=None if plan.key is None else plan.key.output,
     )
     return Result(settings, plan, played, warmed[0], server, judge(evidence))
 
 
 def check_settings(settings: Settings) -> None:
     """Raises SettingsInvalid."""
+    if settings.labels is not None and settings.inputs is None:
+        raise SettingsInvalid("--labels: got it without --inputs, want the file that they are in")
+    if settings.label_output is not None and settings.labels is None:
+        raise SettingsInvalid("--label-output: got it without --labels, want both or neither")
     if not settings.targets:
         raise SettingsInvalid("--target: got none, want at least one")
     rate_per_s = settings.slo.workload.rate_per_s * mean_level(settings.load, settings.window_s)
@@ -171,18 +183,18 @@ def check_settings(settings: Settings) -> None:
 
 
 def make_plan(settings: Settings, signature: Signature) -> Plan:
-    """Draw schedules and payloads from the seed. Raises SignatureUnusable or InputsInvalid."""
+    """Draw schedules and payloads from the seed.
+
+    Raises SignatureUnusable, InputsInvalid or LabelsInvalid.
+    """
     workload = settings.slo.workload
     check_fit(signature, workload)
-    if settings.inputs is None:
-        check_lengths(signature, workload)
-        inputs: RandomInputs | FileInputs = RandomInputs(
-            signature, workload.rows, workload.input_lengths
-        )
-    else:
-        arrays = read_inputs_file(settings.inputs, signature)
-        inputs = FileInputs(signature, workload.rows, arrays)
-    rngs = [np.random.default_rng(one) for one in np.random.SeedSequence(settings.seed).spawn(3)]
+    output = None
+    if settings.labels is not None:
+        output = choose_output(signature, settings.label_output)
+    inputs, classes = open_inputs(settings, signature, output)
+    seeds = np.random.SeedSequence(settings.seed).spawn(3)
+    rngs = [np.random.default_rng(one) for one in seeds]
     payloads = encode_payloads(
         inputs.draw(rngs[0]),
         signature,
@@ -190,8 +202,15 @@ def make_plan(settings: Settings, signature: Signature) -> Plan:
         sorted({target.protocol for target in settings.targets}),
         settings.model,
         settings.version,
+        MAX_PAYLOADS if output is None else MAX_LABELLED_PAYLOADS,
     )
     n_payloads = len(next(iter(payloads.values())))
+    key = None
+    if output is not None and classes is not None and isinstance(inputs, FileInputs):
+        # The same seed gives the same rows again.
+        rows = inputs.draw_rows(np.random.default_rng(seeds[0]))
+        chosen = np.stack(list(islice(rows, n_payloads)))
+        key = AnswerKey(output.name, classes[chosen])
     warmup, window = draw_schedules(settings, n_payloads, rngs[1], rngs[2])
     return Plan(
         model=settings.model,
@@ -202,7 +221,27 @@ def make_plan(settings: Settings, signature: Signature) -> Plan:
         window=window,
         timeout_s=settings.timeout_s,
         max_in_flight=settings.in_flight_limit,
+        key=key,
     )
+
+
+def open_inputs(
+    settings: Settings, signature: Signature, output: TensorSpec | None
+) -> tuple[RandomInputs | FileInputs, npt.NDArray[np.int64] | None]:
+    """Where tensors come from, and the classes [n] of its rows where there is an output for them.
+
+    Raises SignatureUnusable, InputsInvalid or LabelsInvalid.
+    """
+    workload = settings.slo.workload
+    if settings.inputs is None:
+        check_lengths(signature, workload)
+        return RandomInputs(signature, workload.rows, workload.input_lengths), None
+    classes = None
+    if settings.labels is not None and output is not None:
+        arrays, classes = read_labelled_file(settings.inputs, signature, settings.labels, output)
+    else:
+        arrays = read_inputs_file(settings.inputs, signature)
+    return FileInputs(signature, workload.rows, arrays), classes
 
 
 def draw_schedules(

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from loadtest.reasons import (
+    AnswersUngraded,
     AnyReason,
     CountsDisagree,
     EdgeMissing,
@@ -74,6 +75,8 @@ class Evidence:
     """of the generator's sending thread, 0 to 1"""
     server: ServerEvidence | None
     """none: the server isn't asked"""
+    label_output: str | None = None
+    """none: answers aren't graded"""
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,13 @@ def _doubts(evidence: Evidence, good: GoodShare) -> list[AnyReason]:
     n_invalid = int(samples.invalid.sum())
     if n_invalid:
         doubts.append(RequestsInvalid(n_invalid=n_invalid, n=len(samples)))
+    n_ungraded = int((samples.ok & ~samples.graded).sum())
+    if evidence.label_output is not None and n_ungraded:
+        doubts.append(
+            AnswersUngraded(
+                n_ungraded=n_ungraded, n_ok=int(samples.ok.sum()), output=evidence.label_output
+            )
+        )
     doubts.extend(_lag_doubts(evidence, good))
     if evidence.cpu_share > MAX_CPU_SHARE:
         doubts.append(GeneratorBusy(cpu_share=evidence.cpu_share, limit=MAX_CPU_SHARE))

@@ -23,7 +23,8 @@ from locust.exception import StopUser  # isort: skip
 import gevent
 from gevent.event import Event
 
-from loadtest.generator.dispatcher import Dispatcher
+from loadtest.answers import READERS
+from loadtest.generator.dispatcher import Dispatcher, Grade
 from loadtest.generator.rest import RestSender
 from loadtest.generator.rpc import RpcSender, use_gevent
 from loadtest.generator.sender import Answer, Sender
@@ -71,7 +72,7 @@ class Run:
         senders = [open_sender(plan, target) for target in plan.targets]
         with open_timer() as timer:
             dispatcher = Dispatcher(
-                senders, timer, plan.max_in_flight, plan.timeout_s, self.observe
+                senders, timer, plan.max_in_flight, plan.timeout_s, self.observe, grader(plan)
             )
             try:
                 if len(plan.warmup):
@@ -177,6 +178,20 @@ def open_sender(plan: Plan, target: Target) -> Sender:
     if target.protocol == "rest":
         return RestSender(target, plan.model, plan.version, payloads)
     return RpcSender(target, payloads)
+
+
+def grader(plan: Plan) -> Grade | None:
+    """How answers are graded; none where nobody asked for it."""
+    key = plan.key
+    if key is None:
+        return None
+    readers = [READERS[target.protocol] for target in plan.targets]
+
+    def grade(target: int, payload: int, answer: Answer) -> int:
+        scores = readers[target](answer.body, answer.json_bytes, key.output)
+        return key.n_right(payload, scores)
+
+    return grade
 
 
 def allow_open_files(n: int) -> None:

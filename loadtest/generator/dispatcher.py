@@ -11,6 +11,7 @@ import numpy as np
 from loadtest.arrivals import Arrivals
 from loadtest.generator.sender import Answer, Sender
 from loadtest.generator.timer import Timer
+from loadtest.labels import UNGRADED
 from loadtest.samples import DROPPED, TIMED_OUT, UNFINISHED, Samples
 
 LEAD_S = 0.05
@@ -20,6 +21,8 @@ DRAIN_MARGIN_S = 1.0
 NOT_YET = float("nan")
 Observe = Callable[[int, float, Answer], None]
 """Called with (target, latency in seconds from the intended send, answer) after each request."""
+Grade = Callable[[int, int, Answer], int]
+"""Called with (target, payload, success); gives the number of rows that were answered right."""
 
 
 class SendFailed(Exception):
@@ -36,12 +39,14 @@ class Dispatcher:
         max_in_flight: int,
         timeout_s: float,
         observe: Observe,
+        grade: Grade | None = None,
     ) -> None:
         self._senders = senders
         self._timer = timer
         self._pool = gevent.pool.Pool(max_in_flight)
         self._timeout_s = timeout_s
         self._observe = observe
+        self._grade = grade
         self._defect = ""
 
     def play(self, arrivals: Arrivals) -> Samples:
@@ -51,7 +56,7 @@ class Dispatcher:
         dropped and marked so. Raises SendFailed for a defect in a sender.
         """
         n = len(arrivals)
-        record = Record([NOT_YET] * n, [NOT_YET] * n, [UNFINISHED] * n)
+        record = Record(n, self._grade is not None)
         targets, payloads = arrivals.target.tolist(), arrivals.payload.tolist()
         start_s = time.monotonic() + LEAD_S
         for index, intended_s in enumerate(arrivals.intended_s.tolist()):
@@ -96,16 +101,20 @@ class Dispatcher:
         done_s = time.monotonic()
         record.done_s[index] = done_s
         record.status[index] = answer.status
+        # Graded after its time was taken, so that it costs the next request at most.
+        if self._grade is not None and record.n_right is not None and answer.body:
+            record.n_right[index] = self._grade(target, payload, answer)
         self._observe(target, done_s - intended_s, answer)
 
 
 class Record:
     """Columns while they are written, in seconds of time.monotonic()."""
 
-    def __init__(self, sent_s: list[float], done_s: list[float], status: list[int]) -> None:
-        self.sent_s = sent_s
-        self.done_s = done_s
-        self.status = status
+    def __init__(self, n: int, graded: bool) -> None:
+        self.sent_s = [NOT_YET] * n
+        self.done_s = [NOT_YET] * n
+        self.status = [UNFINISHED] * n
+        self.n_right = [UNGRADED] * n if graded else None
 
     def samples(self, arrivals: Arrivals, start_s: float) -> Samples:
         return Samples(
@@ -114,4 +123,5 @@ class Record:
             done_s=np.array(self.done_s) - start_s,
             target=arrivals.target,
             status=np.array(self.status, np.int32),
+            n_right=None if self.n_right is None else np.array(self.n_right, np.int32),
         )
