@@ -149,6 +149,16 @@ def loadtest(
             "steps, spikes, a day's wave, or a recorded trace (docs/loadtest.md, Arrivals).",
         ),
     ] = None,
+    closed_loop: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=60_000,
+            help="N clients that each send when answered, in place of arrivals at the SLO's rate. "
+            "They wait where the server stalls, so the verdict can't be met.",
+        ),
+    ] = None,
     find_capacity: Annotated[
         bool,
         typer.Option(
@@ -197,6 +207,7 @@ def loadtest(
             version=version,
             inputs=inputs,
             labels=labels,
+            closed_loop=closed_loop,
             label_output=label_output,
             duration_s=duration_s,
             warmup_s=warmup_s,
@@ -211,6 +222,8 @@ def loadtest(
             check_folder(option, path)
         if find_capacity and junit_file is not None:
             raise SettingsInvalid("--junit: got it with --find-capacity, want --json or --html")
+        if find_capacity and closed_loop is not None:
+            raise SettingsInvalid("--closed-loop: got it with --find-capacity, want one of them")
         if find_capacity:
             raise typer.Exit(search_and_report(settings, json_file, html_file))
         raise typer.Exit(test_and_report(settings, json_file, html_file, junit_file))
@@ -299,7 +312,7 @@ def progress(console: Console) -> "Iterator[Watcher]":
         def on_warmup(n: int) -> None:
             bar.update(task, description="warming up", note=f"{n} requests")
 
-        def on_window(n: int) -> None:
+        def on_window(n: int | None) -> None:
             bar.reset(task, description="measuring", total=n, note="")
 
         def on_progress(played: Played) -> None:

@@ -21,16 +21,24 @@ def print_plan(settings: Settings, console: Console) -> None:
     slo = settings.slo
     rate_per_s = slo.workload.rate_per_s * mean_level(settings.load, settings.window_s)
     n = round(rate_per_s * settings.window_s)
+    if settings.closed_loop is not None:
+        console.print(
+            "[yellow]warning:[/] clients that wait for their answers spare a server that "
+            "stalls: the verdict can't be met",
+            highlight=False,
+        )
     targets = ", ".join(target.url for target in settings.targets)
+    load = f"{rate_per_s:.4g} requests/s ({settings.load.label})"
+    if settings.closed_loop is not None:
+        load = f"{settings.closed_loop} clients in a closed loop"
     console.print(
-        f"[bold]{escape(slo.name)}[/]: {rate_per_s:.4g} requests/s "
-        f"({settings.load.label}) for {settings.window_s:g} s to {escape(settings.model)} "
-        f"at {escape(targets)}; want {slo.latency.quantile * 100:g} % within "
-        f"{slo.latency.threshold_ms:g} ms",
+        f"[bold]{escape(slo.name)}[/]: {load} for {settings.window_s:g} s "
+        f"to {escape(settings.model)} at {escape(targets)}; "
+        f"want {slo.latency.quantile * 100:g} % within {slo.latency.threshold_ms:g} ms",
         highlight=False,
     )
     needed = requests_needed(slo.latency.quantile)
-    if n < needed:
+    if n < needed and settings.closed_loop is None:
         console.print(
             f"[yellow]warning:[/] {n} requests can't show a quantile of "
             f"{slo.latency.quantile:g}, {needed} are needed: the verdict can't be met",
@@ -127,7 +135,11 @@ def _objectives(report: Report) -> Table:
 
 
 def _latencies(report: Report) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title="Latency from the intended send", title_justify="left")
+    closed = report.run.closed_loop
+    title = "Latency from the intended send"
+    if closed is not None:
+        title = f"Latency in a closed loop of {closed} clients"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     cells = []
     for one in report.latency:
         table.add_column(f"p{one.quantile * 100:g}", justify="right")

@@ -31,6 +31,15 @@ class Payload:
 
 
 @dataclass(frozen=True)
+class ClosedLoop:
+    """Clients that send when they are answered, for so long; of a schedule only the order stays."""
+
+    n_clients: int
+    warmup_s: float
+    window_s: float
+
+
+@dataclass(frozen=True)
 class Plan:
     model: str
     version: str
@@ -45,6 +54,8 @@ class Plan:
     max_in_flight: int
     key: AnswerKey | None = None
     """none: answers aren't graded"""
+    closed: ClosedLoop | None = None
+    """none: the loop is open, and the schedules say when"""
 
 
 def save_plan(plan: Plan, folder: Path) -> None:
@@ -54,6 +65,7 @@ def save_plan(plan: Plan, folder: Path) -> None:
         "targets": [asdict(target) for target in plan.targets],
         "timeout_s": plan.timeout_s,
         "max_in_flight": plan.max_in_flight,
+        "closed": None if plan.closed is None else asdict(plan.closed),
         "label_output": None if plan.key is None else plan.key.output,
         "json_bytes": {
             protocol: [payload.json_bytes for payload in payloads]
@@ -86,7 +98,7 @@ def load_plan(folder: Path) -> Plan:
             protocol: _cut(arrays[f"{protocol}.bodies"], arrays[f"{protocol}.ends"], sizes)
             for protocol, sizes in settings["json_bytes"].items()
         }
-        output = settings["label_output"]
+        output, closed = settings["label_output"], settings["closed"]
         key = None if output is None else AnswerKey(output, arrays["classes"])
     return Plan(
         model=settings["model"],
@@ -98,6 +110,7 @@ def load_plan(folder: Path) -> Plan:
         timeout_s=settings["timeout_s"],
         max_in_flight=settings["max_in_flight"],
         key=key,
+        closed=None if closed is None else ClosedLoop(**closed),
     )
 
 

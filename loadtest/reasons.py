@@ -125,6 +125,21 @@ class RateNotReached(Reason):
         )
 
 
+class LoopClosed(Reason):
+    kind: Literal["loop_closed"] = "loop_closed"
+    n_clients: int
+    achieved_per_s: float
+    rate_per_s: float
+
+    @property
+    def message(self) -> str:
+        return (
+            f"{self.n_clients} clients waited for their answers (--closed-loop) and sent "
+            f"{self.achieved_per_s:.5g} requests/s, the promise is for {self.rate_per_s:.5g} "
+            "that come whatever the server does: leave --closed-loop out for a verdict"
+        )
+
+
 class RequestsDropped(Reason):
     kind: Literal["requests_dropped"] = "requests_dropped"
     n_dropped: int
@@ -286,6 +301,7 @@ AnyReason = Annotated[
     | TooCloseToCall
     | RequestsCorrelated
     | RateNotReached
+    | LoopClosed
     | RequestsDropped
     | RequestsInvalid
     | AnswersUngraded

@@ -74,6 +74,8 @@ class RunFacts(Strict):
     n_payloads: int
     profile: LoadProfile | None = None
     """none: the SLO's own arrivals"""
+    closed_loop: int | None = None
+    """number of clients that waited for their answers; none: an open loop"""
 
 
 class RequestFacts(Strict):
@@ -232,6 +234,7 @@ def _run_facts(result: Result) -> RunFacts:
         max_in_flight=plan.max_in_flight,
         n_payloads=len(next(iter(plan.payloads.values()))),
         profile=settings.profile,
+        closed_loop=settings.closed_loop,
     )
 
 

@@ -18,7 +18,7 @@ from loadtest.driver import Played, Progress, Warmed, check_generator, play
 from loadtest.endpoint import describe_all
 from loadtest.inputs import FileInputs, RandomInputs, read_inputs_file, read_labelled_file
 from loadtest.labels import AnswerKey, choose_output
-from loadtest.plan import Plan
+from loadtest.plan import ClosedLoop, Plan
 from loadtest.profile import LoadProfile, simple_profile
 from loadtest.samples import Samples
 from loadtest.server_metrics import MetricsUnusable, Scrapes, Snapshot, counted, scrape
@@ -63,6 +63,8 @@ class Settings:
     """none: the SLO's own arrivals at its rate"""
     labels: str | None = None
     """array of `inputs` with the class of each row; none: answers aren't graded"""
+    closed_loop: int | None = None
+    """number of clients that wait for their answers; none: an open loop"""
     label_output: str | None = None
     """the output with the scores; none: the model's only one"""
 
@@ -80,6 +82,8 @@ class Settings:
 
     @property
     def in_flight_limit(self) -> int:
+        if self.closed_loop is not None:
+            return self.closed_loop
         if self.max_in_flight is not None:
             return self.max_in_flight
         peak = peak_level(self.load, self.window_s)
@@ -100,8 +104,8 @@ class Watcher:
 
     on_warmup: Callable[[int], None]
     """number of warm-up requests planned"""
-    on_window: Callable[[int], None]
-    """number of requests planned, once the warm-up has drained"""
+    on_window: Callable[[int | None], None]
+    """number of requests planned, once the warm-up has drained; none in a closed loop"""
     on_progress: Callable[[Progress], None]
 
 
@@ -134,7 +138,7 @@ def run(settings: Settings, watcher: Watcher) -> Result:
     def on_warm(message: Warmed) -> None:
         warmed.append(message)
         observer.before()
-        watcher.on_window(len(plan.window))
+        watcher.on_window(len(plan.window) if plan.closed is None else None)
 
     watcher.on_warmup(len(plan.warmup))
     with tempfile.TemporaryDirectory(prefix="trimserve-loadtest-") as folder:
@@ -148,6 +152,7 @@ def run(settings: Settings, watcher: Watcher) -> Result:
         max_in_flight=plan.max_in_flight,
         cpu_share=played.cpu_share,
         server=server,
+        closed_loop=settings.closed_loop,
         label_output=None if plan.key is None else plan.key.output,
     )
     return Result(settings, plan, played, warmed[0], server, judge(evidence))
@@ -157,6 +162,16 @@ def check_settings(settings: Settings) -> None:
     """Raises SettingsInvalid."""
     if settings.labels is not None and settings.inputs is None:
         raise SettingsInvalid("--labels: got it without --inputs, want the file that they are in")
+    if settings.closed_loop is not None and settings.profile is not None:
+        raise SettingsInvalid(
+            "--closed-loop: got it with --profile, want one of them: clients that wait for "
+            "answers follow no arrivals"
+        )
+    if settings.closed_loop is not None and settings.max_in_flight is not None:
+        raise SettingsInvalid(
+            "--closed-loop: got it with --max-in-flight, want one of them: so many clients have "
+            "so many requests in flight"
+        )
     if settings.label_output is not None and settings.labels is None:
         raise SettingsInvalid("--label-output: got it without --labels, want both or neither")
     if not settings.targets:
@@ -222,6 +237,9 @@ def make_plan(settings: Settings, signature: Signature) -> Plan:
         timeout_s=settings.timeout_s,
         max_in_flight=settings.in_flight_limit,
         key=key,
+        closed=None
+        if settings.closed_loop is None
+        else ClosedLoop(settings.closed_loop, settings.warmup_s, settings.window_s),
     )
 
 

@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # Locust first: it patches the standard library, which all others must find patched.
 from locust import User, task  # isort: skip
@@ -30,7 +30,7 @@ from loadtest.generator.rpc import RpcSender, use_gevent
 from loadtest.generator.sender import Answer, Sender
 from loadtest.generator.timer import open_timer
 from loadtest.plan import SAMPLES_FILE, Plan, load_plan
-from loadtest.samples import GRPC_BASE, HTTP_OK, save_samples, status_label
+from loadtest.samples import GRPC_BASE, HTTP_OK, Samples, save_samples, status_label
 from loadtest.target import Target
 
 PROGRESS_EVERY_S = 0.2
@@ -76,7 +76,7 @@ class Run:
             )
             try:
                 if len(plan.warmup):
-                    dispatcher.play(plan.warmup)
+                    self.play_phase(dispatcher, "warmup")
                 self.window(dispatcher)
             finally:
                 dispatcher.kill()
@@ -95,11 +95,19 @@ class Run:
         gc.collect()
         gc.freeze()
         clocks = Clocks()
-        samples = dispatcher.play(self.plan.window)
+        samples = self.play_phase(dispatcher, "window")
         shares = clocks.shares()
         reporter.kill()
         save_samples(samples, self.folder / SAMPLES_FILE)
         tell("finished", errors=self.errors, **shares)
+
+    def play_phase(self, dispatcher: Dispatcher, phase: Literal["warmup", "window"]) -> Samples:
+        plan = self.plan
+        arrivals = plan.warmup if phase == "warmup" else plan.window
+        if plan.closed is None:
+            return dispatcher.play(arrivals)
+        duration_s = plan.closed.warmup_s if phase == "warmup" else plan.closed.window_s
+        return dispatcher.play_closed(arrivals, plan.closed.n_clients, duration_s)
 
     def observe(self, target: int, latency_s: float, answer: Answer) -> None:
         """Count a request and tell Locust, whose statistics its web interface shows."""
@@ -209,6 +217,9 @@ def tell(event: str, **content: Any) -> None:
 
 def longest_s(plan: Plan) -> float:
     """After this time a run must be over, whatever happens."""
+    if plan.closed is not None:
+        schedules_s = plan.closed.warmup_s + plan.closed.window_s
+        return schedules_s + 2 * plan.timeout_s + SPARE_S
     schedules_s = sum(float(one.intended_s[-1]) for one in (plan.warmup, plan.window) if len(one))
     return schedules_s + 2 * plan.timeout_s + SPARE_S
 

@@ -1,4 +1,7 @@
-"""The open loop: send each request at its time, whatever became of those before."""
+"""The open loop: send each request at its time, whatever became of those before.
+
+And the closed one, where it is asked for: send each request when its client is answered.
+"""
 
 import time
 import traceback
@@ -12,11 +15,14 @@ from loadtest.arrivals import Arrivals
 from loadtest.generator.sender import Answer, Sender
 from loadtest.generator.timer import Timer
 from loadtest.labels import UNGRADED
-from loadtest.samples import DROPPED, TIMED_OUT, UNFINISHED, Samples
+from loadtest.samples import DROPPED, GRPC_BASE, HTTP_OK, TIMED_OUT, UNFINISHED, Samples
 
 LEAD_S = 0.05
 """The first arrival is this far ahead when a schedule starts."""
 DRAIN_MARGIN_S = 1.0
+RETRY_S = 0.01
+"""How long a client of a closed loop waits after a failure."""
+SUCCESSES = (HTTP_OK, GRPC_BASE)
 
 NOT_YET = float("nan")
 Observe = Callable[[int, float, Answer], None]
@@ -79,6 +85,42 @@ class Dispatcher:
             raise SendFailed(self._defect)
         return record.samples(arrivals, start_s)
 
+    def play_closed(self, order: Arrivals, n_clients: int, duration_s: float) -> Samples:
+        """So many clients send, each when answered, for so long; then the last answers come.
+
+        Targets and payloads come in the order of the schedule, again and again; its times don't
+        count: a request is meant to be sent when it is. A failed request is followed by the next
+        after RETRY_S, so that a server that refuses isn't flooded. Raises SendFailed.
+        """
+        record = Record(0, self._grade is not None)
+        targets, payloads = order.target.tolist(), order.payload.tolist()
+        sent_targets: list[int] = []
+        start_s = time.monotonic() + LEAD_S
+        end_s = start_s + duration_s
+
+        def client() -> None:
+            gevent.sleep(max(0.0, start_s - time.monotonic()))
+            while time.monotonic() < end_s and not self._defect:
+                index = record.grow()
+                target, payload = (one[index % len(one)] for one in (targets, payloads))
+                sent_targets.append(target)
+                self._send(record, index, time.monotonic(), target, payload)
+                if record.status[index] not in SUCCESSES:
+                    gevent.sleep(RETRY_S)
+
+        for _ in range(n_clients):
+            self._pool.spawn(client)
+        self._pool.join(timeout=LEAD_S + duration_s + self._timeout_s + DRAIN_MARGIN_S)
+        self._pool.kill()
+        if self._defect:
+            raise SendFailed(self._defect)
+        sent = Arrivals(
+            np.array(record.sent_s) - start_s,
+            np.array(sent_targets, np.int32),
+            order.payload[np.arange(len(sent_targets)) % len(order)],
+        )
+        return record.samples(sent, start_s)
+
     def kill(self) -> None:
         self._pool.kill()
 
@@ -115,6 +157,15 @@ class Record:
         self.done_s = [NOT_YET] * n
         self.status = [UNFINISHED] * n
         self.n_right = [UNGRADED] * n if graded else None
+
+    def grow(self) -> int:
+        """Make room for one more request; gives its index."""
+        self.sent_s.append(NOT_YET)
+        self.done_s.append(NOT_YET)
+        self.status.append(UNFINISHED)
+        if self.n_right is not None:
+            self.n_right.append(UNGRADED)
+        return len(self.status) - 1
 
     def samples(self, arrivals: Arrivals, start_s: float) -> Samples:
         return Samples(
