@@ -119,6 +119,20 @@ def loadtest(
             "ones.",
         ),
     ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Array [n] of --inputs with the class of each row: shows the accuracy under "
+            "load, by the highest score of an output [rows, classes].",
+        ),
+    ] = None,
+    label_output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The output that --labels are of; by default the only one."
+        ),
+    ] = None,
     duration_s: Annotated[
         float | None,
         typer.Option(min=1, max=86_400, help="Measure this long; by default the SLO's window_s."),
@@ -133,6 +147,16 @@ def loadtest(
             metavar="FILE.yaml",
             help="Arrivals that differ from the SLO's own: gamma bursts, Markov-modulated, a ramp, "
             "steps, spikes, a day's wave, or a recorded trace (docs/loadtest.md, Arrivals).",
+        ),
+    ] = None,
+    closed_loop: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=60_000,
+            help="N clients that each send when answered, in place of arrivals at the SLO's rate. "
+            "They wait where the server stalls, so the verdict can't be met.",
         ),
     ] = None,
     find_capacity: Annotated[
@@ -182,6 +206,9 @@ def loadtest(
             targets=tuple(parse_target(url) for url in target),
             version=version,
             inputs=inputs,
+            labels=labels,
+            closed_loop=closed_loop,
+            label_output=label_output,
             duration_s=duration_s,
             warmup_s=warmup_s,
             seed=seed,
@@ -195,6 +222,8 @@ def loadtest(
             check_folder(option, path)
         if find_capacity and junit_file is not None:
             raise SettingsInvalid("--junit: got it with --find-capacity, want --json or --html")
+        if find_capacity and closed_loop is not None:
+            raise SettingsInvalid("--closed-loop: got it with --find-capacity, want one of them")
         if find_capacity:
             raise typer.Exit(search_and_report(settings, json_file, html_file))
         raise typer.Exit(test_and_report(settings, json_file, html_file, junit_file))
@@ -283,7 +312,7 @@ def progress(console: Console) -> "Iterator[Watcher]":
         def on_warmup(n: int) -> None:
             bar.update(task, description="warming up", note=f"{n} requests")
 
-        def on_window(n: int) -> None:
+        def on_window(n: int | None) -> None:
             bar.reset(task, description="measuring", total=n, note="")
 
         def on_progress(played: Played) -> None:

@@ -91,6 +91,7 @@ def _check_same_promise(before: Report, after: Report) -> None:
         ("latency", before.slo.latency, after.slo.latency),
         ("workload", before.slo.workload, after.slo.workload),
         ("profile", before.run.profile, after.run.profile),
+        ("closed loop", before.run.closed_loop, after.run.closed_loop),
     ):
         if one != other:
             raise NotComparable(

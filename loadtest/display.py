@@ -21,16 +21,24 @@ def print_plan(settings: Settings, console: Console) -> None:
     slo = settings.slo
     rate_per_s = slo.workload.rate_per_s * mean_level(settings.load, settings.window_s)
     n = round(rate_per_s * settings.window_s)
+    if settings.closed_loop is not None:
+        console.print(
+            "[yellow]warning:[/] clients that wait for their answers spare a server that "
+            "stalls: the verdict can't be met",
+            highlight=False,
+        )
     targets = ", ".join(target.url for target in settings.targets)
+    load = f"{rate_per_s:.4g} requests/s ({settings.load.label})"
+    if settings.closed_loop is not None:
+        load = f"{settings.closed_loop} clients in a closed loop"
     console.print(
-        f"[bold]{escape(slo.name)}[/]: {rate_per_s:.4g} requests/s "
-        f"({settings.load.label}) for {settings.window_s:g} s to {escape(settings.model)} "
-        f"at {escape(targets)}; want {slo.latency.quantile * 100:g} % within "
-        f"{slo.latency.threshold_ms:g} ms",
+        f"[bold]{escape(slo.name)}[/]: {load} for {settings.window_s:g} s "
+        f"to {escape(settings.model)} at {escape(targets)}; "
+        f"want {slo.latency.quantile * 100:g} % within {slo.latency.threshold_ms:g} ms",
         highlight=False,
     )
     needed = requests_needed(slo.latency.quantile)
-    if n < needed:
+    if n < needed and settings.closed_loop is None:
         console.print(
             f"[yellow]warning:[/] {n} requests can't show a quantile of "
             f"{slo.latency.quantile:g}, {needed} are needed: the verdict can't be met",
@@ -127,7 +135,11 @@ def _objectives(report: Report) -> Table:
 
 
 def _latencies(report: Report) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title="Latency from the intended send", title_justify="left")
+    closed = report.run.closed_loop
+    title = "Latency from the intended send"
+    if closed is not None:
+        title = f"Latency in a closed loop of {closed} clients"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     cells = []
     for one in report.latency:
         table.add_column(f"p{one.quantile * 100:g}", justify="right")
@@ -143,6 +155,13 @@ def _requests(report: Report) -> Table:
     requests, generator = report.requests, report.generator
     table.add_row("sent", f"{requests.n_sent} of {requests.n}, {requests.achieved_per_s:.1f}/s")
     table.add_row("goodput", f"{requests.goodput_per_s:.1f}/s")
+    if report.accuracy is not None:
+        one = report.accuracy
+        table.add_row(
+            "accuracy",
+            f"{one.accuracy * 100:.5g} %, {one.n_right} of {one.n_rows} rows of "
+            f"{one.n_payloads} different requests (shown, not judged)",
+        )
     for status in requests.statuses:
         example = f": {status.example}" if status.example else ""
         table.add_row(escape(status.label), escape(f"{status.n}{example}"))
@@ -152,10 +171,10 @@ def _requests(report: Report) -> Table:
             f"lag p99 {generator.lag_p99_s * 1e3:.2f} ms, CPU {generator.cpu_share * 100:.0f} %",
         )
     if report.server is not None:
-        for one in report.server.transports:
+        for count in report.server.transports:
             table.add_row(
-                f"server, {one.transport}",
-                f"{one.server_n} counted, {one.server_over} over the threshold "
-                f"(seen here: {one.client_n} and {one.client_over})",
+                f"server, {count.transport}",
+                f"{count.server_n} counted, {count.server_over} over the threshold "
+                f"(seen here: {count.client_n} and {count.client_over})",
             )
     return table

@@ -31,14 +31,14 @@ def describe(target: Target, model: str, version: str) -> Signature:
 
 
 def describe_all(targets: tuple[Target, ...], model: str, version: str) -> Signature:
-    """The inputs that all targets agree on."""
+    """The inputs and outputs that all targets agree on."""
     first = describe(targets[0], model, version)
     for target in targets[1:]:
         other = describe(target, model, version)
         if other != first:
             raise TargetUnusable(
                 f"--target: {target.url} and {targets[0].url} serve '{model}' with different "
-                "inputs, want the same model behind every target"
+                "inputs or outputs, want the same model behind every target"
             )
     return first
 
@@ -54,8 +54,9 @@ def _describe_rest(target: Target, model: str, version: str) -> Signature:
     if _get(target, f"{path}/ready")[0] != 200:
         raise _not_ready(target, model)
     try:
-        return read_inputs(json.loads(body)["inputs"])
-    except (ValueError, KeyError, TypeError) as error:
+        metadata = json.loads(body)
+        return read_inputs(metadata["inputs"], metadata.get("outputs", ()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, SignatureUnusable):
             raise
         raise TargetUnusable(
@@ -86,7 +87,10 @@ def _describe_grpc(target: Target, model: str, version: str) -> Signature:
     if not ready.ready:
         raise _not_ready(target, model)
     return checked(
-        [TensorSpec(one.name, one.datatype, tuple(one.shape)) for one in described.inputs]
+        *(
+            [TensorSpec(one.name, one.datatype, tuple(one.shape)) for one in tensors]
+            for tensors in (described.inputs, described.outputs)
+        )
     )
 
 

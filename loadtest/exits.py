@@ -20,6 +20,7 @@ def exit_codes() -> Iterator[None]:
     from loadtest.driver import GeneratorFailed, GeneratorMissing
     from loadtest.endpoint import TargetUnusable
     from loadtest.inputs import InputsInvalid
+    from loadtest.labels import LabelsInvalid
     from loadtest.server_metrics import MetricsUnusable
     from loadtest.session import SettingsInvalid
     from loadtest.signature import SignatureUnusable
@@ -32,6 +33,7 @@ def exit_codes() -> Iterator[None]:
         DocumentInvalid,
         GeneratorMissing,
         InputsInvalid,
+        LabelsInvalid,
         NotComparable,
         SettingsInvalid,
         SignatureUnusable,

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loadtest.document import nearest
+from loadtest.labels import LabelsInvalid, check_labels
 from loadtest.signature import VARIABLE, Signature, TensorSpec
 from loadtest.slo import InputLengths
 
@@ -76,10 +77,18 @@ class FileInputs:
     arrays: Tensors
     """[n, ...] by input"""
 
-    def draw(self, rng: np.random.Generator) -> Iterator[Tensors]:
+    def draw_rows(self, rng: np.random.Generator) -> Iterator[npt.NDArray[np.int64]]:
+        """[rows] of one request after the other, every row once before any comes again."""
         n = len(next(iter(self.arrays.values())))
+        waiting = np.empty(0, np.int64)
         while True:
-            chosen = rng.integers(0, n, self.rows)
+            while len(waiting) < self.rows:
+                waiting = np.concatenate([waiting, rng.permutation(n)])
+            yield waiting[: self.rows]
+            waiting = waiting[self.rows :]
+
+    def draw(self, rng: np.random.Generator) -> Iterator[Tensors]:
+        for chosen in self.draw_rows(rng):
             yield {
                 spec.name: self.arrays[spec.name][chosen if spec.has_batch_axis else chosen[0]]
                 for spec in self.signature.inputs
@@ -115,11 +124,37 @@ def read_inputs_file(path: Path, signature: Signature) -> Tensors:
 
     Raises InputsInvalid, naming the array, what it is and what the model wants.
     """
+    return _checked_arrays(path, _read_arrays(path), signature)
+
+
+def read_labelled_file(
+    path: Path, signature: Signature, labels: str, output: TensorSpec
+) -> tuple[Tensors, npt.NDArray[np.int64]]:
+    """As `read_inputs_file`, and the classes [n] in the array called `labels`, of `output`.
+
+    Raises InputsInvalid or LabelsInvalid.
+    """
+    arrays = _read_arrays(path)
+    if labels not in arrays:
+        close = nearest(labels, list(arrays))
+        hint = f" (did you mean '{close}'?)" if close else ""
+        raise LabelsInvalid(
+            f"--labels: no array '{labels}' in {path}{hint}, want one of {', '.join(arrays)}"
+        )
+    if labels in [spec.name for spec in signature.inputs]:
+        raise LabelsInvalid(f"--labels: got '{labels}', an input of the model, want another array")
+    classes = arrays.pop(labels)
+    checked = _checked_arrays(path, arrays, signature)
+    n = len(next(iter(checked.values())))
+    return checked, check_labels(f"--labels: array '{labels}' of {path}", classes, n, output)
+
+
+def _read_arrays(path: Path) -> Tensors:
     try:
         with np.load(path, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise InputsInvalid(f"--inputs {path}: a single array, want an .npz file of arrays")
-            arrays = {name: archive[name] for name in archive.files}
+            return {name: archive[name] for name in archive.files}
     except OSError as error:
         raise InputsInvalid(f"--inputs {path}: {error.strerror or error}") from error
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -128,6 +163,9 @@ def read_inputs_file(path: Path, signature: Signature) -> Tensors:
         raise InputsInvalid(
             f"--inputs {path}: not an .npz file without pickled objects ({error})"
         ) from error
+
+
+def _checked_arrays(path: Path, arrays: Tensors, signature: Signature) -> Tensors:
     _check_names(path, set(arrays), signature)
     checked = {
         spec.name: _checked_array(path, spec, arrays[spec.name]) for spec in signature.inputs

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from loadtest.arrivals import Arrivals
+from loadtest.labels import AnswerKey
 from loadtest.target import Protocol, Target
 
 SETTINGS_FILE = "plan.json"
@@ -30,6 +31,15 @@ class Payload:
 
 
 @dataclass(frozen=True)
+class ClosedLoop:
+    """Clients that send when they are answered, for so long; of a schedule only the order stays."""
+
+    n_clients: int
+    warmup_s: float
+    window_s: float
+
+
+@dataclass(frozen=True)
 class Plan:
     model: str
     version: str
@@ -42,6 +52,10 @@ class Plan:
     timeout_s: float
     """how long a request may take from its send"""
     max_in_flight: int
+    key: AnswerKey | None = None
+    """none: answers aren't graded"""
+    closed: ClosedLoop | None = None
+    """none: the loop is open, and the schedules say when"""
 
 
 def save_plan(plan: Plan, folder: Path) -> None:
@@ -51,12 +65,14 @@ def save_plan(plan: Plan, folder: Path) -> None:
         "targets": [asdict(target) for target in plan.targets],
         "timeout_s": plan.timeout_s,
         "max_in_flight": plan.max_in_flight,
+        "closed": None if plan.closed is None else asdict(plan.closed),
+        "label_output": None if plan.key is None else plan.key.output,
         "json_bytes": {
             protocol: [payload.json_bytes for payload in payloads]
             for protocol, payloads in plan.payloads.items()
         },
     }
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, Any] = {} if plan.key is None else {"classes": plan.key.classes}
     for phase in PHASES:
         for name, column in vars(getattr(plan, phase)).items():
             arrays[f"{phase}.{name}"] = column
@@ -82,6 +98,8 @@ def load_plan(folder: Path) -> Plan:
             protocol: _cut(arrays[f"{protocol}.bodies"], arrays[f"{protocol}.ends"], sizes)
             for protocol, sizes in settings["json_bytes"].items()
         }
+        output, closed = settings["label_output"], settings["closed"]
+        key = None if output is None else AnswerKey(output, arrays["classes"])
     return Plan(
         model=settings["model"],
         version=settings["version"],
@@ -91,6 +109,8 @@ def load_plan(folder: Path) -> Plan:
         window=window,
         timeout_s=settings["timeout_s"],
         max_in_flight=settings["max_in_flight"],
+        key=key,
+        closed=None if closed is None else ClosedLoop(**closed),
     )
 
 

@@ -125,6 +125,21 @@ class RateNotReached(Reason):
         )
 
 
+class LoopClosed(Reason):
+    kind: Literal["loop_closed"] = "loop_closed"
+    n_clients: int
+    achieved_per_s: float
+    rate_per_s: float
+
+    @property
+    def message(self) -> str:
+        return (
+            f"{self.n_clients} clients waited for their answers (--closed-loop) and sent "
+            f"{self.achieved_per_s:.5g} requests/s, the promise is for {self.rate_per_s:.5g} "
+            "that come whatever the server does: leave --closed-loop out for a verdict"
+        )
+
+
 class RequestsDropped(Reason):
     kind: Literal["requests_dropped"] = "requests_dropped"
     n_dropped: int
@@ -149,6 +164,21 @@ class RequestsInvalid(Reason):
         return (
             f"the server refused {self.n_invalid} of {self.n} requests as invalid, so they say "
             "nothing of its load: want a workload, or --inputs, that the model takes"
+        )
+
+
+class AnswersUngraded(Reason):
+    kind: Literal["answers_ungraded"] = "answers_ungraded"
+    n_ungraded: int
+    n_ok: int
+    output: str
+
+    @property
+    def message(self) -> str:
+        return (
+            f"{self.n_ungraded} of {self.n_ok} successful answers have no output "
+            f"'{self.output}' of numbers [rows, classes], so the accuracy isn't known: want "
+            "another --label-output"
         )
 
 
@@ -271,8 +301,10 @@ AnyReason = Annotated[
     | TooCloseToCall
     | RequestsCorrelated
     | RateNotReached
+    | LoopClosed
     | RequestsDropped
     | RequestsInvalid
+    | AnswersUngraded
     | GeneratorLagged
     | GeneratorBusy
     | MetricsUnreadable

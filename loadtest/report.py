@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from loadtest.accuracy import AccuracyFacts, accuracy_facts
 from loadtest.document import Strict
 from loadtest.profile import LoadProfile
 from loadtest.reasons import AnyReason
@@ -73,6 +74,8 @@ class RunFacts(Strict):
     n_payloads: int
     profile: LoadProfile | None = None
     """none: the SLO's own arrivals"""
+    closed_loop: int | None = None
+    """number of clients that waited for their answers; none: an open loop"""
 
 
 class RequestFacts(Strict):
@@ -164,6 +167,8 @@ class Report(Strict):
     timeline: tuple[TimeBin, ...]
     curve: tuple[LatencyQuantile, ...]
     """the distribution, by quantiles that get denser towards the tail"""
+    accuracy: AccuracyFacts | None = None
+    """none: no labels, or no answer that could be graded"""
 
 
 def make_report(result: Result, created_at: datetime) -> Report:
@@ -192,6 +197,7 @@ def make_report(result: Result, created_at: datetime) -> Report:
         bin_s=bin_s,
         timeline=_timeline(samples, settings.slo.latency.threshold_s, bin_s),
         curve=_curve(latency_s),
+        accuracy=accuracy_facts(result),
     )
 
 
@@ -228,6 +234,7 @@ def _run_facts(result: Result) -> RunFacts:
         max_in_flight=plan.max_in_flight,
         n_payloads=len(next(iter(plan.payloads.values()))),
         profile=settings.profile,
+        closed_loop=settings.closed_loop,
     )
 
 

@@ -67,6 +67,8 @@ class Samples:
     """[n] index of the target"""
     status: npt.NDArray[np.int32]
     """[n] HTTP status, 1000 + gRPC code, or one of CLIENT_STATUSES"""
+    n_right: npt.NDArray[np.int32] | None = None
+    """[n] rows answered right, -1 where that isn't known; none: no answer was graded"""
 
     def __len__(self) -> int:
         return len(self.intended_s)
@@ -112,6 +114,12 @@ class Samples:
         """[n] sent, yet no certain answer: the server may or may not have counted it"""
         return self.sent & ~self.answered
 
+    @property
+    def graded(self) -> BoolArray:
+        """[n] a success whose answer was compared with its labels"""
+        known = np.zeros(len(self), np.bool_) if self.n_right is None else self.n_right >= 0
+        return self.ok & known
+
     def count_by_status(self) -> dict[int, int]:
         statuses, counts = np.unique(self.status, return_counts=True)
         return dict(zip(statuses.tolist(), counts.tolist(), strict=True))
@@ -129,14 +137,19 @@ def status_label(status: int) -> str:
 
 def save_samples(samples: Samples, path: Path) -> None:
     """Write an .npz file, one array for each column, nothing pickled."""
-    columns = {column.name: getattr(samples, column.name) for column in fields(Samples)}
+    columns = {
+        column.name: getattr(samples, column.name)
+        for column in fields(Samples)
+        if getattr(samples, column.name) is not None
+    }
     with path.open("wb") as file:
         np.savez(file, **columns)
 
 
 def load_samples(path: Path) -> Samples:
     with np.load(path, allow_pickle=False) as columns:
-        return Samples(**{column.name: columns[column.name] for column in fields(Samples)})
+        names = [column.name for column in fields(Samples) if column.name in columns]
+        return Samples(**{name: columns[name] for name in names})
 
 
 def _infinite_where_nan(values: FloatArray) -> FloatArray:

@@ -7,23 +7,26 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from loadtest.arrivals import Arrivals, TraceInvalid, draw_profile, mean_level, peak_level
 from loadtest.driver import Played, Progress, Warmed, check_generator, play
 from loadtest.endpoint import describe_all
-from loadtest.inputs import FileInputs, RandomInputs, read_inputs_file
-from loadtest.plan import Plan
+from loadtest.inputs import FileInputs, RandomInputs, read_inputs_file, read_labelled_file
+from loadtest.labels import AnswerKey, choose_output
+from loadtest.plan import ClosedLoop, Plan
 from loadtest.profile import LoadProfile, simple_profile
 from loadtest.samples import Samples
 from loadtest.server_metrics import MetricsUnusable, Scrapes, Snapshot, counted, scrape
-from loadtest.signature import Signature, check_fit, check_lengths
+from loadtest.signature import Signature, TensorSpec, check_fit, check_lengths
 from loadtest.slo import Slo
 from loadtest.target import Target
 from loadtest.verdict import Evidence, Judgement, ServerEvidence, judge
-from loadtest.wire import encode_payloads
+from loadtest.wire import MAX_LABELLED_PAYLOADS, MAX_PAYLOADS, encode_payloads
 
 MAX_REQUESTS = 5_000_000
 MIN_TIMEOUT_S = 5.0
@@ -58,6 +61,12 @@ class Settings:
     """none: as many as can be waiting before the first times out"""
     profile: LoadProfile | None = None
     """none: the SLO's own arrivals at its rate"""
+    labels: str | None = None
+    """array of `inputs` with the class of each row; none: answers aren't graded"""
+    closed_loop: int | None = None
+    """number of clients that wait for their answers; none: an open loop"""
+    label_output: str | None = None
+    """the output with the scores; none: the model's only one"""
 
     @property
     def load(self) -> LoadProfile:
@@ -73,6 +82,8 @@ class Settings:
 
     @property
     def in_flight_limit(self) -> int:
+        if self.closed_loop is not None:
+            return self.closed_loop
         if self.max_in_flight is not None:
             return self.max_in_flight
         peak = peak_level(self.load, self.window_s)
@@ -93,8 +104,8 @@ class Watcher:
 
     on_warmup: Callable[[int], None]
     """number of warm-up requests planned"""
-    on_window: Callable[[int], None]
-    """number of requests planned, once the warm-up has drained"""
+    on_window: Callable[[int | None], None]
+    """number of requests planned, once the warm-up has drained; none in a closed loop"""
     on_progress: Callable[[Progress], None]
 
 
@@ -112,8 +123,8 @@ def run(settings: Settings, watcher: Watcher) -> Result:
     """Test and judge.
 
     Before the first request it may raise SettingsInvalid, GeneratorMissing, TargetUnusable,
-    SignatureUnusable, InputsInvalid or MetricsUnusable; later only GeneratorFailed and
-    KeyboardInterrupt.
+    SignatureUnusable, InputsInvalid, LabelsInvalid or MetricsUnusable; later only
+    GeneratorFailed and KeyboardInterrupt.
     """
     check_settings(settings)
     check_generator()
@@ -127,7 +138,7 @@ def run(settings: Settings, watcher: Watcher) -> Result:
     def on_warm(message: Warmed) -> None:
         warmed.append(message)
         observer.before()
-        watcher.on_window(len(plan.window))
+        watcher.on_window(len(plan.window) if plan.closed is None else None)
 
     watcher.on_warmup(len(plan.warmup))
     with tempfile.TemporaryDirectory(prefix="trimserve-loadtest-") as folder:
@@ -141,12 +152,28 @@ def run(settings: Settings, watcher: Watcher) -> Result:
         max_in_flight=plan.max_in_flight,
         cpu_share=played.cpu_share,
         server=server,
+        closed_loop=settings.closed_loop,
+        label_output=None if plan.key is None else plan.key.output,
     )
     return Result(settings, plan, played, warmed[0], server, judge(evidence))
 
 
 def check_settings(settings: Settings) -> None:
     """Raises SettingsInvalid."""
+    if settings.labels is not None and settings.inputs is None:
+        raise SettingsInvalid("--labels: got it without --inputs, want the file that they are in")
+    if settings.closed_loop is not None and settings.profile is not None:
+        raise SettingsInvalid(
+            "--closed-loop: got it with --profile, want one of them: clients that wait for "
+            "answers follow no arrivals"
+        )
+    if settings.closed_loop is not None and settings.max_in_flight is not None:
+        raise SettingsInvalid(
+            "--closed-loop: got it with --max-in-flight, want one of them: so many clients have "
+            "so many requests in flight"
+        )
+    if settings.label_output is not None and settings.labels is None:
+        raise SettingsInvalid("--label-output: got it without --labels, want both or neither")
     if not settings.targets:
         raise SettingsInvalid("--target: got none, want at least one")
     rate_per_s = settings.slo.workload.rate_per_s * mean_level(settings.load, settings.window_s)
@@ -171,18 +198,18 @@ def check_settings(settings: Settings) -> None:
 
 
 def make_plan(settings: Settings, signature: Signature) -> Plan:
-    """Draw schedules and payloads from the seed. Raises SignatureUnusable or InputsInvalid."""
+    """Draw schedules and payloads from the seed.
+
+    Raises SignatureUnusable, InputsInvalid or LabelsInvalid.
+    """
     workload = settings.slo.workload
     check_fit(signature, workload)
-    if settings.inputs is None:
-        check_lengths(signature, workload)
-        inputs: RandomInputs | FileInputs = RandomInputs(
-            signature, workload.rows, workload.input_lengths
-        )
-    else:
-        arrays = read_inputs_file(settings.inputs, signature)
-        inputs = FileInputs(signature, workload.rows, arrays)
-    rngs = [np.random.default_rng(one) for one in np.random.SeedSequence(settings.seed).spawn(3)]
+    output = None
+    if settings.labels is not None:
+        output = choose_output(signature, settings.label_output)
+    inputs, classes = open_inputs(settings, signature, output)
+    seeds = np.random.SeedSequence(settings.seed).spawn(3)
+    rngs = [np.random.default_rng(one) for one in seeds]
     payloads = encode_payloads(
         inputs.draw(rngs[0]),
         signature,
@@ -190,8 +217,15 @@ def make_plan(settings: Settings, signature: Signature) -> Plan:
         sorted({target.protocol for target in settings.targets}),
         settings.model,
         settings.version,
+        MAX_PAYLOADS if output is None else MAX_LABELLED_PAYLOADS,
     )
     n_payloads = len(next(iter(payloads.values())))
+    key = None
+    if output is not None and classes is not None and isinstance(inputs, FileInputs):
+        # The same seed gives the same rows again.
+        rows = inputs.draw_rows(np.random.default_rng(seeds[0]))
+        chosen = np.stack(list(islice(rows, n_payloads)))
+        key = AnswerKey(output.name, classes[chosen])
     warmup, window = draw_schedules(settings, n_payloads, rngs[1], rngs[2])
     return Plan(
         model=settings.model,
@@ -202,7 +236,30 @@ def make_plan(settings: Settings, signature: Signature) -> Plan:
         window=window,
         timeout_s=settings.timeout_s,
         max_in_flight=settings.in_flight_limit,
+        key=key,
+        closed=None
+        if settings.closed_loop is None
+        else ClosedLoop(settings.closed_loop, settings.warmup_s, settings.window_s),
     )
+
+
+def open_inputs(
+    settings: Settings, signature: Signature, output: TensorSpec | None
+) -> tuple[RandomInputs | FileInputs, npt.NDArray[np.int64] | None]:
+    """Where tensors come from, and the classes [n] of its rows where there is an output for them.
+
+    Raises SignatureUnusable, InputsInvalid or LabelsInvalid.
+    """
+    workload = settings.slo.workload
+    if settings.inputs is None:
+        check_lengths(signature, workload)
+        return RandomInputs(signature, workload.rows, workload.input_lengths), None
+    classes = None
+    if settings.labels is not None and output is not None:
+        arrays, classes = read_labelled_file(settings.inputs, signature, settings.labels, output)
+    else:
+        arrays = read_inputs_file(settings.inputs, signature)
+    return FileInputs(signature, workload.rows, arrays), classes
 
 
 def draw_schedules(

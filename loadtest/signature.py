@@ -53,27 +53,32 @@ class TensorSpec:
 @dataclass(frozen=True)
 class Signature:
     inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...] = ()
+    """as described, of any datatype; none where the server tells of none"""
 
     @property
     def has_variable_length(self) -> bool:
         return any(spec.has_variable_length for spec in self.inputs)
 
 
-def read_inputs(described: Any) -> Signature:
-    """The `inputs` of a metadata answer (JSON). Raises SignatureUnusable."""
+def read_inputs(described: Any, outputs: Any = ()) -> Signature:
+    """The `inputs` and `outputs` of a metadata answer (JSON). Raises SignatureUnusable."""
+    return checked(_read_specs("inputs", described), _read_specs("outputs", outputs))
+
+
+def _read_specs(what: str, described: Any) -> tuple[TensorSpec, ...]:
     try:
-        inputs = tuple(
+        return tuple(
             TensorSpec(str(one["name"]), str(one["datatype"]), tuple(int(n) for n in one["shape"]))
             for one in described
         )
     except (TypeError, KeyError, ValueError) as error:
         raise SignatureUnusable(
-            f"metadata: got inputs {described!r:.120}, want a name, datatype and shape for each"
+            f"metadata: got {what} {described!r:.120}, want a name, datatype and shape for each"
         ) from error
-    return checked(inputs)
 
 
-def checked(inputs: Sequence[TensorSpec]) -> Signature:
+def checked(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec] = ()) -> Signature:
     """Raises SignatureUnusable for no inputs or a datatype that doesn't exist."""
     if not inputs:
         raise SignatureUnusable("metadata: got no inputs, want at least one")
@@ -83,7 +88,7 @@ def checked(inputs: Sequence[TensorSpec]) -> Signature:
                 f"metadata: input '{spec.name}': got datatype {spec.datatype}, "
                 f"want one of {', '.join(DATATYPES)}"
             )
-    return Signature(tuple(inputs))
+    return Signature(tuple(inputs), tuple(outputs))
 
 
 def check_fit(signature: Signature, workload: Workload) -> None:

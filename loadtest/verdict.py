@@ -3,7 +3,8 @@
 The promise has to be shown: it is met only where a lower bound clears the quantile. It is
 violated where the window itself fell short. All else, and everything that casts doubt on the
 measurement, is inconclusive, and doubt comes first, but for this: requests that the generator
-didn't send can only have spared the server, so a violation that stands without them stands.
+didn't send can only have spared the server, so a violation that stands without them stands, and
+so does one that clients who wait for their answers saw at no more than the promised rate.
 """
 
 import math
@@ -13,12 +14,14 @@ from typing import Literal
 import numpy as np
 
 from loadtest.reasons import (
+    AnswersUngraded,
     AnyReason,
     CountsDisagree,
     EdgeMissing,
     GeneratorBusy,
     GeneratorLagged,
     LatencyMissed,
+    LoopClosed,
     MetricMissing,
     MetricsUnreadable,
     RateNotReached,
@@ -74,6 +77,10 @@ class Evidence:
     """of the generator's sending thread, 0 to 1"""
     server: ServerEvidence | None
     """none: the server isn't asked"""
+    closed_loop: int | None = None
+    """number of clients that waited for their answers; none: an open loop"""
+    label_output: str | None = None
+    """none: answers aren't graded"""
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,9 @@ def judge(evidence: Evidence) -> Judgement:
 def _sparing_only(doubts: list[AnyReason]) -> bool:
     """There are doubts, and all say that the server had less to do than was planned."""
     return bool(doubts) and all(
-        isinstance(doubt, RequestsDropped | RateNotReached) for doubt in doubts
+        isinstance(doubt, RequestsDropped | RateNotReached)
+        or (isinstance(doubt, LoopClosed) and doubt.achieved_per_s <= doubt.rate_per_s)
+        for doubt in doubts
     )
 
 
@@ -204,12 +213,20 @@ def _doubts(evidence: Evidence, good: GoodShare) -> list[AnyReason]:
     doubts: list[AnyReason] = []
     planned_per_s = len(samples) / evidence.window_s
     achieved_per_s = _achieved_per_s(evidence)
-    if achieved_per_s < MIN_RATE_SHARE * planned_per_s:
+    if evidence.closed_loop is None and achieved_per_s < MIN_RATE_SHARE * planned_per_s:
         doubts.append(
             RateNotReached(
                 planned_per_s=planned_per_s,
                 achieved_per_s=achieved_per_s,
                 min_share=MIN_RATE_SHARE,
+            )
+        )
+    if evidence.closed_loop is not None:
+        doubts.append(
+            LoopClosed(
+                n_clients=evidence.closed_loop,
+                achieved_per_s=achieved_per_s,
+                rate_per_s=evidence.slo.workload.rate_per_s,
             )
         )
     n_dropped = int((~samples.sent).sum())
@@ -222,6 +239,13 @@ def _doubts(evidence: Evidence, good: GoodShare) -> list[AnyReason]:
     n_invalid = int(samples.invalid.sum())
     if n_invalid:
         doubts.append(RequestsInvalid(n_invalid=n_invalid, n=len(samples)))
+    n_ungraded = int((samples.ok & ~samples.graded).sum())
+    if evidence.label_output is not None and n_ungraded:
+        doubts.append(
+            AnswersUngraded(
+                n_ungraded=n_ungraded, n_ok=int(samples.ok.sum()), output=evidence.label_output
+            )
+        )
     doubts.extend(_lag_doubts(evidence, good))
     if evidence.cpu_share > MAX_CPU_SHARE:
         doubts.append(GeneratorBusy(cpu_share=evidence.cpu_share, limit=MAX_CPU_SHARE))

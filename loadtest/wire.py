@@ -17,6 +17,8 @@ from loadtest.slo import Workload
 from loadtest.target import Protocol
 
 MAX_PAYLOADS = 64
+MAX_LABELLED_PAYLOADS = 4096
+"""Where answers are graded: more rows say more of the accuracy."""
 MIN_PAYLOADS = 4
 BUDGET_BYTES = 64_000_000
 """About how much memory the payloads of one protocol may take, above MIN_PAYLOADS."""
@@ -29,11 +31,12 @@ def encode_payloads(
     protocols: Iterable[Protocol],
     model: str,
     version: str,
+    max_payloads: int = MAX_PAYLOADS,
 ) -> dict[Protocol, tuple[Payload, ...]]:
     """Several distinct requests, the same ones for every protocol."""
     requests = [next(drawn)]
     row_bytes = sum(len(raw_bytes(tensor)) for tensor in requests[0].values())
-    n = max(MIN_PAYLOADS, min(MAX_PAYLOADS, BUDGET_BYTES // max(1, row_bytes)))
+    n = max(MIN_PAYLOADS, min(max_payloads, BUDGET_BYTES // max(1, row_bytes)))
     requests.extend(islice(drawn, n - 1))
     return {
         protocol: tuple(

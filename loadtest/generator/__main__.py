@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # Locust first: it patches the standard library, which all others must find patched.
 from locust import User, task  # isort: skip
@@ -23,13 +23,14 @@ from locust.exception import StopUser  # isort: skip
 import gevent
 from gevent.event import Event
 
-from loadtest.generator.dispatcher import Dispatcher
+from loadtest.answers import READERS
+from loadtest.generator.dispatcher import Dispatcher, Grade
 from loadtest.generator.rest import RestSender
 from loadtest.generator.rpc import RpcSender, use_gevent
 from loadtest.generator.sender import Answer, Sender
 from loadtest.generator.timer import open_timer
 from loadtest.plan import SAMPLES_FILE, Plan, load_plan
-from loadtest.samples import GRPC_BASE, HTTP_OK, save_samples, status_label
+from loadtest.samples import GRPC_BASE, HTTP_OK, Samples, save_samples, status_label
 from loadtest.target import Target
 
 PROGRESS_EVERY_S = 0.2
@@ -71,11 +72,11 @@ class Run:
         senders = [open_sender(plan, target) for target in plan.targets]
         with open_timer() as timer:
             dispatcher = Dispatcher(
-                senders, timer, plan.max_in_flight, plan.timeout_s, self.observe
+                senders, timer, plan.max_in_flight, plan.timeout_s, self.observe, grader(plan)
             )
             try:
                 if len(plan.warmup):
-                    dispatcher.play(plan.warmup)
+                    self.play_phase(dispatcher, "warmup")
                 self.window(dispatcher)
             finally:
                 dispatcher.kill()
@@ -94,11 +95,19 @@ class Run:
         gc.collect()
         gc.freeze()
         clocks = Clocks()
-        samples = dispatcher.play(self.plan.window)
+        samples = self.play_phase(dispatcher, "window")
         shares = clocks.shares()
         reporter.kill()
         save_samples(samples, self.folder / SAMPLES_FILE)
         tell("finished", errors=self.errors, **shares)
+
+    def play_phase(self, dispatcher: Dispatcher, phase: Literal["warmup", "window"]) -> Samples:
+        plan = self.plan
+        arrivals = plan.warmup if phase == "warmup" else plan.window
+        if plan.closed is None:
+            return dispatcher.play(arrivals)
+        duration_s = plan.closed.warmup_s if phase == "warmup" else plan.closed.window_s
+        return dispatcher.play_closed(arrivals, plan.closed.n_clients, duration_s)
 
     def observe(self, target: int, latency_s: float, answer: Answer) -> None:
         """Count a request and tell Locust, whose statistics its web interface shows."""
@@ -179,6 +188,20 @@ def open_sender(plan: Plan, target: Target) -> Sender:
     return RpcSender(target, payloads)
 
 
+def grader(plan: Plan) -> Grade | None:
+    """How answers are graded; none where nobody asked for it."""
+    key = plan.key
+    if key is None:
+        return None
+    readers = [READERS[target.protocol] for target in plan.targets]
+
+    def grade(target: int, payload: int, answer: Answer) -> int:
+        scores = readers[target](answer.body, answer.json_bytes, key.output)
+        return key.n_right(payload, scores)
+
+    return grade
+
+
 def allow_open_files(n: int) -> None:
     """Raise the soft limit of open files to `n` where the hard one allows it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -194,6 +217,9 @@ def tell(event: str, **content: Any) -> None:
 
 def longest_s(plan: Plan) -> float:
     """After this time a run must be over, whatever happens."""
+    if plan.closed is not None:
+        schedules_s = plan.closed.warmup_s + plan.closed.window_s
+        return schedules_s + 2 * plan.timeout_s + SPARE_S
     schedules_s = sum(float(one.intended_s[-1]) for one in (plan.warmup, plan.window) if len(one))
     return schedules_s + 2 * plan.timeout_s + SPARE_S
 

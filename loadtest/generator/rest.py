@@ -80,7 +80,11 @@ class RestSender:
                 connection.close()
         status: int = response.status_code
         body = bytes(response._body_buffer)
-        return Answer(status, len(body), "" if status == HTTP_OK else error_text(body))
+        if status != HTTP_OK:
+            return Answer(status, len(body), error_text(body))
+        length = str(response.get(HEADER_LENGTH.lower(), ""))
+        json_bytes = int(length) if length.isdecimal() else None
+        return Answer(status, len(body), body=body, json_bytes=json_bytes)
 
     def close(self) -> None:
         while self._idle:

@@ -41,7 +41,7 @@ class RpcSender:
         except grpc.RpcError as error:
             status: int = GRPC_BASE + error.code().value[0]
             return Answer(status, error=error.details() or "")
-        return Answer(GRPC_BASE, len(reply))
+        return Answer(GRPC_BASE, len(reply), body=reply)
 
     def close(self) -> None:
         self._channel.close()

@@ -12,6 +12,10 @@ class Answer:
     """length of the answer's body"""
     error: str = ""
     """what the server, or the connection, said, where it failed"""
+    body: bytes = b""
+    """of a success"""
+    json_bytes: int | None = None
+    """length of a REST body's JSON part, where binary tensors follow it"""
 
 
 class Sender(Protocol):

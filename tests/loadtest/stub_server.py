@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+import numpy as np
+import numpy.typing as npt
 import uvicorn
 from prometheus_client import CollectorRegistry, Histogram, start_http_server
 from prometheus_client.core import GaugeMetricFamily
@@ -26,6 +28,7 @@ from loadtest import oip_pb2
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
+OUTPUTS: list[dict[str, Any]] = [{"name": "scores", "datatype": "FP32", "shape": [-1, 4]}]
 INPUTS: list[dict[str, Any]] = [{"name": "x", "datatype": "FP32", "shape": [-1, 8]}]
 
 
@@ -90,14 +93,28 @@ def rest_app(stub: Stub) -> Callable[[dict[str, Any], Receive, Send], Awaitable[
         if scope["type"] != "http":
             raise RuntimeError(f"no {scope['type']} here")
         started = time.perf_counter()
-        while (await receive()).get("more_body"):
-            pass
+        sent = b""
+        more = True
+        while more:
+            message = await receive()
+            sent += message.get("body", b"")
+            more = message.get("more_body", False)
         status, content = await rest_answer(stub, scope["path"], started)
-        body = json.dumps(content).encode()
+        raw = b""
+        length = dict(scope["headers"]).get(b"inference-header-content-length")
+        if status == 200 and stub.options.scores and length is not None:
+            scores = scores_of(sent[int(length) :])
+            raw = scores.tobytes()
+            output = {"name": "scores", "datatype": "FP32", "shape": list(scores.shape)}
+            content["outputs"] = [{**output, "parameters": {"binary_data_size": len(raw)}}]
+        header = json.dumps(content).encode()
+        body = header + raw
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
         ]
+        if raw:
+            headers.append((b"inference-header-content-length", str(len(header)).encode()))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -113,7 +130,19 @@ async def rest_answer(stub: Stub, path: str, started: float) -> tuple[int, dict[
         return 503, {"error": "told to fail"}
     if path.endswith("/ready"):
         return (503, {"error": "loading"}) if stub.options.not_ready else (200, {})
-    return 200, {"name": "stub", "versions": ["1"], "platform": "stub", "inputs": INPUTS}
+    return 200, {
+        "name": "stub",
+        "versions": ["1"],
+        "platform": "stub",
+        "inputs": INPUTS,
+        "outputs": OUTPUTS,
+    }
+
+
+def scores_of(raw: bytes) -> npt.NDArray[np.float32]:
+    """[rows, 4], highest where the first number of a row of x says: 0 to 3."""
+    x = np.frombuffer(raw, "<f4").reshape(-1, 8)
+    return np.eye(4, dtype="<f4")[np.clip(x[:, 0], 0, 3).astype(int)]
 
 
 def grpc_handler(stub: Stub) -> Any:
@@ -126,12 +155,20 @@ def grpc_handler(stub: Stub) -> Any:
         if request.name != "stub":
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no model {request.name}")
         inputs = [oip_pb2.ModelMetadataResponse.TensorMetadata(**one) for one in INPUTS]
-        return oip_pb2.ModelMetadataResponse(name="stub", versions=["1"], inputs=inputs)
+        outputs = [oip_pb2.ModelMetadataResponse.TensorMetadata(**one) for one in OUTPUTS]
+        return oip_pb2.ModelMetadataResponse(
+            name="stub", versions=["1"], inputs=inputs, outputs=outputs
+        )
 
     async def model_infer(request: oip_pb2.ModelInferRequest, context: Any) -> Any:
         if await stub.infer("grpc", time.perf_counter()) != "ok":
             await context.abort(grpc.StatusCode.UNAVAILABLE, "told to fail")
-        return oip_pb2.ModelInferResponse(model_name=request.model_name)
+        answer = oip_pb2.ModelInferResponse(model_name=request.model_name)
+        if stub.options.scores:
+            scores = scores_of(request.raw_input_contents[0])
+            answer.outputs.add(name="scores", datatype="FP32", shape=scores.shape)
+            answer.raw_output_contents.append(scores.tobytes())
+        return answer
 
     methods: dict[str, tuple[Any, Any]] = {
         "ModelReady": (model_ready, oip_pb2.ModelReadyRequest),
@@ -180,6 +217,7 @@ def main() -> None:
     parser.add_argument("--fail-every", type=int, default=0, help="fail each n-th request")
     parser.add_argument("--stall-at", type=int, default=0, help="block at the n-th request")
     parser.add_argument("--stall-s", type=float, default=1.0)
+    parser.add_argument("--scores", action="store_true", help="answer with an output")
     parser.add_argument("--not-ready", action="store_true")
     parser.add_argument("--edge-s", type=float, action="append", default=[])
     parser.add_argument(
