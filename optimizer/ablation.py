@@ -16,6 +16,8 @@ REQUIRED = frozenset({"export", "compilation"})
 SETS_PRECISION = frozenset({"quantization"})
 """Techniques whose result has another precision, which an engine's parameter then repeats."""
 _PRECISION = "precision"
+_OF_QUANTIZED = "rest"
+"""An engine's parameter that only a quantized model has: what its other operators compute in."""
 
 
 def ablations(
@@ -63,7 +65,8 @@ def _without_each(
 def _in_fp32(step: Step) -> Step:
     if _PRECISION not in step.parameters:
         return step
-    return replace(step, parameters={**step.parameters, _PRECISION: "fp32"})
+    kept = {name: value for name, value in step.parameters.items() if name != _OF_QUANTIZED}
+    return replace(step, parameters={**kept, _PRECISION: "fp32"})
 
 
 def _best_match(rows: Sequence[Variant], recipe: Sequence[Step]) -> Variant | None:

@@ -52,6 +52,16 @@ def test_missing_names_the_recipes_that_nobody_measured() -> None:
     assert missing([UNPRUNED, IN_FP32], ANSWER) == ()
 
 
+def test_what_only_a_quantized_model_has_goes_with_quantization() -> None:
+    with_rest = replace(
+        compiled("int8"), parameters={**compiled("int8").parameters, "rest": "bf16"}
+    )
+    answer = row("answer", EXPORT, QUANTIZE, with_rest)
+    assert missing([answer], answer) == ((EXPORT, compiled("fp32")),)
+    (found,) = ablations([row("in fp32", EXPORT, compiled("fp32")), answer], answer)
+    assert found.without_id == "in fp32"
+
+
 def test_step_that_cannot_go_is_not_asked_for() -> None:
     plain = row("plain", EXPORT, compiled("fp32"))
 
