@@ -101,6 +101,22 @@ def test_options_of_a_target_exist_only_when_its_engine_is_chosen(bench: Workben
     assert "precision" not in defaults(space, engine="onnxruntime")
 
 
+def test_the_rest_of_a_quantized_model_is_a_choice_where_the_processor_has_bf16(
+    bench: Workbench, tmp_path: Path
+) -> None:
+    def choices(precision: str, flags: tuple[str, ...]) -> bool:
+        machine = replace(bench.context.machine, flags=flags)
+        model = replace(bench.onnx, precision=precision)
+        return "rest" in OpenVinoTarget().space(model, replace(bench.context, machine=machine))
+
+    assert choices("int8", ("amx_bf16",))
+    assert not choices("int8", ("avx2",))
+    assert not choices("fp32", ("amx_bf16",))
+    made = OpenVinoTarget().compile(bench.onnx, {"precision": "int8", "rest": "bf16"}, tmp_path)
+    assert made.spec.options == {"rest": "bf16"}
+    assert OpenVinoTarget().describe({"rest": "bf16"}) == "OpenVINO, the rest bf16"
+
+
 def test_eager_torch_computes_what_the_module_does(bench: Workbench, tmp_path: Path) -> None:
     made = TorchTarget().compile(bench.torch, {}, tmp_path)
     check_parity(made, bench.torch, bench.inputs, MAX_BATCH_SIZE)

@@ -227,6 +227,18 @@ def test_openvino_computes_in_fp32_when_it_is_told_to(tmp_path: Path) -> None:
         loaded.close()
 
 
+def test_openvino_computes_the_rest_of_a_quantized_model_in_bf16_when_it_is_told_to(
+    tmp_path: Path,
+) -> None:
+    path = onnx_models.linear(tmp_path / "model.onnx")
+    spec = spec_of("openvino", path, precision="int8", options={"rest": "bf16"})
+    loaded = load_engine(tmp_path, spec)
+    np.testing.assert_allclose(loaded.run({"x": rows(4)})["y"], linear_by_hand(rows(4)), atol=0.1)
+    loaded.close()
+    with pytest.raises(ArtifactInvalid, match=r"options\.rest.*want it only for int8 and int4"):
+        load_engine(tmp_path, spec_of("openvino", path, options={"rest": "bf16"}))
+
+
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 4, 5, 9])
 def test_openvino_gives_the_same_numbers_when_each_thread_has_a_stream(
     n_rows: int, tmp_path: Path
