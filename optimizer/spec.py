@@ -500,13 +500,12 @@ class Target(Strict):
     """In any currency: the cost is reported in it."""
 
 
-class SpecDocument(Strict):
-    """A spec as written; `read_spec` makes a `Spec` of it."""
+class SpecBody(Strict):
+    """All of a spec but its SLO, which a file names and who submits a job sends along."""
 
     api_version: Literal["trimserve/v1"] = Field(alias="apiVersion")
     kind: Literal["Optimization"]
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
-    slo: ExistingFile
     seed: int = Field(default=0, ge=0, lt=2**32)
     model: ModelSection | None = None
     """Must, unless the model is given as an object."""
@@ -519,6 +518,12 @@ class SpecDocument(Strict):
     training: TrainingSpec = TrainingSpec()
     search: Search = Search()
     target: Target
+
+
+class SpecDocument(SpecBody):
+    """A spec as written; `read_spec` makes a `Spec` of it."""
+
+    slo: ExistingFile
 
 
 @dataclass(frozen=True)

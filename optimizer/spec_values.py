@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -21,20 +21,35 @@ _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _IMPORTABLE = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<attribute>[A-Za-z_][\w.]*)")
 
 
+class Resolver(Protocol):
+    """Decides for a spec from elsewhere what its paths mean and which functions it may name.
+
+    Both raise ValueError, with what is wanted instead."""
+
+    def path(self, text: str) -> Path: ...
+
+    def function(self, name: str) -> None: ...
+
+
 @dataclass(frozen=True)
 class _Surroundings:
     """What values in a spec are relative to."""
 
     directory: Path
     environ: Mapping[str, str]
+    resolver: Resolver | None = None
 
 
 _surroundings: ContextVar[_Surroundings] = ContextVar("spec_surroundings")
 
 
 @contextmanager
-def within(directory: Path, environ: Mapping[str, str]) -> Iterator[None]:
-    token = _surroundings.set(_Surroundings(directory, environ))
+def within(
+    directory: Path, environ: Mapping[str, str], resolver: Resolver | None = None
+) -> Iterator[None]:
+    """Read values relative to these. With a `resolver` paths are what it says, whether or not
+    they are there, and variables aren't expanded."""
+    token = _surroundings.set(_Surroundings(directory, environ, resolver))
     try:
         yield
     finally:
@@ -59,7 +74,7 @@ def _expanded(text: str, environ: Mapping[str, str]) -> str:
 def _existing_file(value: object) -> object:
     """Expand `${VAR}`, make absolute against the spec's directory; the file must exist."""
     path = _absolute(value)
-    if not isinstance(value, Path) and not path.is_file():
+    if _is_unchecked(value) and not path.is_file():
         raise ValueError(f"want an existing file, {path} is none")
     return path
 
@@ -67,9 +82,13 @@ def _existing_file(value: object) -> object:
 def _existing_path(value: object) -> object:
     """The same for a file or a folder."""
     path = _absolute(value)
-    if not isinstance(value, Path) and not path.exists():
+    if _is_unchecked(value) and not path.exists():
         raise ValueError(f"want an existing file or folder, {path} is none")
     return path
+
+
+def _is_unchecked(value: object) -> bool:
+    return not isinstance(value, Path) and _here().resolver is None
 
 
 def _absolute(value: object) -> Path:
@@ -78,6 +97,8 @@ def _absolute(value: object) -> Path:
     if not isinstance(value, str) or not value:
         raise ValueError("want a path")
     here = _here()
+    if here.resolver is not None:
+        return here.resolver.path(value)
     return Path(os.path.abspath(here.directory / _expanded(value, here.environ)))
 
 
@@ -87,7 +108,10 @@ def _importable(value: object) -> object:
     match = _IMPORTABLE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError("want 'module:function', the module beside the spec or installed")
-    return Importable(match["module"], match["attribute"], _here().directory)
+    here = _here()
+    if here.resolver is not None:
+        here.resolver.function(match[0])
+    return Importable(match["module"], match["attribute"], here.directory)
 
 
 def _without_code(value: Path) -> Path:

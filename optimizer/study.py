@@ -272,8 +272,12 @@ class _Study:
         )
         self._observer.phase("searching")
         n_ruled_out = 0
-        for trial in coordinator.trials():
-            if len(trials.rows) >= budget.trials or self._spent_s() >= budget.wall_clock_s:
+
+        def has_budget() -> bool:
+            return len(trials.rows) < budget.trials and self._spent_s() < budget.wall_clock_s
+
+        for trial in coordinator.trials(has_budget):
+            if not has_budget():
                 return not trial.is_baseline
             n_before = len(trials.rows)
             coordinator.tell(trial, self._answer(trial, trials))

@@ -80,11 +80,20 @@ class Coordinator:
         self._failed: set[str] = set()
         self._n_trials = 0
 
-    def trials(self) -> Iterator[Trial]:
+    def trials(self, goes_on: Callable[[], bool] = lambda: True) -> Iterator[Trial]:
         """The trials, one after the other; each must be told before the next is drawn. Ends when
-        the space is exhausted."""
+        the space is exhausted, and after the baselines when `goes_on` says no: to draw a proposal
+        may mean to build what its last choices depend on, which takes minutes."""
         for decisions in baselines(self._landscape, self._starts_from):
             yield from self._enqueued(decisions.values, is_baseline=True)
+        proposals = self._proposals()
+        while goes_on():
+            trial = next(proposals, None)
+            if trial is None:
+                return
+            yield trial
+
+    def _proposals(self) -> Iterator[Trial]:
         for values in self._first:
             yield from self._enqueued(values)
         if self._sampler == "grid":

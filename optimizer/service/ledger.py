@@ -1,0 +1,580 @@
+"""The ledger: jobs, their events and their logs in the database.
+
+Every change is one transaction that reads the job, asks `jobs` what becomes of it, and writes it
+back together with the event that tells so. It runs no job.
+"""
+
+import hashlib
+import json
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, and_, delete, func, insert, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from optimizer.service import jobs as life
+from optimizer.service import schema
+from optimizer.service.database import Database
+from optimizer.service.jobs import Job, Kind, Lease, State
+
+MAX_LOG_BYTES = 4_000_000
+"""Of a job's logs; what comes after is left out, and the last piece says so."""
+MAX_PIECE_CHARS = 64_000
+MAX_EVENTS = 20_000
+"""Of a job. Beyond it only changes of state are told."""
+MAX_PAGE = 500
+_COLUMNS = [column for column in schema.jobs.columns if column.name not in ("spec", "progress")]
+
+
+class JobNotFound(Exception):
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"there is no job {job_id}")
+        self.job_id = job_id
+
+
+class KeyReused(Exception):
+    """An idempotency key that came before, with another request."""
+
+    def __init__(self, key: str, job_id: str) -> None:
+        super().__init__(f"the key {key!r} was used for job {job_id}, with another request")
+        self.job_id = job_id
+
+
+class QuotaExceeded(Exception):
+    """The owner has as many open jobs as are allowed."""
+
+    def __init__(self, n_open: int, limit: int) -> None:
+        super().__init__(f"{n_open} jobs are queued or running, want fewer than {limit}")
+        self.limit = limit
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a job; `number` counts from 1 without a gap."""
+
+    number: int
+    at_s: float
+    kind: str
+    payload: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a job's log."""
+
+    number: int
+    at_s: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a job is made of. `spec` is JSON that `Job.spec` gives back as it is."""
+
+    owner: str
+    name: str
+    spec: Mapping[str, Any]
+    kind: Kind = Kind.OPTIMIZATION
+    labels: Mapping[str, str] | None = None
+    priority: int = 0
+    max_attempts: int = life.DEFAULT_ATTEMPTS
+    parent_id: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """Of all that was asked for: the same request has the same."""
+        asked = [self.name, self.spec, self.kind, dict(self.labels or {}), self.priority,
+                 self.max_attempts, self.parent_id]  # fmt: skip
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Query:
+    """Which jobs to list, the newest first: those of an owner, in states, of a kind, with all of
+    the labels; from after `after` (a job's id) on, at most `limit`."""
+
+    owner: str | None = None
+    states: tuple[State, ...] = ()
+    kind: Kind | None = None
+    labels: Mapping[str, str] | None = None
+    after: str | None = None
+    limit: int = 50
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A job, what it is to do, and the lease on it."""
+
+    job: Job
+    spec: Mapping[str, Any]
+    lease: Lease
+
+
+class Ledger:
+    """Usable from several threads and processes at once."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    # --- asked for by people
+
+    def submit(
+        self, submission: Submission, key: str | None = None, max_open: int | None = None
+    ) -> tuple[Job, bool]:
+        """The job, and whether it is new: the same `key` with the same request gives the job of
+        before. Raises KeyReused, QuotaExceeded (`max_open` jobs of the owner are open)."""
+        with self.database.writing() as connection:
+            now_s = self.database.now_s(connection)
+            if key is not None:
+                known = self._requested(connection, submission, key, now_s)
+                if known is not None:
+                    return known, False
+            if max_open is not None:
+                self._check_quota(connection, submission.owner, max_open)
+            job = Job(
+                id=_new_id(),
+                owner=submission.owner,
+                name=submission.name,
+                created_s=now_s,
+                updated_s=now_s,
+                kind=submission.kind,
+                labels=dict(submission.labels or {}),
+                priority=submission.priority,
+                parent_id=submission.parent_id,
+                max_attempts=submission.max_attempts,
+            )
+            if key is not None:
+                connection.execute(
+                    update(schema.requests)
+                    .where(schema.requests.c.owner == job.owner, schema.requests.c.key == key)
+                    .values(job_id=job.id)
+                )
+            connection.execute(
+                insert(schema.jobs).values(
+                    **_row(job), spec=json.dumps(submission.spec), progress="{}"
+                )
+            )
+            return self._told(connection, job, "state", _state_of(job)), True
+
+    def job(self, job_id: str) -> Job:
+        """Raises JobNotFound."""
+        with self.database.reading() as connection:
+            return self._read(connection, job_id)
+
+    def spec(self, job_id: str) -> Mapping[str, Any]:
+        return self._document(job_id, "spec")
+
+    def progress(self, job_id: str) -> Mapping[str, Any]:
+        """The last word of the running or ended study about itself, by the kind of event."""
+        return self._document(job_id, "progress")
+
+    def find(self, query: Query) -> list[Job]:
+        statement = select(*_COLUMNS).where(schema.jobs.c.state != State.DELETED)
+        if query.owner is not None:
+            statement = statement.where(schema.jobs.c.owner == query.owner)
+        if query.states:
+            statement = statement.where(schema.jobs.c.state.in_(query.states))
+        if query.kind is not None:
+            statement = statement.where(schema.jobs.c.kind == query.kind)
+        for name, value in (query.labels or {}).items():
+            # Labels are JSON with sorted keys and no spaces, and names have no quotes.
+            part = f"{json.dumps(name)}:{json.dumps(value)}"
+            statement = statement.where(schema.jobs.c.labels.contains(part, autoescape=True))
+        with self.database.reading() as connection:
+            if query.after is not None:
+                statement = statement.where(self._is_older(connection, query.after))
+            found = connection.execute(_newest_first(statement).limit(min(query.limit, MAX_PAGE)))
+            return [_job(row) for row in found]
+
+    def counts(self) -> dict[State, int]:
+        """Jobs by state, deleted ones left out."""
+        state = schema.jobs.c.state
+        with self.database.reading() as connection:
+            rows = connection.execute(select(state, func.count()).group_by(state)).all()
+        return {State(name): int(n) for name, n in rows if name != State.DELETED}
+
+    def cancel(self, job_id: str) -> Job:
+        """Raises JobNotFound, NotAllowed."""
+        return self._change(job_id, lambda job, now_s: (
+            job if job.state is State.CANCELLING else life.ask_cancel(job, now_s)
+        ))  # fmt: skip
+
+    def retry(self, job_id: str, max_open: int | None = None) -> Job:
+        """Raises JobNotFound, NotAllowed, QuotaExceeded."""
+        with self.database.writing() as connection:
+            now_s = self.database.now_s(connection)
+            job = self._read(connection, job_id, for_update=True)
+            again = life.retry(job, now_s)
+            if max_open is not None:
+                self._check_quota(connection, job.owner, max_open)
+            connection.execute(_of(job_id).values(progress="{}"))
+            return self._kept(connection, job, again)
+
+    def delete(self, job_id: str) -> Job:
+        """The job's row stays without what it held, so that its number is never given again.
+        Raises JobNotFound, NotAllowed."""
+        with self.database.writing() as connection:
+            now_s = self.database.now_s(connection)
+            job = self._read(connection, job_id, for_update=True)
+            gone = self._kept(connection, job, life.delete(job, now_s))
+            for table in (schema.events, schema.logs):
+                connection.execute(delete(table).where(table.c.job_id == job_id))
+            connection.execute(delete(schema.requests).where(schema.requests.c.job_id == job_id))
+            connection.execute(_of(job_id).values(spec="{}", progress="{}", labels="{}"))
+            return gone
+
+    def ended_before(self, age_s: float, limit: int = 100) -> list[Job]:
+        """Jobs that ended longer ago, the oldest first: for retention."""
+        with self.database.reading() as connection:
+            before_s = self.database.now_s(connection) - age_s
+            statement = (
+                select(*_COLUMNS)
+                .where(schema.jobs.c.state.in_(life.ENDED), schema.jobs.c.ended_s < before_s)
+                .order_by(schema.jobs.c.ended_s)
+                .limit(limit)
+            )
+            return [_job(row) for row in connection.execute(statement)]
+
+    # --- what happened
+
+    def events(self, job_id: str, after: int = 0, limit: int = MAX_PAGE) -> list[Event]:
+        """Those with numbers above `after`, in their order."""
+        table = schema.events
+        statement = (
+            select(table.c.number, table.c.at_s, table.c.kind, table.c.payload)
+            .where(table.c.job_id == job_id, table.c.number > after)
+            .order_by(table.c.number)
+            .limit(limit)
+        )
+        with self.database.reading() as connection:
+            rows = connection.execute(statement).all()
+        return [Event(row[0], row[1], row[2], json.loads(row[3])) for row in rows]
+
+    def logs(self, job_id: str, after: int = 0, limit: int = MAX_PAGE) -> list[Piece]:
+        table = schema.logs
+        statement = (
+            select(table.c.number, table.c.at_s, table.c.text)
+            .where(table.c.job_id == job_id, table.c.number > after)
+            .order_by(table.c.number)
+            .limit(limit)
+        )
+        with self.database.reading() as connection:
+            return [Piece(*row) for row in connection.execute(statement).all()]
+
+    def heads(self, job_ids: Sequence[str]) -> dict[str, tuple[int, State]]:
+        """The number of the last event and the state of each job that is there."""
+        columns = (schema.jobs.c.id, schema.jobs.c.n_events, schema.jobs.c.state)
+        statement = select(*columns).where(schema.jobs.c.id.in_(job_ids))
+        with self.database.reading() as connection:
+            return {row[0]: (row[1], State(row[2])) for row in connection.execute(statement)}
+
+    # --- asked for by workers
+
+    def claim(self, worker: str, lease_s: float, max_running: int | None = None) -> Claim | None:
+        """The queued job of the highest priority, the oldest of them; None where there is none
+        or `max_running` jobs of its owner run already (then the next owner's). Lost leases are
+        taken back first."""
+        with self.database.writing() as connection:
+            now_s = self.database.now_s(connection)
+            self._expire(connection, now_s)
+            job = self._next(connection, max_running)
+            if job is None:
+                return None
+            lease = Lease(worker, secrets.token_hex(16), now_s + lease_s)
+            claimed = self._kept(connection, job, life.claim(job, lease, now_s))
+            spec = connection.execute(
+                select(schema.jobs.c.spec).where(schema.jobs.c.id == job.id)
+            ).scalar_one()
+            return Claim(claimed, json.loads(spec), lease)
+
+    def renew(self, job_id: str, token: str, lease_s: float) -> Job:
+        """Raises LeaseLost. The state tells whether somebody wants it stopped."""
+        with self.database.writing() as connection:
+            now_s = self.database.now_s(connection)
+            job = self._own(connection, job_id)
+            renewed = life.renew(job, token, now_s + lease_s, now_s)
+            return self._kept(connection, job, renewed, tell=False)
+
+    def tell(
+        self,
+        job_id: str,
+        token: str,
+        events: Sequence[tuple[str, Mapping[str, Any]]] = (),
+        text: str = "",
+    ) -> None:
+        """Add events (kind, payload) and a text to the log. Raises LeaseLost."""
+        with self.database.writing() as connection:
+            now_s = self.database.now_s(connection)
+            job = self._own(connection, job_id)
+            job = life.renew(job, token, job.lease.until_s if job.lease else now_s, now_s)
+            room = max(0, MAX_EVENTS - job.n_events)
+            for kind, payload in events[:room]:
+                job = self._told(connection, job, kind, payload)
+            if events:
+                self._remember(connection, job_id, events)
+            if text:
+                self._log(connection, job, text, now_s)
+
+    def release(self, job_id: str, token: str) -> None:
+        self._end(job_id, lambda job, now_s: life.release(job, token, now_s))
+
+    def succeed(self, job_id: str, token: str, outcome: str) -> Job:
+        """Raises LeaseLost."""
+        return self._end(job_id, lambda job, now_s: life.succeed(job, token, outcome, now_s))
+
+    def fail(self, job_id: str, token: str, error: str) -> Job:
+        return self._end(job_id, lambda job, now_s: life.fail(job, token, error, now_s))
+
+    def stopped(self, job_id: str, token: str) -> Job:
+        return self._end(job_id, lambda job, now_s: life.stopped(job, token, now_s))
+
+    def expire(self) -> int:
+        """Take back leases that ran out; how many that were."""
+        with self.database.writing() as connection:
+            return self._expire(connection, self.database.now_s(connection))
+
+    def see_worker(self, worker: str, job_id: str | None) -> None:
+        insert_new = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+        with self.database.writing() as connection:
+            now_s = self.database.now_s(connection)
+            statement = insert_new[connection.dialect.name](schema.workers).values(
+                name=worker, seen_s=now_s, job_id=job_id
+            )
+            connection.execute(
+                statement.on_conflict_do_update(
+                    index_elements=["name"], set_={"seen_s": now_s, "job_id": job_id}
+                )
+            )
+            gone = schema.workers.c.seen_s < now_s - 86_400
+            connection.execute(delete(schema.workers).where(gone))
+
+    def workers(self, within_s: float) -> dict[str, str | None]:
+        """Workers that were seen within that time, and the job of each."""
+        table = schema.workers
+        with self.database.reading() as connection:
+            since_s = self.database.now_s(connection) - within_s
+            rows = connection.execute(
+                select(table.c.name, table.c.job_id).where(table.c.seen_s >= since_s)
+            ).all()
+        return {row[0]: row[1] for row in rows}
+
+    # --- inside of a transaction
+
+    def _change(self, job_id: str, change: Callable[[Job, float], Job]) -> Job:
+        with self.database.writing() as connection:
+            now_s = self.database.now_s(connection)
+            job = self._read(connection, job_id, for_update=True)
+            return self._kept(connection, job, change(job, now_s))
+
+    def _end(self, job_id: str, change: Callable[[Job, float], Job]) -> Job:
+        with self.database.writing() as connection:
+            now_s = self.database.now_s(connection)
+            job = self._own(connection, job_id)
+            return self._kept(connection, job, change(job, now_s))
+
+    def _own(self, connection: Connection, job_id: str) -> Job:
+        """For its worker, to whom a job that is gone is a lease that is lost."""
+        try:
+            return self._read(connection, job_id, for_update=True)
+        except JobNotFound as error:
+            raise life.LeaseLost(str(error)) from error
+
+    def _read(self, connection: Connection, job_id: str, for_update: bool = False) -> Job:
+        statement = select(*_COLUMNS).where(
+            schema.jobs.c.id == job_id, schema.jobs.c.state != State.DELETED
+        )
+        row = connection.execute(statement.with_for_update() if for_update else statement).first()
+        if row is None:
+            raise JobNotFound(job_id)
+        return _job(row)
+
+    def _document(self, job_id: str, name: str) -> Mapping[str, Any]:
+        statement = select(schema.jobs.c[name]).where(
+            schema.jobs.c.id == job_id, schema.jobs.c.state != State.DELETED
+        )
+        with self.database.reading() as connection:
+            found = connection.execute(statement).scalar_one_or_none()
+        if found is None:
+            raise JobNotFound(job_id)
+        document: Mapping[str, Any] = json.loads(found)
+        return document
+
+    def _kept(self, connection: Connection, before: Job, after: Job, tell: bool = True) -> Job:
+        """Write the changed job, and the event that tells of its new state."""
+        if after == before:
+            return before
+        after = replace(after, revision=before.revision + 1)
+        connection.execute(_of(before.id).values(**_row(after)))
+        changed = (after.state, after.attempt, after.run) != (
+            before.state, before.attempt, before.run
+        )  # fmt: skip
+        return (
+            self._told(connection, after, "state", _state_of(after)) if tell and changed else after
+        )
+
+    def _told(self, connection: Connection, job: Job, kind: str, payload: Mapping[str, Any]) -> Job:
+        number = job.n_events + 1
+        connection.execute(
+            insert(schema.events).values(
+                job_id=job.id,
+                number=number,
+                at_s=self.database.now_s(connection),
+                kind=kind,
+                payload=json.dumps(payload),
+            )
+        )
+        connection.execute(_of(job.id).values(n_events=number))
+        return replace(job, n_events=number)
+
+    def _remember(
+        self,
+        connection: Connection,
+        job_id: str,
+        events: Sequence[tuple[str, Mapping[str, Any]]],
+    ) -> None:
+        held = connection.execute(
+            select(schema.jobs.c.progress).where(schema.jobs.c.id == job_id)
+        ).scalar_one()
+        progress = {**json.loads(held), **dict(events)}
+        connection.execute(_of(job_id).values(progress=json.dumps(progress)))
+
+    def _log(self, connection: Connection, job: Job, text: str, now_s: float) -> None:
+        table = schema.logs
+        held = connection.execute(
+            select(func.coalesce(func.sum(func.length(table.c.text)), 0)).where(
+                table.c.job_id == job.id
+            )
+        ).scalar_one()
+        room = MAX_LOG_BYTES - int(held)
+        if room <= 0:
+            return
+        if len(text) >= room:
+            text = text[:room] + "\n… the log is full, what comes after is left out\n"
+        pieces = [text[at : at + MAX_PIECE_CHARS] for at in range(0, len(text), MAX_PIECE_CHARS)]
+        for number, piece in enumerate(pieces, job.n_logs + 1):
+            connection.execute(
+                insert(table).values(job_id=job.id, number=number, at_s=now_s, text=piece)
+            )
+        connection.execute(_of(job.id).values(n_logs=job.n_logs + len(pieces)))
+
+    def _expire(self, connection: Connection, now_s: float) -> int:
+        statement = (
+            select(*_COLUMNS)
+            .where(schema.jobs.c.state.in_(life.ACTIVE), schema.jobs.c.lease_until_s <= now_s)
+            .with_for_update(skip_locked=True)
+        )
+        lost = [_job(row) for row in connection.execute(statement)]
+        for job in lost:
+            self._kept(connection, job, life.expire(job, now_s))
+        return len(lost)
+
+    def _next(self, connection: Connection, max_running: int | None) -> Job | None:
+        table = schema.jobs
+        statement = select(*_COLUMNS).where(table.c.state == State.QUEUED)
+        if max_running is not None:
+            running = (
+                select(table.c.owner)
+                .where(table.c.state.in_(life.ACTIVE))
+                .group_by(table.c.owner)
+                .having(func.count() >= max_running)
+            )
+            statement = statement.where(table.c.owner.not_in(running))
+        statement = statement.order_by(
+            table.c.priority.desc(), table.c.created_s, table.c.id
+        ).limit(1)
+        row = connection.execute(statement.with_for_update(skip_locked=True)).first()
+        return None if row is None else _job(row)
+
+    def _requested(
+        self, connection: Connection, submission: Submission, key: str, now_s: float
+    ) -> Job | None:
+        """The job of an earlier request with the key; None, with the key now taken, if none."""
+        table = schema.requests
+        insert_new = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+        taken = connection.execute(
+            insert_new[connection.dialect.name](table)
+            .values(
+                owner=submission.owner, key=key, digest=submission.digest, job_id="",
+                created_s=now_s,
+            )
+            .on_conflict_do_nothing()
+        )  # fmt: skip
+        if taken.rowcount == 1:
+            return None
+        held = connection.execute(
+            select(table.c.digest, table.c.job_id).where(
+                table.c.owner == submission.owner, table.c.key == key
+            )
+        ).one()
+        if held.digest != submission.digest:
+            raise KeyReused(key, held.job_id)
+        return self._read(connection, held.job_id)
+
+    def _check_quota(self, connection: Connection, owner: str, limit: int) -> None:
+        table = schema.jobs
+        n_open = connection.execute(
+            select(func.count()).where(table.c.owner == owner, table.c.state.in_(life.OPEN))
+        ).scalar_one()
+        if n_open >= limit:
+            raise QuotaExceeded(int(n_open), limit)
+
+    def _is_older(self, connection: Connection, job_id: str) -> Any:
+        table = schema.jobs
+        last = connection.execute(
+            select(table.c.created_s, table.c.id).where(table.c.id == job_id)
+        ).first()
+        if last is None:
+            raise JobNotFound(job_id)
+        return or_(
+            table.c.created_s < last.created_s,
+            and_(table.c.created_s == last.created_s, table.c.id < last.id),
+        )
+
+
+def _of(job_id: str) -> Any:
+    return update(schema.jobs).where(schema.jobs.c.id == job_id)
+
+
+def _newest_first(statement: Select[Any]) -> Select[Any]:
+    return statement.order_by(schema.jobs.c.created_s.desc(), schema.jobs.c.id.desc())
+
+
+def _state_of(job: Job) -> dict[str, Any]:
+    told = {"state": job.state, "run": job.run, "attempt": job.attempt}
+    extra = {"worker": job.lease.worker if job.lease else None, "outcome": job.outcome,
+             "error": job.error}  # fmt: skip
+    return told | {name: value for name, value in extra.items() if value is not None}
+
+
+def _row(job: Job) -> dict[str, Any]:
+    lease = job.lease
+    fields = {name: getattr(job, name) for name in job.__dataclass_fields__ if name != "lease"}
+    return fields | {
+        "labels": json.dumps(dict(job.labels), sort_keys=True, separators=(",", ":")),
+        "worker": lease.worker if lease else None,
+        "token": lease.token if lease else None,
+        "lease_until_s": lease.until_s if lease else None,
+    }
+
+
+def _job(row: Row[Any]) -> Job:
+    held = dict(row._mapping)
+    worker, token = held.pop("worker"), held.pop("token")
+    until_s = held.pop("lease_until_s")
+    lease = Lease(worker, token, until_s) if token is not None else None
+    return Job(
+        **{
+            **held,
+            "kind": Kind(held["kind"]),
+            "state": State(held["state"]),
+            "labels": json.loads(held["labels"]),
+            "lease": lease,
+        }
+    )
+
+
+def _new_id() -> str:
+    """128 random bits would be a nuisance to type; 64 are enough, and a clash is an error."""
+    return secrets.token_hex(8)

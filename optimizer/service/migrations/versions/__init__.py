@@ -1,0 +1,1 @@
+"""A module a version; what has been released is never changed."""

@@ -1,0 +1,367 @@
+"""The worker: takes jobs from the ledger, one at a time, and runs each in a child process.
+
+It holds a lease while it runs one and renews it every second. It stops the child where the lease
+is lost, where somebody cancels, and where a limit is broken; and where the database doesn't answer
+for as long as the lease is good, since another worker may have the job by then. What it tells the
+ledger carries the lease's token, so an outlived worker can't end a job that isn't its own.
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from optimizer.service.addresses import AddressRefused, Stores
+from optimizer.service.blobs import Blobs
+from optimizer.service.child import REPOSITORY, Order
+from optimizer.service.database import DatabaseUnavailable
+from optimizer.service.jobs import Job, Kind, LeaseLost, State
+from optimizer.service.ledger import MAX_LOG_BYTES, Claim, Ledger
+from optimizer.service.running import ChildLimits, Running
+from optimizer.service.submitted import SLO_FILE, UPLOAD, materialize
+from optimizer.service.uploads import UploadNotFound, Uploads
+
+log = logging.getLogger(__name__)
+
+CLAIM_CHARS = 12
+"""Of a lease's token, which name the folder of what was made under it."""
+_TICK_S = 0.25
+_RENEW_S = 1.0
+_BACK_OFF_S = 2.0
+_EVENTS = ("error", "result")
+"""The child's last word, which decides how the job ended."""
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """`work` is the folder of the jobs that are under way, on the worker's own disk; `store` and
+    `artifacts` are those of all studies (`optimizer.store`). `allowed_wall_clock_s` comes on top
+    of a study's budget, for what a study does before and after it searches."""
+
+    name: str
+    work: Path
+    store: str
+    artifacts: Path | None = None
+    repositories: Mapping[str, Path] = field(default_factory=dict)
+    lease_s: float = 15.0
+    poll_s: float = 1.0
+    max_running: int | None = None
+    limits: ChildLimits = field(default_factory=ChildLimits)
+    allowed_wall_clock_s: float = 3_600.0
+    max_fetched_bytes: int = 20 << 30
+    min_free_bytes: int = 1 << 30
+    verify: bool = True
+
+
+class Stopped(Exception):
+    """The job isn't run on; `why` is for the log."""
+
+
+class Worker:
+    """Runs in one thread until `stop` is set."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        uploads: Uploads,
+        blobs: Blobs,
+        stores: Stores,
+        options: WorkerOptions,
+        environ: Mapping[str, str],
+        metrics: "WorkerMetrics | None" = None,
+    ) -> None:
+        self._ledger = ledger
+        self._uploads = uploads
+        self._blobs = blobs
+        self._stores = stores
+        self._options = options
+        self._environ = environ
+        self._metrics = metrics or WorkerMetrics()
+        options.work.mkdir(parents=True, exist_ok=True)
+
+    def run(self, stop: threading.Event) -> None:
+        while not stop.is_set():
+            try:
+                claim = self._claim()
+            except DatabaseUnavailable as error:
+                log.warning("no job can be claimed: %s", error)
+                stop.wait(_BACK_OFF_S)
+                continue
+            if claim is None:
+                stop.wait(self._options.poll_s)
+                continue
+            self._carry_out(claim, stop)
+
+    def _claim(self) -> Claim | None:
+        options = self._options
+        self._ledger.see_worker(options.name, None)
+        free = shutil.disk_usage(options.work).free
+        if free < options.min_free_bytes:
+            log.error("%d bytes are free in %s, too few to take a job", free, options.work)
+            return None
+        claim = self._ledger.claim(options.name, options.lease_s, options.max_running)
+        if claim is not None:
+            self._ledger.see_worker(options.name, claim.job.id)
+        return claim
+
+    def _carry_out(self, claim: Claim, stop: threading.Event) -> None:
+        """Run the job to its end, or let go of it. Nothing that a job does ends the worker."""
+        about = {"job": claim.job.id, "attempt": claim.job.attempt}
+        log.info("begins", extra=about)
+        began_s = time.monotonic()
+        attempt = Attempt(self, claim, stop)
+        try:
+            state = attempt.run()
+            log.info("ended as %s", state, extra=about)
+            self._metrics.ended(state, time.monotonic() - began_s)
+        except (LeaseLost, Stopped) as error:
+            log.warning("let go: %s", error, extra=about)
+            self._metrics.ended("let_go", time.monotonic() - began_s)
+        except DatabaseUnavailable as error:
+            log.error("let go, the database doesn't answer: %s", error, extra=about)
+            self._metrics.ended("let_go", time.monotonic() - began_s)
+        except Exception:  # the job is taken back when its lease ends
+            log.exception("let go by an internal error", extra=about)
+            self._metrics.ended("let_go", time.monotonic() - began_s)
+
+
+class WorkerMetrics:
+    """What a worker counts; `optimizer.service.metrics` has one that Prometheus reads."""
+
+    def ended(self, how: str, seconds: float) -> None:
+        """A claim ended: in a state of the job, or `let_go`."""
+
+
+class Attempt:
+    """One claim of one job, from the fetching of its files to the word on how it ended."""
+
+    def __init__(self, worker: Worker, claim: Claim, stop: threading.Event) -> None:
+        self._worker = worker
+        self._ledger = worker._ledger
+        self._options = worker._options
+        self._job, self._spec, self._lease = claim.job, claim.spec, claim.lease
+        self._stop = stop
+        # Of this claim alone: a worker that lost the job may still be at it for a moment.
+        self._folder = self._options.work / claim.job.id / claim.lease.token[:CLAIM_CHARS]
+        self._out = self._folder / "out"
+        self._good_until_s = time.monotonic() + self._options.lease_s
+        self._last_word: dict[str, Mapping[str, Any]] = {}
+        self._untold: list[tuple[str, Mapping[str, Any]]] = []
+        self._unlogged = ""
+
+    def run(self) -> State:
+        """Raises LeaseLost, Stopped, DatabaseUnavailable."""
+        self._out.mkdir(parents=True)
+        try:
+            return self._run()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another claim's folder may be beside it
+                self._folder.parent.rmdir()
+
+    def _run(self) -> State:
+        try:
+            with self._renewing():
+                order = self._prepared()
+        except _Unusable as error:
+            return self._ended(str(error))
+        child = Running(order, self._folder / "order.json", self._limits(), self._worker._environ)
+        try:
+            broken = self._watch(child)
+            child.close()
+            self._report(child)
+        except BaseException:
+            child.stop()
+            raise
+        return self._concluded(child, broken)
+
+    # --- before
+
+    def _prepared(self) -> Order:
+        options, token = self._options, self._lease.token
+        self._ledger.tell(self._job.id, token, [("phase", {"name": "fetching files"})])
+        if self._job.kind is Kind.LOAD_TEST:
+            return self._load_test()
+        (self._folder / "inputs").mkdir(exist_ok=True)
+        files = {name: self._fetched(name) for name in self._spec["references"]}
+        spec = materialize(self._spec["spec"], files, self._folder)
+        return Order(
+            kind=self._job.kind,
+            spec=str(spec),
+            out=str(self._out),
+            lifeline=-1,
+            events=-1,
+            store=options.store,
+            artifacts=None if options.artifacts is None else str(options.artifacts),
+            verify=options.verify and bool(self._spec.get("verify", True)),
+            command=("trimserve", "jobs", "clone", self._job.id),
+        )
+
+    def _load_test(self) -> Order:
+        asked = self._spec
+        repository = self._options.repositories.get(asked["repository"])
+        if repository is None:
+            raise _Unusable(f"this worker has no repository {asked['repository']!r}")
+        (self._folder / SLO_FILE).write_text(json.dumps(asked["slo"]), "utf-8")  # JSON is YAML
+        return Order(
+            kind=self._job.kind,
+            spec=str(self._folder / SLO_FILE),
+            out=str(self._out),
+            lifeline=-1,
+            events=-1,
+            model=asked["model"],
+            version=asked["version"],
+            repository=str(repository),
+        )
+
+    def _fetched(self, reference: str) -> Path:
+        inputs = self._folder / "inputs"
+        try:
+            if reference.startswith(UPLOAD):
+                return self._worker._uploads.fetch(reference.removeprefix(UPLOAD), inputs)
+            name = self._worker._stores.check(reference)
+            if reference.startswith("file:"):
+                return self._worker._stores.local(reference)
+            folder = inputs / f"{len(list(inputs.iterdir())):04d}"
+            folder.mkdir()
+            target = folder / name
+            self._worker._stores.fetch(reference, target, self._options.max_fetched_bytes)
+        except (AddressRefused, UploadNotFound, OSError) as error:
+            raise _Unusable(f"{reference}: {error}") from error
+        return target
+
+    def _limits(self) -> ChildLimits:
+        limits, asked_s = self._options.limits, self._spec.get("wall_clock_s")
+        if asked_s is None:
+            return limits
+        own_s = float(asked_s) + self._options.allowed_wall_clock_s
+        most_s = limits.wall_clock_s
+        return ChildLimits(
+            limits.memory_bytes, own_s if most_s is None else min(own_s, most_s), limits.file_bytes
+        )
+
+    # --- while it runs
+
+    def _watch(self, child: Running) -> str | None:
+        """Until the child has ended, by itself or for a limit that it broke, which is returned.
+
+        Raises Stopped where it was stopped, with the ledger told, and LeaseLost."""
+        renewed_s = 0.0
+        while child.exit_code() is None:
+            if self._stop.wait(_TICK_S):
+                child.stop()
+                self._report(child)
+                self._ledger.release(self._job.id, self._lease.token)
+                raise Stopped("the worker stops")
+            now_s = time.monotonic()
+            if now_s - renewed_s < _RENEW_S:
+                continue
+            renewed_s = now_s
+            if self._renewed().state is State.CANCELLING:
+                child.stop()
+                self._report(child)
+                self._ledger.stopped(self._job.id, self._lease.token)
+                raise Stopped("cancelled")
+            self._report(child)
+            if broken := child.broken_limit():
+                child.stop()
+                return broken
+        return None
+
+    def _renewed(self) -> Job:
+        """Renew the lease. A database that is away for a moment is no reason to stop, until the
+        lease may be another's."""
+        began_s = time.monotonic()
+        try:
+            job = self._ledger.renew(self._job.id, self._lease.token, self._options.lease_s)
+        except DatabaseUnavailable:
+            if time.monotonic() > self._good_until_s:
+                raise
+            return self._job
+        self._good_until_s = began_s + 0.8 * self._options.lease_s
+        return job
+
+    @contextlib.contextmanager
+    def _renewing(self) -> Any:
+        """Renew while this thread is busy fetching files."""
+        done = threading.Event()
+        failures: list[Exception] = []
+
+        def renew() -> None:
+            while not done.wait(_RENEW_S):
+                try:
+                    self._renewed()
+                except (LeaseLost, DatabaseUnavailable) as error:
+                    failures.append(error)
+                    return
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    def _report(self, child: Running) -> None:
+        """Pass on what the child has told; where the database is away, later."""
+        events, text = child.taken()
+        self._last_word |= {kind: payload for kind, payload in events if kind in _EVENTS}
+        self._untold += [(kind, payload) for kind, payload in events if kind not in _EVENTS]
+        self._unlogged = (self._unlogged + text)[-MAX_LOG_BYTES:]
+        if self._untold or self._unlogged:
+            with contextlib.suppress(DatabaseUnavailable):
+                self._ledger.tell(self._job.id, self._lease.token, self._untold, self._unlogged)
+                self._untold, self._unlogged = [], ""
+
+    # --- after
+
+    def _concluded(self, child: Running, broken: str | None) -> State:
+        code = child.exit_code()
+        result = self._last_word.get("result")
+        if broken is not None:
+            return self._ended(f"stopped: it {broken}")
+        if code == 0 and result is not None:
+            return self._succeeded(str(result["outcome"]))
+        told = self._last_word.get("error", {}).get("message")
+        how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
+        return self._ended(str(told) if told else f"its process ended {how}; the log may say why")
+
+    def _succeeded(self, outcome: str) -> State:
+        """What was made is stored first, the word that it counts comes last."""
+        token, claim = self._lease.token, self._lease.token[:CLAIM_CHARS]
+        with self._renewing():
+            self._worker._blobs.store(self._job.id, claim, self._out)
+        has_version = any((self._out / REPOSITORY).glob("*/*/manifest.json"))
+        made = {"claim": claim, "outcome": outcome, "has_version": has_version}
+        self._patiently(lambda: self._ledger.tell(self._job.id, token, [("made", made)]))
+        job = self._patiently(lambda: self._ledger.succeed(self._job.id, token, outcome))
+        return job.state
+
+    def _ended(self, error: str) -> State:
+        token = self._lease.token
+        job = self._patiently(lambda: self._ledger.fail(self._job.id, token, error))
+        return job.state
+
+    def _patiently(self, call: Any) -> Any:
+        """A database that restarts shall not cost a study that is done: within the lease, ask
+        again. Raises LeaseLost, DatabaseUnavailable."""
+        while True:
+            try:
+                return call()
+            except DatabaseUnavailable:
+                if time.monotonic() > self._good_until_s:
+                    raise
+                time.sleep(0.5)
+
+
+class _Unusable(Exception):
+    """The job can't be begun: another attempt would end the same."""
