@@ -31,7 +31,7 @@ from serve.machine import Machine
 from serve.tensor import Array
 
 _UNPUBLISHED = "1"
-_BACKENDS = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
+TRITON_BACKENDS = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
 _TRITON_TYPES = {"BYTES": "TYPE_STRING"}
 
 
@@ -90,7 +90,7 @@ def publish(candidate: Candidate, repository: Path) -> str:
     version = next_version(repository, name)
     manifest = replace(candidate.manifest, version=version)
     write_version(repository, manifest, candidate.files)
-    if manifest.engine.name in _BACKENDS:  # those that Triton has, too
+    if manifest.engine.name in TRITON_BACKENDS:  # those that Triton has, too
         write_atomically(repository / name / "config.pbtxt", triton_config(manifest).encode())
     return version
 
@@ -106,7 +106,7 @@ def triton_config(manifest: Manifest) -> str:
     threads = {"onnxruntime": "intra_op_thread_count", "openvino": "INFERENCE_NUM_THREADS"}
     lines = [
         f"name: {json.dumps(manifest.model)}",
-        f"backend: {json.dumps(_BACKENDS[engine.name])}",
+        f"backend: {json.dumps(TRITON_BACKENDS[engine.name])}",
         f"default_model_filename: {json.dumps(engine.file)}",
         f"max_batch_size: {batching.max_batch_size if manifest.signature.batched else 0}",
         *_triton_tensors("input", manifest),

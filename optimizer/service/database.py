@@ -93,7 +93,9 @@ class Database:
                     self._migrate(connection, revision)
                     lost = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
                     if lost:
-                        raise StoreInvalid(self.shown, f"rows would lose what they refer to: {lost}")
+                        raise StoreInvalid(
+                            self.shown, f"rows would lose what they refer to: {lost}"
+                        )
                 connection.exec_driver_sql("PRAGMA foreign_keys = ON")
             else:
                 with connection.begin():
