@@ -14,6 +14,8 @@ import loadtest.cli
 import optimizer.cli
 import optimizer.measuring.cli
 import optimizer.record_cli
+import optimizer.service.cli
+import optimizer.service.jobs_cli
 import serve.cli
 from loadtest.document import DocumentInvalid
 from optimizer.errors import MeasurerUnavailable, SpecInvalid
@@ -40,6 +42,8 @@ app = typer.Typer(
 app.add_typer(optimizer.cli.app)
 app.add_typer(optimizer.measuring.cli.app)
 app.add_typer(optimizer.record_cli.app)
+app.add_typer(optimizer.service.cli.app)
+app.add_typer(optimizer.service.jobs_cli.app)
 app.add_typer(serve.cli.app)
 app.add_typer(loadtest.cli.app, name="loadtest")
 

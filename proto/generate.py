@@ -19,8 +19,9 @@ from pathlib import Path
 from grpc_tools import protoc
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = ("loadtest", "serve")
-SOURCES = ("model_config.proto", "oip.proto")
+SOURCES = ("jobs.proto", "model_config.proto", "oip.proto")
+_PROTOCOL = ("model_config_pb2", "oip_pb2")
+PACKAGES = {"loadtest": _PROTOCOL, "serve": _PROTOCOL, "optimizer.service": ("jobs_pb2",)}
 DEFAULT_POOL = "_descriptor_pool.Default()"
 PRIVATE_POOL = "_descriptor_pool.DescriptorPool()"
 # Typed stubs as protoc writes them leave generic types open, which strict checking refuses.
@@ -80,9 +81,11 @@ def main() -> int:
     generated = generate()
     _check_expectations(generated)
     stale = []
-    for package in PACKAGES:
+    for package, modules in PACKAGES.items():
         for name, text in generated.items():
-            path = HERE.parent / package / name
+            if name.partition(".")[0] not in modules:
+                continue
+            path = HERE.parent.joinpath(*package.split("."), name)
             wanted = for_package(package, name, text)
             if check and (not path.exists() or path.read_text("utf-8") != wanted):
                 stale.append(str(path))

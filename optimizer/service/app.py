@@ -79,6 +79,7 @@ def make_service(parts: Parts, settings: Settings) -> FastAPI:
     metrics = ServiceMetrics(parts.ledger)
     app = make_app(parts.operations, parts.authenticator, metrics, settings.hosts)
     add_page(app)
+    app.state.rpc = None
 
     @contextlib.asynccontextmanager
     async def lifespan(started: FastAPI) -> AsyncIterator[None]:

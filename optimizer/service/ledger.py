@@ -11,7 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, and_, delete, func, insert, or_, select, update
+from sqlalchemy import (
+    Connection,
+    Row,
+    Select,
+    Table,
+    and_,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from optimizer.service import jobs as life
@@ -25,6 +37,10 @@ MAX_PIECE_CHARS = 64_000
 MAX_EVENTS = 20_000
 """Of a job. Beyond it only changes of state are told."""
 MAX_PAGE = 500
+_INSERT: Mapping[str, Callable[[Table], sqlite.Insert | postgresql.Insert]] = {
+    "sqlite": sqlite.insert,
+    "postgresql": postgresql.insert,
+}
 _COLUMNS = [column for column in schema.jobs.columns if column.name not in ("spec", "progress")]
 
 
@@ -336,10 +352,9 @@ class Ledger:
             return self._expire(connection, self.database.now_s(connection))
 
     def see_worker(self, worker: str, job_id: str | None) -> None:
-        insert_new = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
         with self.database.writing() as connection:
             now_s = self.database.now_s(connection)
-            statement = insert_new[connection.dialect.name](schema.workers).values(
+            statement = _INSERT[connection.dialect.name](schema.workers).values(
                 name=worker, seen_s=now_s, job_id=job_id
             )
             connection.execute(
@@ -492,9 +507,8 @@ class Ledger:
     ) -> Job | None:
         """The job of an earlier request with the key; None, with the key now taken, if none."""
         table = schema.requests
-        insert_new = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
         taken = connection.execute(
-            insert_new[connection.dialect.name](table)
+            _INSERT[connection.dialect.name](table)
             .values(
                 owner=submission.owner, key=key, digest=submission.digest, job_id="",
                 created_s=now_s,

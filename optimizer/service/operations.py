@@ -286,7 +286,7 @@ class Operations:
         """Housekeeping: leases that ran out, publications that nobody finished, jobs older than
         `keep_s` and uploads that nothing uses."""
         self.ledger.expire()
-        claims = {}
+        claims: dict[str, str] = {}
         for one in self.publisher.unfinished():
             with suppress(JobNotFound):
                 claim = self._claim(self.ledger.job(one.job_id))

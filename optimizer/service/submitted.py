@@ -152,7 +152,7 @@ def _refuse_aliases(text: str) -> None:
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
-                line = event.start_mark.line + 1
+                line = event.start_mark.line + 1 if event.start_mark else 1
                 raise DocumentInvalid(
                     SOURCE, [f"{SOURCE}:{line}: *{event.anchor}: want no YAML aliases here"]
                 )

@@ -12,10 +12,10 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from optimizer.service.addresses import AddressRefused, Stores
 from optimizer.service.blobs import Blobs
@@ -29,6 +29,7 @@ from optimizer.service.uploads import UploadNotFound, Uploads
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 CLAIM_CHARS = 12
 """Of a lease's token, which name the folder of what was made under it."""
 _TICK_S = 0.25
@@ -288,7 +289,7 @@ class Attempt:
         return job
 
     @contextlib.contextmanager
-    def _renewing(self) -> Any:
+    def _renewing(self) -> Iterator[None]:
         """Renew while this thread is busy fetching files."""
         done = threading.Event()
         failures: list[Exception] = []
@@ -351,7 +352,7 @@ class Attempt:
         job = self._patiently(lambda: self._ledger.fail(self._job.id, token, error))
         return job.state
 
-    def _patiently(self, call: Any) -> Any:
+    def _patiently(self, call: Callable[[], T]) -> T:
         """A database that restarts shall not cost a study that is done: within the lease, ask
         again. Raises LeaseLost, DatabaseUnavailable."""
         while True:
