@@ -183,6 +183,14 @@ def loadtest(
             help="Compare with the server's own counters.",
         ),
     ] = True,
+    prometheus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Take the server's counters from this Prometheus, which scrapes the server, "
+            "at exactly the window's ends.",
+        ),
+    ] = None,
     max_in_flight: Annotated[
         int | None,
         typer.Option(
@@ -214,6 +222,7 @@ def loadtest(
             seed=seed,
             metrics_urls=tuple(metrics_url or ()),
             server_metrics=server_metrics,
+            prometheus=prometheus,
             max_in_flight=max_in_flight,
             profile=None if profile is None else read_profile(profile),
         )

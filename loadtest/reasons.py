@@ -294,6 +294,25 @@ class ServerRestarted(Reason):
         return f"the server behind {self.url} restarted during the measurement"
 
 
+class ScrapesMissing(Reason):
+    """Prometheus didn't see all of the window, so it can't say that nothing happened in it."""
+
+    kind: Literal["scrapes_missing"] = "scrapes_missing"
+    url: str
+    n_scrapes: int
+    n_failed: int
+    longest_gap_s: float
+    interval_s: float
+
+    @property
+    def message(self) -> str:
+        return (
+            f"Prometheus didn't see all of the window: of {self.n_scrapes} scrapes of {self.url} "
+            f"{self.n_failed} failed, and up to {self.longest_gap_s:.3g} s lie between two, "
+            f"want one every {self.interval_s:g} s"
+        )
+
+
 AnyReason = Annotated[
     LatencyMissed
     | SuccessRatioMissed
@@ -312,7 +331,8 @@ AnyReason = Annotated[
     | EdgeMissing
     | CountsDisagree
     | ServerSlowerThanClient
-    | ServerRestarted,
+    | ServerRestarted
+    | ScrapesMissing,
     Field(discriminator="kind"),
 ]
 

@@ -7,6 +7,7 @@ import os
 import platform
 import secrets
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -130,10 +131,26 @@ class TransportCount(Strict):
     server_over: int
 
 
+class PrometheusFacts(Strict):
+    """The scrapes of one server from one end of the measurement to the other."""
+
+    url: str
+    from_s: float
+    to_s: float
+    """Unix time, by Prometheus's clock"""
+    interval_s: float
+    n_scrapes: int
+    n_failed: int
+    longest_gap_s: float
+
+
 class ServerFacts(Strict):
     urls: tuple[str, ...]
     error: str
     transports: tuple[TransportCount, ...]
+    prometheus: str | None = None
+    """its URL; none: the servers were asked themselves"""
+    scraped: tuple[PrometheusFacts, ...] = ()
 
 
 class TimeBin(Strict):
@@ -337,6 +354,8 @@ def _server_facts(result: Result) -> ServerFacts | None:
         urls=result.settings.scraped_urls,
         error=result.server.error,
         transports=tuple(transports),
+        prometheus=result.settings.prometheus,
+        scraped=tuple(PrometheusFacts(**asdict(one)) for one in result.server.coverage),
     )
 
 

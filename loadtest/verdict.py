@@ -28,6 +28,7 @@ from loadtest.reasons import (
     RequestsCorrelated,
     RequestsDropped,
     RequestsInvalid,
+    ScrapesMissing,
     ServerRestarted,
     ServerSlowerThanClient,
     SuccessRatioMissed,
@@ -35,7 +36,7 @@ from loadtest.reasons import (
     TooFewRequests,
 )
 from loadtest.samples import FloatArray, Samples
-from loadtest.server_metrics import Count, Scrapes, counted
+from loadtest.server_metrics import Count, Coverage, Scrapes, counted
 from loadtest.settling import requests_to_show
 from loadtest.slo import LatencyObjective, Slo
 from loadtest.statistics import (
@@ -61,6 +62,8 @@ class ServerEvidence:
 
     scrapes: tuple[Scrapes, ...] = ()
     error: str = ""
+    coverage: tuple[Coverage, ...] = ()
+    """by Prometheus; empty where the servers were asked themselves"""
 
 
 @dataclass(frozen=True)
@@ -300,6 +303,17 @@ def _server_doubts(evidence: Evidence) -> list[AnyReason]:
     doubts: list[AnyReason] = [
         ServerRestarted(url=pair.url) for pair in server.scrapes if pair.restarted
     ]
+    doubts.extend(
+        ScrapesMissing(
+            url=one.url,
+            n_scrapes=one.n_scrapes,
+            n_failed=one.n_failed,
+            longest_gap_s=one.longest_gap_s,
+            interval_s=one.interval_s,
+        )
+        for one in server.coverage
+        if not one.complete
+    )
     if doubts:
         return doubts
     totals = counted(server.scrapes)
