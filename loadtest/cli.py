@@ -191,6 +191,22 @@ def loadtest(
             "at exactly the window's ends.",
         ),
     ] = None,
+    drift_horizon_s: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            max=31_536_000,
+            help="For a soak: inconclusive where latency or the server's memory grows so that it "
+            "reaches its limit within this time after the window.",
+        ),
+    ] = None,
+    max_memory_mb: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="The limit of the server's memory; by default twice what it has at the start.",
+        ),
+    ] = None,
     max_in_flight: Annotated[
         int | None,
         typer.Option(
@@ -223,6 +239,8 @@ def loadtest(
             metrics_urls=tuple(metrics_url or ()),
             server_metrics=server_metrics,
             prometheus=prometheus,
+            drift_horizon_s=drift_horizon_s,
+            max_memory_bytes=None if max_memory_mb is None else max_memory_mb * 1e6,
             max_in_flight=max_in_flight,
             profile=None if profile is None else read_profile(profile),
         )

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+from loadtest.memory import METRIC, MemorySeries, series_of
 from loadtest.prometheus import Prometheus, PrometheusUnusable, ScrapeTarget, find_target
 from loadtest.samples import Samples
 from loadtest.server_metrics import Coverage, MetricsUnusable, Scrapes, Snapshot, snapshot_of
@@ -17,6 +18,7 @@ from loadtest.verdict import ServerEvidence
 NEW_SCRAPES = 2
 """The first to come in may have begun before we asked, the second can't."""
 MAX_MORE_SCRAPES = 3
+MAX_MEMORY_POINTS = 1500
 """For counters that haven't settled by then."""
 WAIT_PER_INTERVAL = 3
 WAIT_S = 5.0
@@ -88,6 +90,7 @@ class PrometheusObserver:
             return ServerEvidence(
                 scrapes=self._pairs(self._snapshots(ends_s), ends_s),
                 coverage=self._coverage(ends_s),
+                memory=self._memory(ends_s),
             )
         except (PrometheusUnusable, MetricsUnusable) as error:
             return ServerEvidence(error=str(error))
@@ -116,6 +119,16 @@ class PrometheusObserver:
                     longest_gap_s=max(later - one for one, later in pairwise(times_s)),
                 )
             )
+        return tuple(found)
+
+    def _memory(self, ends_s: list[float]) -> tuple[MemorySeries, ...]:
+        found = []
+        for target, start_s, end_s in zip(self.targets, self._starts_s, ends_s, strict=True):
+            points = self._prometheus.values(target, METRIC, start_s, end_s)
+            # As many as a direct reading takes: a long window has many thousands of scrapes.
+            step = max(1, -(-len(points) // MAX_MEMORY_POINTS))
+            if points:
+                found.append(series_of(target.url, points[::step]))
         return tuple(found)
 
     def _snapshots(self, at_s: list[float]) -> list[Snapshot]:

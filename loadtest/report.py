@@ -18,6 +18,7 @@ from pydantic import Field
 
 from loadtest.accuracy import AccuracyFacts, accuracy_facts
 from loadtest.document import Strict
+from loadtest.drift_facts import DriftFacts, drift_facts
 from loadtest.profile import LoadProfile
 from loadtest.reasons import AnyReason
 from loadtest.samples import FloatArray, Samples, status_label
@@ -186,6 +187,8 @@ class Report(Strict):
     """the distribution, by quantiles that get denser towards the tail"""
     accuracy: AccuracyFacts | None = None
     """none: no labels, or no answer that could be graded"""
+    drift: DriftFacts | None = None
+    """none: from before reports had it"""
 
 
 def make_report(result: Result, created_at: datetime) -> Report:
@@ -215,6 +218,7 @@ def make_report(result: Result, created_at: datetime) -> Report:
         timeline=_timeline(samples, settings.slo.latency.threshold_s, bin_s),
         curve=_curve(latency_s),
         accuracy=accuracy_facts(result),
+        drift=drift_facts(judgement.drift, result.soak),
     )
 
 

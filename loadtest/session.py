@@ -6,7 +6,7 @@ Knows no terminal and no file format; progress and results go to the caller.
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from loadtest.arrivals import Arrivals, TraceInvalid, draw_profile, mean_level, peak_level
+from loadtest.drift import Soak
 from loadtest.driver import Played, Progress, Warmed, check_generator, play
 from loadtest.endpoint import describe_all
 from loadtest.inputs import FileInputs, RandomInputs, read_inputs_file, read_labelled_file
 from loadtest.labels import AnswerKey, choose_output
+from loadtest.memory import MemorySampler, every_s
 from loadtest.plan import ClosedLoop, Plan
 from loadtest.profile import LoadProfile, simple_profile
 from loadtest.prometheus import Prometheus
@@ -61,6 +63,9 @@ class Settings:
     server_metrics: bool = True
     prometheus: str | None = None
     """URL of the Prometheus to take the counters from; none: from the servers themselves"""
+    drift_horizon_s: float | None = None
+    """none: drift is shown, not judged"""
+    max_memory_bytes: float | None = None
     max_in_flight: int | None = None
     """none: as many as can be waiting before the first times out"""
     profile: LoadProfile | None = None
@@ -121,6 +126,7 @@ class Result:
     warmed: Warmed
     server: ServerEvidence | None
     judgement: Judgement
+    soak: Soak = field(default_factory=Soak)
 
 
 def run(settings: Settings, watcher: Watcher) -> Result:
@@ -136,17 +142,25 @@ def run(settings: Settings, watcher: Watcher) -> Result:
     plan = make_plan(settings, signature)
     observer = open_observer(settings)
     plan = replace(plan, pause_s=observer.longest_s)
+    sampler = MemorySampler(
+        settings.scraped_urls if settings.prometheus is None else (), every_s(settings.window_s)
+    )
     warmed: list[Warmed] = []
 
     def on_warm(message: Warmed) -> None:
         warmed.append(message)
         observer.before()
+        sampler.start()
         watcher.on_window(len(plan.window) if plan.closed is None else None)
 
     watcher.on_warmup(len(plan.warmup))
-    with tempfile.TemporaryDirectory(prefix="trimserve-loadtest-") as folder:
-        played = play(plan, Path(folder), on_warm, watcher.on_progress)
+    try:
+        with tempfile.TemporaryDirectory(prefix="trimserve-loadtest-") as folder:
+            played = play(plan, Path(folder), on_warm, watcher.on_progress)
+    finally:
+        sampler.stop()
     server = observer.evidence(played.samples) if settings.scraped_urls else None
+    memory = (*sampler.series(), *(() if server is None else server.memory))
     evidence = Evidence(
         slo=settings.slo,
         samples=played.samples,
@@ -157,8 +171,9 @@ def run(settings: Settings, watcher: Watcher) -> Result:
         server=server,
         closed_loop=settings.closed_loop,
         label_output=None if plan.key is None else plan.key.output,
+        soak=Soak(memory, settings.drift_horizon_s, settings.max_memory_bytes),
     )
-    return Result(settings, plan, played, warmed[0], server, judge(evidence))
+    return Result(settings, plan, played, warmed[0], server, judge(evidence), evidence.soak)
 
 
 def check_settings(settings: Settings) -> None:
@@ -177,6 +192,10 @@ def check_settings(settings: Settings) -> None:
         )
     if settings.label_output is not None and settings.labels is None:
         raise SettingsInvalid("--label-output: got it without --labels, want both or neither")
+    if settings.max_memory_bytes is not None and settings.drift_horizon_s is None:
+        raise SettingsInvalid(
+            "--max-memory-mb: got it without --drift-horizon-s, want how far ahead to look too"
+        )
     if settings.prometheus is not None and not settings.server_metrics:
         raise SettingsInvalid(
             "--prometheus: got it with --no-server-metrics, want one of them: it is where the "

@@ -209,6 +209,11 @@ class Scraped(Prometheus):
     ) -> tuple[tuple[float, bool], ...]:
         return tuple((at, one is not None) for at, one in self.seen.items() if from_s <= at <= to_s)
 
+    def values(
+        self, target: ScrapeTarget, metric: str, from_s: float, to_s: float
+    ) -> list[tuple[float, float]]:
+        return []
+
     def n_resets(self, target: ScrapeTarget, from_s: float, to_s: float) -> int:
         numbers = [counted_in(one) for at, one in self.seen.items() if one and from_s <= at <= to_s]
         return sum(later < one for one, later in pairwise(numbers))
