@@ -183,6 +183,30 @@ def loadtest(
             help="Compare with the server's own counters.",
         ),
     ] = True,
+    prometheus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Take the server's counters from this Prometheus, which scrapes the server, "
+            "at exactly the window's ends.",
+        ),
+    ] = None,
+    drift_horizon_s: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            max=31_536_000,
+            help="For a soak: inconclusive where latency or the server's memory grows so that it "
+            "reaches its limit within this time after the window.",
+        ),
+    ] = None,
+    max_memory_mb: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="The limit of the server's memory; by default twice what it has at the start.",
+        ),
+    ] = None,
     max_in_flight: Annotated[
         int | None,
         typer.Option(
@@ -214,6 +238,9 @@ def loadtest(
             seed=seed,
             metrics_urls=tuple(metrics_url or ()),
             server_metrics=server_metrics,
+            prometheus=prometheus,
+            drift_horizon_s=drift_horizon_s,
+            max_memory_bytes=None if max_memory_mb is None else max_memory_mb * 1e6,
             max_in_flight=max_in_flight,
             profile=None if profile is None else read_profile(profile),
         )

@@ -21,6 +21,7 @@ def exit_codes() -> Iterator[None]:
     from loadtest.endpoint import TargetUnusable
     from loadtest.inputs import InputsInvalid
     from loadtest.labels import LabelsInvalid
+    from loadtest.prometheus import PrometheusUnusable
     from loadtest.server_metrics import MetricsUnusable
     from loadtest.session import SettingsInvalid
     from loadtest.signature import SignatureUnusable
@@ -44,6 +45,11 @@ def exit_codes() -> Iterator[None]:
     except MetricsUnusable as error:
         _fail(
             f"--metrics-url: {error}; want the server's metrics, or --no-server-metrics",
+            EXIT_USAGE,
+        )
+    except PrometheusUnusable as error:
+        _fail(
+            f"--prometheus: {error}; or leave it out, and the counters are read from /metrics",
             EXIT_USAGE,
         )
     except KeyboardInterrupt:

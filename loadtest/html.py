@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from loadtest.drift_facts import memory_chart
 from loadtest.report import LatencyQuantile, Report
 from loadtest.verdict import Outcome
 
@@ -40,6 +41,8 @@ def render_html(report: Report) -> str:
         "latency": latency_timeline(report),
         "rate": rate_timeline(report),
     }
+    if report.drift is not None and report.drift.memory:
+        figures["memory"] = memory_chart(report.drift)
     return render(TEMPLATE, figures, report=report, title=TITLES[report.verdict])
 
 

@@ -56,6 +56,8 @@ class Plan:
     """none: answers aren't graded"""
     closed: ClosedLoop | None = None
     """none: the loop is open, and the schedules say when"""
+    pause_s: float = 0.0
+    """how long the window may be kept waiting after the warm-up, beside the usual moment"""
 
 
 def save_plan(plan: Plan, folder: Path) -> None:
@@ -65,6 +67,7 @@ def save_plan(plan: Plan, folder: Path) -> None:
         "targets": [asdict(target) for target in plan.targets],
         "timeout_s": plan.timeout_s,
         "max_in_flight": plan.max_in_flight,
+        "pause_s": plan.pause_s,
         "closed": None if plan.closed is None else asdict(plan.closed),
         "label_output": None if plan.key is None else plan.key.output,
         "json_bytes": {
@@ -111,6 +114,7 @@ def load_plan(folder: Path) -> Plan:
         max_in_flight=settings["max_in_flight"],
         key=key,
         closed=None if closed is None else ClosedLoop(**closed),
+        pause_s=settings["pause_s"],
     )
 
 

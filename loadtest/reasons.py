@@ -294,6 +294,68 @@ class ServerRestarted(Reason):
         return f"the server behind {self.url} restarted during the measurement"
 
 
+class ScrapesMissing(Reason):
+    """Prometheus didn't see all of the window, so it can't say that nothing happened in it."""
+
+    kind: Literal["scrapes_missing"] = "scrapes_missing"
+    url: str
+    n_scrapes: int
+    n_failed: int
+    longest_gap_s: float
+    interval_s: float
+
+    @property
+    def message(self) -> str:
+        return (
+            f"Prometheus didn't see all of the window: of {self.n_scrapes} scrapes of {self.url} "
+            f"{self.n_failed} failed, and up to {self.longest_gap_s:.3g} s lie between two, "
+            f"want one every {self.interval_s:g} s"
+        )
+
+
+class LatencyDrifts(Reason):
+    kind: Literal["latency_drifts"] = "latency_drifts"
+    quantile: float
+    threshold_s: float
+    latency_s: float
+    """by the trend, at the end of the window"""
+    growth_s_per_hour: float
+    least_growth_s_per_hour: float
+    reached_in_s: float
+    """seconds from the window's end, at the least growth"""
+    horizon_s: float
+
+    @property
+    def message(self) -> str:
+        return (
+            f"latency at quantile {self.quantile:g} grows by {_ms(self.growth_s_per_hour)} an "
+            f"hour (at least {_ms(self.least_growth_s_per_hour)}, 95 % sure) and was "
+            f"{_ms(self.latency_s)} at the end: it reaches {_ms(self.threshold_s)} within "
+            f"{_hours(self.reached_in_s)}, want that not before {_hours(self.horizon_s)}"
+        )
+
+
+class MemoryGrows(Reason):
+    kind: Literal["memory_grows"] = "memory_grows"
+    url: str
+    memory_bytes: float
+    """by the trend, at the end of the window"""
+    limit_bytes: float
+    growth_bytes_per_hour: float
+    least_growth_bytes_per_hour: float
+    reached_in_s: float
+    horizon_s: float
+
+    @property
+    def message(self) -> str:
+        return (
+            f"the memory of {self.url} grows by {_mb(self.growth_bytes_per_hour)} an hour (at "
+            f"least {_mb(self.least_growth_bytes_per_hour)}, 95 % sure) and was "
+            f"{_mb(self.memory_bytes)} at the end: it reaches {_mb(self.limit_bytes)} within "
+            f"{_hours(self.reached_in_s)}, want that not before {_hours(self.horizon_s)}"
+        )
+
+
 AnyReason = Annotated[
     LatencyMissed
     | SuccessRatioMissed
@@ -312,7 +374,10 @@ AnyReason = Annotated[
     | EdgeMissing
     | CountsDisagree
     | ServerSlowerThanClient
-    | ServerRestarted,
+    | ServerRestarted
+    | ScrapesMissing
+    | LatencyDrifts
+    | MemoryGrows,
     Field(discriminator="kind"),
 ]
 
@@ -323,3 +388,11 @@ def _share(value: float) -> str:
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.4g} ms"
+
+
+def _mb(n_bytes: float) -> str:
+    return f"{n_bytes / 1e6:.4g} MB"
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.3g} h"

@@ -7,6 +7,7 @@ import os
 import platform
 import secrets
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +18,7 @@ from pydantic import Field
 
 from loadtest.accuracy import AccuracyFacts, accuracy_facts
 from loadtest.document import Strict
+from loadtest.drift_facts import DriftFacts, drift_facts
 from loadtest.profile import LoadProfile
 from loadtest.reasons import AnyReason
 from loadtest.samples import FloatArray, Samples, status_label
@@ -130,10 +132,26 @@ class TransportCount(Strict):
     server_over: int
 
 
+class PrometheusFacts(Strict):
+    """The scrapes of one server from one end of the measurement to the other."""
+
+    url: str
+    from_s: float
+    to_s: float
+    """Unix time, by Prometheus's clock"""
+    interval_s: float
+    n_scrapes: int
+    n_failed: int
+    longest_gap_s: float
+
+
 class ServerFacts(Strict):
     urls: tuple[str, ...]
     error: str
     transports: tuple[TransportCount, ...]
+    prometheus: str | None = None
+    """its URL; none: the servers were asked themselves"""
+    scraped: tuple[PrometheusFacts, ...] = ()
 
 
 class TimeBin(Strict):
@@ -169,6 +187,8 @@ class Report(Strict):
     """the distribution, by quantiles that get denser towards the tail"""
     accuracy: AccuracyFacts | None = None
     """none: no labels, or no answer that could be graded"""
+    drift: DriftFacts | None = None
+    """none: from before reports had it"""
 
 
 def make_report(result: Result, created_at: datetime) -> Report:
@@ -198,6 +218,7 @@ def make_report(result: Result, created_at: datetime) -> Report:
         timeline=_timeline(samples, settings.slo.latency.threshold_s, bin_s),
         curve=_curve(latency_s),
         accuracy=accuracy_facts(result),
+        drift=drift_facts(judgement.drift, result.soak),
     )
 
 
@@ -337,6 +358,8 @@ def _server_facts(result: Result) -> ServerFacts | None:
         urls=result.settings.scraped_urls,
         error=result.server.error,
         transports=tuple(transports),
+        prometheus=result.settings.prometheus,
+        scraped=tuple(PrometheusFacts(**asdict(one)) for one in result.server.coverage),
     )
 
 

@@ -6,7 +6,7 @@ and histogram_quantile() interpolates. Knows the text format and one histogram, 
 
 import http.client
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -16,6 +16,8 @@ HISTOGRAM = "trimserve_request_duration_seconds"
 BATCH_ROWS = "trimserve_batch_rows"
 START_TIME = "process_start_time_seconds"
 TIMEOUT_S = 5.0
+MAX_GAP_INTERVALS = 1.5
+"""Between two scrapes; a missing one makes it 2."""
 MAX_METRICS_BYTES = 50_000_000
 EDGE_TOLERANCE = 1e-9
 """Relative; edges and thresholds are decimal fractions that went through text."""
@@ -23,6 +25,15 @@ EDGE_TOLERANCE = 1e-9
 
 class MetricsUnusable(Exception):
     """The metrics can't be read; `str()` says where and why."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One number of a scrape."""
+
+    name: str
+    labels: Mapping[str, str]
+    value: float
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,8 @@ class Scrapes:
     url: str
     before: Snapshot
     after: Snapshot
+    n_resets: int = 0
+    """falls of a counter seen in between"""
 
     @property
     def restarted(self) -> bool:
@@ -73,7 +86,26 @@ class Scrapes:
             self.after.counts.get(transport, Count()).n < count.n
             for transport, count in self.before.counts.items()
         )
-        return fell or self.before.started_s != self.after.started_s
+        return fell or self.n_resets > 0 or self.before.started_s != self.after.started_s
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How completely Prometheus scraped one server between the two ends, both of them scrapes."""
+
+    url: str
+    from_s: float
+    to_s: float
+    """Unix time, by Prometheus's clock"""
+    interval_s: float
+    n_scrapes: int
+    n_failed: int
+    longest_gap_s: float
+
+    @property
+    def complete(self) -> bool:
+        """Each scrape succeeded, and none was left out."""
+        return self.n_failed == 0 and self.longest_gap_s <= MAX_GAP_INTERVALS * self.interval_s
 
 
 def counted(scrapes: tuple[Scrapes, ...]) -> dict[str, Count]:
@@ -122,29 +154,46 @@ def fetch(url: str) -> str:
 
 
 def read_snapshot(text: str, model: str, version: str, threshold_s: float, source: str) -> Snapshot:
-    """Pick the model's counters; an empty `version` takes all versions together.
+    """Pick the model's counters out of a scrape's text, as `snapshot_of` does.
 
     Raises MetricsUnusable where the text is no metrics.
+    """
+    try:
+        samples = [
+            Sample(one.name, one.labels, one.value)
+            for family in text_string_to_metric_families(text)
+            for one in family.samples
+        ]
+    except ValueError as error:
+        raise MetricsUnusable(f"{source}: not the metrics expected ({error!r})") from error
+    return snapshot_of(samples, model, version, threshold_s, source)
+
+
+def snapshot_of(
+    samples: Iterable[Sample], model: str, version: str, threshold_s: float, source: str
+) -> Snapshot:
+    """Add up the model's counters of one scrape; an empty `version` takes all versions together.
+
+    Raises MetricsUnusable where a counter lacks a label.
     """
     series: dict[tuple[str, str, str], dict[float, float]] = {}
     started_s = None
     batches = {f"{BATCH_ROWS}_count": 0.0, f"{BATCH_ROWS}_sum": 0.0}
     try:
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if sample.name == START_TIME:
-                    started_s = sample.value
-                elif sample.name == f"{HISTOGRAM}_bucket" and sample.labels["model"] == model:
-                    labels = sample.labels
-                    if version in ("", labels["version"]):
-                        key = (labels["transport"], labels["code"], labels["version"])
-                        series.setdefault(key, {})[float(labels["le"])] = sample.value
-                elif (
-                    sample.name in batches
-                    and sample.labels["model"] == model
-                    and version in ("", sample.labels["version"])
-                ):
-                    batches[sample.name] += sample.value
+        for sample in samples:
+            if sample.name == START_TIME:
+                started_s = sample.value
+            elif sample.name == f"{HISTOGRAM}_bucket" and sample.labels["model"] == model:
+                labels = sample.labels
+                if version in ("", labels["version"]):
+                    key = (labels["transport"], labels["code"], labels["version"])
+                    series.setdefault(key, {})[float(labels["le"])] = sample.value
+            elif (
+                sample.name in batches
+                and sample.labels["model"] == model
+                and version in ("", sample.labels["version"])
+            ):
+                batches[sample.name] += sample.value
     except (ValueError, KeyError) as error:
         raise MetricsUnusable(f"{source}: not the metrics expected ({error!r})") from error
     counts: dict[str, Count] = {}

@@ -6,7 +6,7 @@ Knows no terminal and no file format; progress and results go to the caller.
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,12 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from loadtest.arrivals import Arrivals, TraceInvalid, draw_profile, mean_level, peak_level
+from loadtest.drift import Soak
 from loadtest.driver import Played, Progress, Warmed, check_generator, play
 from loadtest.endpoint import describe_all
 from loadtest.inputs import FileInputs, RandomInputs, read_inputs_file, read_labelled_file
 from loadtest.labels import AnswerKey, choose_output
+from loadtest.memory import MemorySampler, every_s
 from loadtest.plan import ClosedLoop, Plan
 from loadtest.profile import LoadProfile, simple_profile
+from loadtest.prometheus import Prometheus
+from loadtest.prometheus_observer import PrometheusObserver
 from loadtest.samples import Samples
 from loadtest.server_metrics import MetricsUnusable, Scrapes, Snapshot, counted, scrape
 from loadtest.signature import Signature, TensorSpec, check_fit, check_lengths
@@ -57,6 +61,11 @@ class Settings:
     metrics_urls: tuple[str, ...] = ()
     """none: port 8002 of each target's host"""
     server_metrics: bool = True
+    prometheus: str | None = None
+    """URL of the Prometheus to take the counters from; none: from the servers themselves"""
+    drift_horizon_s: float | None = None
+    """none: drift is shown, not judged"""
+    max_memory_bytes: float | None = None
     max_in_flight: int | None = None
     """none: as many as can be waiting before the first times out"""
     profile: LoadProfile | None = None
@@ -117,33 +126,41 @@ class Result:
     warmed: Warmed
     server: ServerEvidence | None
     judgement: Judgement
+    soak: Soak = field(default_factory=Soak)
 
 
 def run(settings: Settings, watcher: Watcher) -> Result:
     """Test and judge.
 
     Before the first request it may raise SettingsInvalid, GeneratorMissing, TargetUnusable,
-    SignatureUnusable, InputsInvalid, LabelsInvalid or MetricsUnusable; later only
-    GeneratorFailed and KeyboardInterrupt.
+    SignatureUnusable, InputsInvalid, LabelsInvalid, MetricsUnusable or PrometheusUnusable;
+    later only GeneratorFailed and KeyboardInterrupt.
     """
     check_settings(settings)
     check_generator()
     signature = describe_all(settings.targets, settings.model, settings.version)
     plan = make_plan(settings, signature)
-    for url in settings.scraped_urls:
-        scrape_of(settings, url)
-    observer = ServerObserver(settings)
+    observer = open_observer(settings)
+    plan = replace(plan, pause_s=observer.longest_s)
+    sampler = MemorySampler(
+        settings.scraped_urls if settings.prometheus is None else (), every_s(settings.window_s)
+    )
     warmed: list[Warmed] = []
 
     def on_warm(message: Warmed) -> None:
         warmed.append(message)
         observer.before()
+        sampler.start()
         watcher.on_window(len(plan.window) if plan.closed is None else None)
 
     watcher.on_warmup(len(plan.warmup))
-    with tempfile.TemporaryDirectory(prefix="trimserve-loadtest-") as folder:
-        played = play(plan, Path(folder), on_warm, watcher.on_progress)
+    try:
+        with tempfile.TemporaryDirectory(prefix="trimserve-loadtest-") as folder:
+            played = play(plan, Path(folder), on_warm, watcher.on_progress)
+    finally:
+        sampler.stop()
     server = observer.evidence(played.samples) if settings.scraped_urls else None
+    memory = (*sampler.series(), *(() if server is None else server.memory))
     evidence = Evidence(
         slo=settings.slo,
         samples=played.samples,
@@ -154,8 +171,9 @@ def run(settings: Settings, watcher: Watcher) -> Result:
         server=server,
         closed_loop=settings.closed_loop,
         label_output=None if plan.key is None else plan.key.output,
+        soak=Soak(memory, settings.drift_horizon_s, settings.max_memory_bytes),
     )
-    return Result(settings, plan, played, warmed[0], server, judge(evidence))
+    return Result(settings, plan, played, warmed[0], server, judge(evidence), evidence.soak)
 
 
 def check_settings(settings: Settings) -> None:
@@ -174,6 +192,15 @@ def check_settings(settings: Settings) -> None:
         )
     if settings.label_output is not None and settings.labels is None:
         raise SettingsInvalid("--label-output: got it without --labels, want both or neither")
+    if settings.max_memory_bytes is not None and settings.drift_horizon_s is None:
+        raise SettingsInvalid(
+            "--max-memory-mb: got it without --drift-horizon-s, want how far ahead to look too"
+        )
+    if settings.prometheus is not None and not settings.server_metrics:
+        raise SettingsInvalid(
+            "--prometheus: got it with --no-server-metrics, want one of them: it is where the "
+            "server's metrics come from"
+        )
     if not settings.targets:
         raise SettingsInvalid("--target: got none, want at least one")
     rate_per_s = settings.slo.workload.rate_per_s * mean_level(settings.load, settings.window_s)
@@ -292,12 +319,33 @@ def scrape_of(settings: Settings, url: str) -> Snapshot:
     return scrape(url, settings.model, settings.version, settings.slo.latency.threshold_s)
 
 
+def open_observer(settings: Settings) -> "ServerObserver | PrometheusObserver":
+    """Who takes the servers' counters, once they are known to be there.
+
+    Raises MetricsUnusable or PrometheusUnusable.
+    """
+    if settings.prometheus is not None:
+        return PrometheusObserver(
+            Prometheus(settings.prometheus),
+            settings.scraped_urls,
+            settings.model,
+            settings.version,
+            settings.slo.latency.threshold_s,
+        )
+    for url in settings.scraped_urls:
+        scrape_of(settings, url)
+    return ServerObserver(settings)
+
+
 class ServerObserver:
     """Scrapes the servers before and after the measured requests.
 
     A server counts a request a moment after it has answered it, so both scrapes are repeated
     until they have settled.
     """
+
+    longest_s = SETTLE_S
+    """of `before`, as far as the servers answer at once"""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

@@ -8,11 +8,13 @@ so does one that clients who wait for their answers saw at no more than the prom
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
+from loadtest.drift import Drift, Soak, drift_of, drift_reasons
+from loadtest.memory import MemorySeries
 from loadtest.reasons import (
     AnswersUngraded,
     AnyReason,
@@ -20,14 +22,17 @@ from loadtest.reasons import (
     EdgeMissing,
     GeneratorBusy,
     GeneratorLagged,
+    LatencyDrifts,
     LatencyMissed,
     LoopClosed,
+    MemoryGrows,
     MetricMissing,
     MetricsUnreadable,
     RateNotReached,
     RequestsCorrelated,
     RequestsDropped,
     RequestsInvalid,
+    ScrapesMissing,
     ServerRestarted,
     ServerSlowerThanClient,
     SuccessRatioMissed,
@@ -35,7 +40,7 @@ from loadtest.reasons import (
     TooFewRequests,
 )
 from loadtest.samples import FloatArray, Samples
-from loadtest.server_metrics import Count, Scrapes, counted
+from loadtest.server_metrics import Count, Coverage, Scrapes, counted
 from loadtest.settling import requests_to_show
 from loadtest.slo import LatencyObjective, Slo
 from loadtest.statistics import (
@@ -61,6 +66,10 @@ class ServerEvidence:
 
     scrapes: tuple[Scrapes, ...] = ()
     error: str = ""
+    coverage: tuple[Coverage, ...] = ()
+    """by Prometheus; empty where the servers were asked themselves"""
+    memory: tuple[MemorySeries, ...] = ()
+    """by Prometheus too"""
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,7 @@ class Evidence:
     """number of clients that waited for their answers; none: an open loop"""
     label_output: str | None = None
     """none: answers aren't graded"""
+    soak: Soak = field(default_factory=Soak)
 
 
 @dataclass(frozen=True)
@@ -92,11 +102,15 @@ class Judgement:
     success_ratio: float
     """observed"""
     achieved_per_s: float
+    drift: Drift
 
 
 def doubts_of(judgement: Judgement) -> tuple[AnyReason, ...]:
     """The reasons that doubt the measurement; not those of too little evidence, nor of misses."""
-    others = (LatencyMissed, SuccessRatioMissed, TooFewRequests, TooCloseToCall, RequestsCorrelated)
+    others = (
+        *(LatencyMissed, SuccessRatioMissed, TooFewRequests, TooCloseToCall, RequestsCorrelated),
+        *(LatencyDrifts, MemoryGrows),
+    )
     return tuple(one for one in judgement.reasons if not isinstance(one, others))
 
 
@@ -106,7 +120,14 @@ def judge(evidence: Evidence) -> Judgement:
     good = _share_of(samples, samples.latency_s, evidence.slo.latency)
     misses = _misses(evidence, good)
     doubts = _doubts(evidence, good)
-    unshown = [] if misses else _unshown(evidence.slo.latency.quantile, good)
+    objective, soak = evidence.slo.latency, evidence.soak
+    drift = drift_of(samples, objective, good.correlation_requests, soak)
+    unshown: list[AnyReason] = []
+    if not misses:
+        unshown = [
+            *_unshown(objective.quantile, good),
+            *drift_reasons(drift, objective, soak),
+        ]
     outcome: Outcome = "inconclusive" if doubts or unshown else "violated" if misses else "met"
     if _sparing_only(doubts) and _violated_without_dropped(evidence, good):
         outcome = "violated"
@@ -116,6 +137,7 @@ def judge(evidence: Evidence) -> Judgement:
         good=good,
         success_ratio=float(samples.ok.mean()),
         achieved_per_s=_achieved_per_s(evidence),
+        drift=drift,
     )
 
 
@@ -300,6 +322,17 @@ def _server_doubts(evidence: Evidence) -> list[AnyReason]:
     doubts: list[AnyReason] = [
         ServerRestarted(url=pair.url) for pair in server.scrapes if pair.restarted
     ]
+    doubts.extend(
+        ScrapesMissing(
+            url=one.url,
+            n_scrapes=one.n_scrapes,
+            n_failed=one.n_failed,
+            longest_gap_s=one.longest_gap_s,
+            interval_s=one.interval_s,
+        )
+        for one in server.coverage
+        if not one.complete
+    )
     if doubts:
         return doubts
     totals = counted(server.scrapes)

@@ -219,9 +219,9 @@ def longest_s(plan: Plan) -> float:
     """After this time a run must be over, whatever happens."""
     if plan.closed is not None:
         schedules_s = plan.closed.warmup_s + plan.closed.window_s
-        return schedules_s + 2 * plan.timeout_s + SPARE_S
+        return schedules_s + plan.pause_s + 2 * plan.timeout_s + SPARE_S
     schedules_s = sum(float(one.intended_s[-1]) for one in (plan.warmup, plan.window) if len(one))
-    return schedules_s + 2 * plan.timeout_s + SPARE_S
+    return schedules_s + plan.pause_s + 2 * plan.timeout_s + SPARE_S
 
 
 def main() -> int:

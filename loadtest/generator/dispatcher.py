@@ -5,6 +5,7 @@ And the closed one, where it is asked for: send each request when its client is 
 
 import time
 import traceback
+from array import array
 from collections.abc import Callable, Sequence
 
 import gevent
@@ -150,13 +151,16 @@ class Dispatcher:
 
 
 class Record:
-    """Columns while they are written, in seconds of time.monotonic()."""
+    """Columns while they are written, in seconds of time.monotonic().
+
+    Arrays and not lists: 20 bytes a request, where a list's floats take 72.
+    """
 
     def __init__(self, n: int, graded: bool) -> None:
-        self.sent_s = [NOT_YET] * n
-        self.done_s = [NOT_YET] * n
-        self.status = [UNFINISHED] * n
-        self.n_right = [UNGRADED] * n if graded else None
+        self.sent_s = array("d", [NOT_YET]) * n
+        self.done_s = array("d", [NOT_YET]) * n
+        self.status = array("i", [UNFINISHED]) * n
+        self.n_right = array("i", [UNGRADED]) * n if graded else None
 
     def grow(self) -> int:
         """Make room for one more request; gives its index."""

@@ -20,7 +20,7 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 import uvicorn
-from prometheus_client import CollectorRegistry, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -32,15 +32,13 @@ OUTPUTS: list[dict[str, Any]] = [{"name": "scores", "datatype": "FP32", "shape":
 INPUTS: list[dict[str, Any]] = [{"name": "x", "datatype": "FP32", "shape": [-1, 8]}]
 
 
-class StartTime(Collector):
-    """process_start_time_seconds, which moves at every scrape if `restarts` is asked for."""
+class Restarting(Collector):
+    """A process_start_time_seconds that moves at every scrape."""
 
-    def __init__(self, restarts: bool) -> None:
-        self.restarts = restarts
-        self.value = 1_000.0
+    value = 1_000.0
 
     def collect(self) -> list[GaugeMetricFamily]:
-        self.value += 1.0 if self.restarts else 0.0
+        self.value += 1.0
         return [GaugeMetricFamily("process_start_time_seconds", "Start.", value=self.value)]
 
 
@@ -50,6 +48,7 @@ class Stub:
 
     options: argparse.Namespace
     seen: int = 0
+    leaked: list[bytes] = field(default_factory=list)
     requests: Histogram = field(init=False)
     batch_rows: Histogram = field(init=False)
     registry: CollectorRegistry = field(init=False)
@@ -67,7 +66,10 @@ class Stub:
         self.batch_rows = Histogram(
             "trimserve_batch_rows", "Rows.", ("model", "version"), registry=self.registry
         )
-        self.registry.register(StartTime(self.options.metrics == "restarts"))
+        if self.options.metrics == "restarts":
+            self.registry.register(Restarting())
+        else:
+            ProcessCollector(registry=self.registry)
 
     async def infer(self, transport: str, started: float) -> str:
         """Serve one request; gives its code, "ok" or the error's."""
@@ -78,9 +80,13 @@ class Stub:
             async with self.one_at_a_time:
                 await asyncio.sleep(self.options.service_s)
                 self.batch_rows.labels("stub", "1").observe(2)
-        if self.options.latency_s > 0:
-            await asyncio.sleep(self.options.latency_s)
+        slow = self.options.slow_every > 0 and self.seen % self.options.slow_every == 0
+        latency_s = self.options.slow_s if slow else self.options.latency_s
         failed = self.options.fail_every > 0 and self.seen % self.options.fail_every == 0
+        latency_s += self.options.drift_s * self.seen
+        self.leaked.append(bytes(self.options.leak_bytes))
+        if latency_s > 0:
+            await asyncio.sleep(latency_s)
         code = "unavailable" if failed else "ok"
         if not (self.options.metrics == "lossy" and self.seen % 10 == 0):
             labels = ("stub", "1", transport, code)
@@ -186,15 +192,16 @@ def grpc_handler(stub: Stub) -> Any:
 
 async def serve(options: argparse.Namespace) -> None:
     stub = Stub(options)
-    metrics, _ = start_http_server(0, addr="127.0.0.1", registry=stub.registry)
+    metrics, _ = start_http_server(options.metrics_port, addr="127.0.0.1", registry=stub.registry)
     rpc = grpc.aio.server()
     rpc.add_generic_rpc_handlers((grpc_handler(stub),))
-    grpc_port = rpc.add_insecure_port("127.0.0.1:0")
+    grpc_port = rpc.add_insecure_port(f"127.0.0.1:{options.grpc_port}")
     await rpc.start()
     # asyncio turns Nagle's algorithm off only where a socket names its protocol; without that
     # an answer in two writes takes 40 ms.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.bind(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", options.rest_port))
     listener.listen(4096)
     config = uvicorn.Config(
         rest_app(stub), log_level="warning", access_log=False, lifespan="off", backlog=4096
@@ -215,6 +222,12 @@ def main() -> None:
     parser.add_argument("--latency-s", type=float, default=0.0)
     parser.add_argument("--service-s", type=float, default=0.0, help="serve one at a time")
     parser.add_argument("--fail-every", type=int, default=0, help="fail each n-th request")
+    parser.add_argument("--slow-every", type=int, default=0, help="--slow-s for each n-th request")
+    parser.add_argument("--slow-s", type=float, default=1.0)
+    parser.add_argument("--drift-s", type=float, default=0.0, help="more with every request")
+    parser.add_argument("--leak-bytes", type=int, default=0, help="kept of every request")
+    for transport in ("rest", "grpc", "metrics"):
+        parser.add_argument(f"--{transport}-port", type=int, default=0)
     parser.add_argument("--stall-at", type=int, default=0, help="block at the n-th request")
     parser.add_argument("--stall-s", type=float, default=1.0)
     parser.add_argument("--scores", action="store_true", help="answer with an output")

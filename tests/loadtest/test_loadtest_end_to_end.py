@@ -257,6 +257,29 @@ def test_loadtest_finds_the_highest_rate_when_the_server_takes_one_at_a_time(
     assert "Latency by rate" in page.read_text("utf-8")
 
 
+@pytest.mark.full
+def test_loadtest_is_inconclusive_when_the_server_leaks_memory(
+    start_stub: StartStub, tmp_path: Path
+) -> None:
+    """200 kB of each request are kept, 30 MB a second."""
+    stub = start_stub("--edge-s", "1", "--leak-bytes", "200000")
+    page = tmp_path / "report.html"
+    code, report = run_loadtest(
+        tmp_path,
+        *("--target", stub.rest_url, "--metrics-url", stub.metrics_url, "--duration-s", "14"),
+        *("--drift-horizon-s", "3600", "--max-memory-mb", "4000", "--html", str(page)),
+        text=SLO.replace("threshold_ms: 100", "threshold_ms: 1000"),
+    )
+    assert "memory_grows" in kinds(report)
+    assert code == 3
+    assert report is not None
+    assert report.drift is not None
+    (memory,) = report.drift.memory
+    assert memory.trend is not None
+    assert memory.trend.per_s == pytest.approx(30e6, rel=0.3)
+    assert "Memory of the servers over time" in page.read_text("utf-8")
+
+
 def test_loadtest_takes_the_command_run_by_name_when_given(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
