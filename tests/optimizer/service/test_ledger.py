@@ -1,0 +1,192 @@
+"""The ledger: what is asked for by people, by workers, and by both at once."""
+
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import inspect, update
+
+from optimizer.service import schema
+from optimizer.service.app import Parts
+from optimizer.service.database import Database
+from optimizer.service.jobs import LeaseLost, State
+from optimizer.service.ledger import (
+    MAX_LOG_BYTES,
+    JobNotFound,
+    KeyReused,
+    Ledger,
+    Query,
+    QuotaExceeded,
+    Submission,
+)
+
+
+def submission(name: str = "m", owner: str = "me", **values: object) -> Submission:
+    return Submission(owner, name, {"spec": {}}, **values)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def ledger(parts: Parts) -> Ledger:
+    return parts.ledger
+
+
+def test_the_same_key_gives_the_same_job(ledger: Ledger) -> None:
+    first, is_new = ledger.submit(submission(), key="k")
+    again, is_new_again = ledger.submit(submission(), key="k")
+    assert (first.id, is_new, is_new_again) == (again.id, True, False)
+    with pytest.raises(KeyReused):
+        ledger.submit(submission("other"), key="k")
+    other, _ = ledger.submit(submission(owner="you"), key="k")
+    assert other.id != first.id
+
+
+def test_a_refused_submission_leaves_nothing(ledger: Ledger) -> None:
+    ledger.submit(submission(), max_open=1)
+    with pytest.raises(QuotaExceeded):
+        ledger.submit(submission(), key="k", max_open=1)
+    assert len(ledger.find(Query())) == 1
+    _, is_new = ledger.submit(submission(), key="k")
+    assert is_new
+
+
+def test_jobs_are_claimed_by_priority_and_age_and_each_once(ledger: Ledger) -> None:
+    names = [ledger.submit(submission(f"m{i}", priority=i == 2))[0].name for i in range(4)]
+    claims = [ledger.claim("w", 10.0) for _ in range(5)]
+    assert [claim and claim.job.name for claim in claims] == [
+        names[2], names[0], names[1], names[3], None
+    ]  # fmt: skip
+
+
+def test_many_workers_at_once_never_share_a_job(ledger: Ledger) -> None:
+    for index in range(20):
+        ledger.submit(submission(f"m{index}"))
+    start = threading.Barrier(4)
+
+    def work(name: int) -> list[str]:
+        start.wait()
+        taken = []
+        while claim := ledger.claim(str(name), 60.0):
+            taken.append(claim.job.id)
+        return taken
+
+    with ThreadPoolExecutor(4) as pool:
+        counts = Counter(one for taken in pool.map(work, range(4)) for one in taken)
+    assert len(counts) == 20
+    assert set(counts.values()) == {1}
+
+
+def test_one_owner_cant_take_all_workers(ledger: Ledger) -> None:
+    ledger.submit(submission("a"))
+    ledger.submit(submission("b"))
+    ledger.submit(submission("c", owner="you"))
+    first, second = ledger.claim("w", 10, max_running=1), ledger.claim("w", 10, max_running=1)
+    assert first is not None
+    assert second is not None
+    assert (first.job.name, second.job.name) == ("a", "c")
+    assert ledger.claim("w", 10, max_running=1) is None
+
+
+def test_an_outlived_worker_can_say_nothing_any_more(ledger: Ledger) -> None:
+    job, _ = ledger.submit(submission())
+    old = ledger.claim("old", 10.0)
+    assert old is not None
+    with ledger.database.writing() as connection:
+        connection.execute(update(schema.jobs).values(lease_until_s=1.0))
+    new = ledger.claim("new", 10.0)
+    assert new is not None
+    assert new.job.attempt == 2
+    for say in (
+        lambda: ledger.renew(job.id, old.lease.token, 10.0),
+        lambda: ledger.tell(job.id, old.lease.token, [("phase", {})]),
+        lambda: ledger.succeed(job.id, old.lease.token, "met"),
+        lambda: ledger.fail(job.id, old.lease.token, "why"),
+    ):
+        with pytest.raises(LeaseLost):
+            say()
+    assert ledger.succeed(job.id, new.lease.token, "met").state is State.SUCCEEDED
+
+
+def test_events_have_numbers_without_a_gap_and_tell_each_state(ledger: Ledger) -> None:
+    job, _ = ledger.submit(submission())
+    claim = ledger.claim("w", 10.0)
+    assert claim is not None
+    ledger.tell(job.id, claim.lease.token, [("phase", {"name": "a"}), ("phase", {"name": "b"})])
+    ledger.renew(job.id, claim.lease.token, 10.0)
+    ledger.fail(job.id, claim.lease.token, "why")
+    events = ledger.events(job.id)
+    assert [event.number for event in events] == [1, 2, 3, 4, 5]
+    assert [event.payload.get("state") for event in events] == [
+        "queued", "running", None, None, "failed"
+    ]  # fmt: skip
+    assert [event.number for event in ledger.events(job.id, after=3)] == [4, 5]
+    assert ledger.progress(job.id) == {"phase": {"name": "b"}}
+    assert ledger.job(job.id).n_events == 5
+
+
+def test_logs_are_kept_in_order_and_end_where_they_are_full(ledger: Ledger) -> None:
+    job, _ = ledger.submit(submission())
+    claim = ledger.claim("w", 10.0)
+    assert claim is not None
+    for text in ("one\n", "two\n", "x" * MAX_LOG_BYTES, "never"):
+        ledger.tell(job.id, claim.lease.token, text=text)
+    kept = "".join(piece.text for piece in ledger.logs(job.id))
+    assert kept.startswith("one\ntwo\nxxx")
+    assert kept.endswith("the log is full, what comes after is left out\n")
+    assert len(kept) < MAX_LOG_BYTES + 100
+
+
+def test_lists_are_filtered_and_go_on_where_they_ended(ledger: Ledger) -> None:
+    ids = [
+        ledger.submit(submission(f"m{i}", labels={"team": "a" if i % 2 else "b_"}))[0].id
+        for i in range(5)
+    ]
+    assert [job.id for job in ledger.find(Query())] == ids[::-1]
+    first = ledger.find(Query(limit=2))
+    rest = ledger.find(Query(after=first[-1].id))
+    assert [job.id for job in (*first, *rest)] == ids[::-1]
+    assert [job.name for job in ledger.find(Query(labels={"team": "a"}))] == ["m3", "m1"]
+    assert ledger.find(Query(labels={"team": "b%"})) == []
+    ledger.cancel(ids[0])
+    assert [job.id for job in ledger.find(Query(states=(State.CANCELLED,)))] == [ids[0]]
+    assert ledger.counts() == {State.QUEUED: 4, State.CANCELLED: 1}
+
+
+def test_a_deleted_job_is_gone_with_all_that_it_held(ledger: Ledger) -> None:
+    job, _ = ledger.submit(submission(), key="k")
+    ledger.cancel(job.id)
+    ledger.delete(job.id)
+    with pytest.raises(JobNotFound):
+        ledger.job(job.id)
+    assert ledger.events(job.id) == []
+    assert ledger.find(Query()) == []
+    assert ledger.submit(submission(), key="k")[1]
+
+
+def test_the_migrated_tables_are_those_of_the_code(parts: Parts) -> None:
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    with parts.database.reading() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, schema.metadata) == []
+
+
+def test_going_back_and_forth_keeps_what_the_older_schema_knows(ledger: Ledger) -> None:
+    job, _ = ledger.submit(submission(labels={"a": "b"}))
+    before = ledger.job(job.id)
+    ledger.database.migrate("0001")
+    with ledger.database.reading() as connection:
+        assert "publications" not in inspect(connection).get_table_names()
+    ledger.database.migrate()
+    assert ledger.job(job.id) == before
+    assert [event.kind for event in ledger.events(job.id)] == ["state"]
+
+
+def test_a_database_of_a_newer_version_is_refused(parts: Parts) -> None:
+    with parts.database.writing() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    opened = Database(parts.database.shown)
+    with pytest.raises(Exception, match="has schema 9999, of a newer trimserve"):
+        opened.migrate()
+    opened.close()
