@@ -20,39 +20,66 @@ COPY optimizer optimizer
 RUN ["/opt/build/bin/python", "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", \
      "--wheel-dir", "/wheels", "."]
 
-# An environment for each image: what its lock names, by hash, and the wheel.
+# What lists an environment's packages, as CycloneDX.
+FROM ${BASE_IMAGE} AS sbom
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+RUN ["python3", "-m", "venv", "/opt/sbom"]
+COPY locks/sbom.txt /locks/sbom.txt
+RUN ["/opt/sbom/bin/python", "-m", "pip", "install", "--require-hashes", "-r", "/locks/sbom.txt"]
+
+# An environment for each image: what its lock names, by hash, and the wheel; pip stays outside.
 FROM ${BASE_IMAGE} AS environment
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
-RUN ["python3", "-m", "venv", "/opt/trimserve"]
+RUN ["python3", "-m", "venv", "/opt/pip"]
+RUN ["python3", "-m", "venv", "--without-pip", "/opt/trimserve"]
+COPY --from=sbom /opt/sbom /opt/sbom
 
 FROM environment AS serve-environment
 COPY locks/serve.txt /locks/serve.txt
-RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--require-hashes", "-r", "/locks/serve.txt"]
+RUN ["/opt/pip/bin/pip", "--python=/opt/trimserve", "install", "--require-hashes", "-r", "/locks/serve.txt"]
 COPY --from=wheel /wheels /wheels
-RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--no-deps", "--no-index", \
+RUN ["/opt/pip/bin/pip", "--python=/opt/trimserve", "install", "--no-deps", "--no-index", \
      "--find-links", "/wheels", "trimserve"]
+RUN ["/opt/sbom/bin/cyclonedx-py", "environment", "--output-reproducible", \
+     "--output-file", "/opt/trimserve/sbom.cdx.json", "/opt/trimserve/bin/python"]
+# Of OpenVINO's plugins and readers the server uses those for CPUs, ONNX and its own format; of the
+# services that botocore describes, the object store and what gives pods their identity.
+RUN ["find", "/opt/trimserve/lib", "-type", "f", "(", \
+     "-path", "*/openvino/include/*", "-o", "-path", "*/openvino/libs/cache.json", \
+     "-o", "-name", "libopenvino_intel_[gn]pu_plugin.so", \
+     "-o", "-name", "libopenvino_tensorflow*_frontend.so.*", \
+     "-o", "-name", "libopenvino_pytorch_frontend.so.*", "-o", "-name", "libopenvino_jax_frontend.so.*", \
+     "-o", "-name", "libopenvino_paddle_frontend.so.*", "-o", "-name", "libopenvino_gguf_frontend.so.*", \
+     "-o", "-path", "*/botocore/data/*/*", "!", "-path", "*/data/s3/*", "!", "-path", "*/data/sts/*", \
+     "!", "-path", "*/data/sso*/*", ")", "-delete"]
 
 # The lock holds no CUDA: BASE_IMAGE of this target has to bring CUDA 13 and cuDNN 9.
 FROM environment AS serve-gpu-environment
 COPY locks/serve-gpu.txt /locks/serve-gpu.txt
-RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--require-hashes", "-r", "/locks/serve-gpu.txt"]
+RUN ["/opt/pip/bin/pip", "--python=/opt/trimserve", "install", "--require-hashes", "-r", "/locks/serve-gpu.txt"]
 COPY --from=wheel /wheels /wheels
-RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--no-deps", "--no-index", \
+RUN ["/opt/pip/bin/pip", "--python=/opt/trimserve", "install", "--no-deps", "--no-index", \
      "--find-links", "/wheels", "trimserve"]
+RUN ["/opt/sbom/bin/cyclonedx-py", "environment", "--output-reproducible", \
+     "--output-file", "/opt/trimserve/sbom.cdx.json", "/opt/trimserve/bin/python"]
 
 FROM environment AS optimizer-environment
 COPY locks/optimizer.txt /locks/optimizer.txt
-RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--require-hashes", "-r", "/locks/optimizer.txt"]
+RUN ["/opt/pip/bin/pip", "--python=/opt/trimserve", "install", "--require-hashes", "-r", "/locks/optimizer.txt"]
 COPY --from=wheel /wheels /wheels
-RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--no-deps", "--no-index", \
+RUN ["/opt/pip/bin/pip", "--python=/opt/trimserve", "install", "--no-deps", "--no-index", \
      "--find-links", "/wheels", "trimserve"]
+RUN ["/opt/sbom/bin/cyclonedx-py", "environment", "--output-reproducible", \
+     "--output-file", "/opt/trimserve/sbom.cdx.json", "/opt/trimserve/bin/python"]
 
 FROM environment AS loadtest-environment
 COPY locks/loadtest.txt /locks/loadtest.txt
-RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--require-hashes", "-r", "/locks/loadtest.txt"]
+RUN ["/opt/pip/bin/pip", "--python=/opt/trimserve", "install", "--require-hashes", "-r", "/locks/loadtest.txt"]
 COPY --from=wheel /wheels /wheels
-RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--no-deps", "--no-index", \
+RUN ["/opt/pip/bin/pip", "--python=/opt/trimserve", "install", "--no-deps", "--no-index", \
      "--find-links", "/wheels", "trimserve"]
+RUN ["/opt/sbom/bin/cyclonedx-py", "environment", "--output-reproducible", \
+     "--output-file", "/opt/trimserve/sbom.cdx.json", "/opt/trimserve/bin/python"]
 
 # What all images share when they run: user 10001 owns nothing, and only /tmp need be writable.
 FROM ${BASE_IMAGE} AS runtime

@@ -52,6 +52,7 @@ test: $(STAMP) ## The tests that pip's packages suffice for, under 10 minutes
 
 test-full: $(STAMP) ## Also those that need Debian's packages (installed here) or minutes
 	./.ci/packages
+	./.ci/tools
 	$(PYTEST) -m full
 
 format: $(STAMP) ## Format and sort imports
@@ -66,6 +67,7 @@ locks: $(STAMP) ## Lock the dependencies of the images (locks/*.txt)
 	  $(LOCK) $$(tr + '\n' <<<"$${image#*=}" | sed 's/^/--extra /') -o "locks/$${image%%=*}.txt" || exit 1; \
 	done
 	$(subst pyproject.toml,locks/build.in,$(LOCK)) -o locks/build.txt
+	$(subst pyproject.toml,locks/sbom.in,$(LOCK)) -o locks/sbom.txt
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output

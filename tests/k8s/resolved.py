@@ -64,7 +64,12 @@ def _config_map(folder: Path, wanted: Document) -> Document:
     for name in wanted.get("envs", ()):
         lines = (folder / name).read_text().splitlines()
         data |= dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-    return {"kind": "ConfigMap", "metadata": {"name": wanted["name"]}, "data": data}
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": wanted["name"]},
+        "data": data,
+    }
 
 
 def _rename(container: Document, image: Document) -> None:
@@ -84,14 +89,17 @@ def _patch(folder: Path, patch: Document, documents: list[Document]) -> None:
         return
     target = found(documents, patch["target"]["kind"], patch["target"]["name"])
     for step in yaml.safe_load(patch["patch"]):
-        if step["op"] != "replace":
-            raise ValueError(f"{folder}: got {step['op']!r}, want replace")
+        if step["op"] not in ("replace", "remove"):
+            raise ValueError(f"{folder}: got {step['op']!r}, want replace or remove")
         *way, last = (int(k) if k.isdigit() else k for k in step["path"].strip("/").split("/"))
         place: Any = target
         for key in way:
             place = place[key]
         place[last]  # what isn't there can't be replaced
-        place[last] = step["value"]
+        if step["op"] == "remove":
+            del place[last]
+        else:
+            place[last] = step["value"]
 
 
 def merge(old: Any, new: Any) -> Any:
