@@ -1,4 +1,4 @@
-"""Every kustomization that is there: what is applied by itself, and components on what they need."""
+"""Every kustomization that is there: what is applied, and components on what they need."""
 
 import os
 from collections.abc import Sequence

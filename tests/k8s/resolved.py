@@ -41,7 +41,9 @@ def _apply(folder: Path, documents: list[Document]) -> list[Document]:
     for count in wanted.get("replicas", ()):
         found(documents, "Deployment", count["name"])["spec"]["replicas"] = count["count"]
     for image in wanted.get("images", ()):
-        for container in (c for _, pod in pods(documents) for c in containers(pod)):
+        holders = [pod for _, pod in pods(documents)]
+        holders += [one for one in documents if one["kind"] == "ServingRuntime"]
+        for container in (c for holder in holders for c in containers(holder)):
             _rename(container, image)
     for document in documents if "namespace" in wanted else ():
         if document["kind"] != "Namespace":

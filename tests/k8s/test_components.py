@@ -61,7 +61,6 @@ def test_metrics_in_queries_and_rules_are_in_a_scrape_of_the_server(tmp_path: Pa
         scraped = fetch(one.metrics_port, "GET", "/metrics").body.decode()
     samples = set(re.findall(r"^(\w+)(?:\{| )", scraped, re.MULTILINE))
     rules = (K8S / "components/monitoring/prometheus-rule.yaml").read_text()
-    assert len(METRIC.findall(rules)) > 100
     for where, query in {**queries(), "rules": rules}.items():
         wanted = set(METRIC.findall(query))
         assert wanted, where
@@ -100,8 +99,8 @@ def test_autoscalers_query_gives_one_number_of_the_served_model() -> None:
     assert f'{{model="{model_name()}"}}' in query
 
 
-@pytest.mark.parametrize(("kind", "name"), [("HTTPRoute", "gateway"), ("HTTPRoute", "canary"),
-                                            ("GRPCRoute", "gateway"), ("GRPCRoute", "canary")])  # fmt: skip
+@pytest.mark.parametrize("kind", ["HTTPRoute", "GRPCRoute"])
+@pytest.mark.parametrize("name", ["gateway", "canary"])
 def test_routes_reach_the_server_and_are_let_in(kind: str, name: str, tmp_path: Path) -> None:
     documents = with_component(name, tmp_path)
     _, container = server(documents)
@@ -136,9 +135,10 @@ def test_routes_name_what_the_server_has_and_nothing_that_controls_it(tmp_path: 
     assert named <= set(service.methods_by_name)
     assert not [one for one in named if one.startswith(("Repository", "Trace", "LogSettings"))]
     (http_rule,) = found(documents, "HTTPRoute", "serve")["spec"]["rules"]
-    paths = {one["path"]["value"] for one in http_rule["matches"]}
-    assert all(path.startswith("/v2") for path in paths)
-    assert not any("/v2/repository".startswith(path + "/") for path in paths)
+    paths = [one["path"] for one in http_rule["matches"]]
+    assert all(path["value"].startswith("/v2") for path in paths)
+    below = [path["value"] for path in paths if path["type"] == "PathPrefix"]
+    assert not any("/v2/repository/index".startswith(f"{path}/") for path in below)
 
 
 def test_canary_takes_the_deployments_pods_and_steers_both_routes(tmp_path: Path) -> None:
