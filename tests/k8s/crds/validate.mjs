@@ -17,7 +17,7 @@ let failed = false;
 for (const [n, one] of documents.entries()) {
   const [group, version] = one.apiVersion.split('/');
   if (!(group in PACKAGES)) throw new Error(`got ${one.apiVersion}, want ${Object.keys(PACKAGES)}`);
-  const module = `@kubernetes-models/${PACKAGES[group]}/${group}/${version}/${one.kind}.js`;
+  const module = `@kubernetes-models/${PACKAGES[group]}/${group}/${version}/${one.kind}`;
   const {[one.kind]: Model} = await import(module);
   try {
     new Model(one).validate();
