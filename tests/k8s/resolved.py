@@ -41,7 +41,9 @@ def _apply(folder: Path, documents: list[Document]) -> list[Document]:
     for count in wanted.get("replicas", ()):
         found(documents, "Deployment", count["name"])["spec"]["replicas"] = count["count"]
     for image in wanted.get("images", ()):
-        for container in (c for _, pod in pods(documents) for c in containers(pod)):
+        holders = [pod for _, pod in pods(documents)]
+        holders += [one for one in documents if one["kind"] == "ServingRuntime"]
+        for container in (c for holder in holders for c in containers(holder)):
             _rename(container, image)
     for document in documents if "namespace" in wanted else ():
         if document["kind"] != "Namespace":
@@ -64,7 +66,12 @@ def _config_map(folder: Path, wanted: Document) -> Document:
     for name in wanted.get("envs", ()):
         lines = (folder / name).read_text().splitlines()
         data |= dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-    return {"kind": "ConfigMap", "metadata": {"name": wanted["name"]}, "data": data}
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": wanted["name"]},
+        "data": data,
+    }
 
 
 def _rename(container: Document, image: Document) -> None:
@@ -84,14 +91,17 @@ def _patch(folder: Path, patch: Document, documents: list[Document]) -> None:
         return
     target = found(documents, patch["target"]["kind"], patch["target"]["name"])
     for step in yaml.safe_load(patch["patch"]):
-        if step["op"] != "replace":
-            raise ValueError(f"{folder}: got {step['op']!r}, want replace")
+        if step["op"] not in ("replace", "remove"):
+            raise ValueError(f"{folder}: got {step['op']!r}, want replace or remove")
         *way, last = (int(k) if k.isdigit() else k for k in step["path"].strip("/").split("/"))
         place: Any = target
         for key in way:
             place = place[key]
         place[last]  # what isn't there can't be replaced
-        place[last] = step["value"]
+        if step["op"] == "remove":
+            del place[last]
+        else:
+            place[last] = step["value"]
 
 
 def merge(old: Any, new: Any) -> Any:

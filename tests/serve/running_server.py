@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,18 @@ from serve import oip_pb2 as pb
 
 PATIENCE_S = 30.0  # a test that waits for longer has failed
 HOST = "127.0.0.1"
+PROGRAM = (sys.executable, "-W", "error", "-m", "trimserve")
 
 
 class RunningServer:
-    """`trimserve serve` with `arguments`; ready when the constructor returns."""
+    """`trimserve serve` with `arguments`, or another `program` with them; ready when the
+    constructor returns."""
 
-    def __init__(self, log: Path, *arguments: str) -> None:
+    def __init__(self, log: Path, *arguments: str, program: Sequence[str] = PROGRAM) -> None:
         self.log = log
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
-                command(*arguments), stdout=subprocess.PIPE, stderr=stderr
+                command(*arguments, program=program), stdout=subprocess.PIPE, stderr=stderr
             )
         assert self.process.stdout is not None
         killer = threading.Timer(PATIENCE_S, self.process.kill)
@@ -72,14 +74,16 @@ class RunningServer:
         )
 
 
-def command(*arguments: str) -> list[str]:
+def command(*arguments: str, program: Sequence[str] = PROGRAM) -> list[str]:
     ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
-    return [sys.executable, "-W", "error", "-m", "trimserve", "serve", *ports, *arguments]
+    return [*program, "serve", *ports, *arguments]
 
 
 @contextlib.contextmanager
-def running(log: Path, *arguments: str) -> Iterator[RunningServer]:
-    server = RunningServer(log, *arguments)
+def running(
+    log: Path, *arguments: str, program: Sequence[str] = PROGRAM
+) -> Iterator[RunningServer]:
+    server = RunningServer(log, *arguments, program=program)
     try:
         yield server
     finally:

@@ -1,15 +1,12 @@
 """`trimserve serve` as a process: usage errors, and its way from ready to drained."""
 
 import json
-import math
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
@@ -28,13 +25,17 @@ from tests.serve.running_server import (
     running,
     until,
 )
-from tests.serve.versions import publish, rows, slo_document
+from tests.serve.under_load import (
+    INFER,
+    LINEAR,
+    Client,
+    GrpcClient,
+    RestClient,
+    infer_message,
+)
+from tests.serve.versions import publish, slo_document
 from trimserve import main
 
-INFER = "/v2/models/linear/infer"
-LINEAR = json.dumps(
-    {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": rows(1).tolist()}]}
-)
 MUCH_WORK = 60_000  # turns of the model `work`: about half a second
 
 
@@ -229,12 +230,6 @@ def draining(models: Path, tmp_path: Path) -> Iterator[RunningServer]:
         yield server
 
 
-def infer_message() -> pb.ModelInferRequest:
-    message = pb.ModelInferRequest(model_name="linear", raw_input_contents=[rows(1).tobytes()])
-    message.inputs.add(name="x", datatype="FP32", shape=[1, 4])
-    return message
-
-
 def test_server_turns_not_ready_but_answers_when_it_drains(draining: RunningServer) -> None:
     kept = connect(draining.http_port)
     assert ask(kept, "GET", "/v2/health/ready").status == 200
@@ -257,69 +252,6 @@ def test_server_turns_not_ready_but_answers_when_it_drains(draining: RunningServ
         assert (answer.status, answer.headers["connection"]) == (200, "close")
         assert method(channel, "ModelInfer")(infer_message(), timeout=PATIENCE_S).outputs
     assert draining.wait() == 0
-
-
-class Client(threading.Thread):
-    """Sends request after request until the server refuses one.
-
-    `lost` are those that were sent and not answered. `refused_s` is when the first one was sent
-    that the server refused, on the monotonic clock.
-    """
-
-    def __init__(self, server: RunningServer) -> None:
-        super().__init__()
-        self.server = server
-        self.n_answered = 0
-        self.lost: list[str] = []
-        self.refused_s = math.inf
-        self.is_going = threading.Event()
-
-    def answered(self) -> None:
-        self.n_answered += 1
-        self.is_going.set()
-
-
-class RestClient(Client):
-    """Keeps its connection until the server asks to leave it, as HTTP clients do."""
-
-    def run(self) -> None:
-        rest = connect(self.server.http_port)
-        while True:
-            if rest.sock is None:
-                self.refused_s = time.monotonic()
-                try:
-                    rest.connect()
-                except OSError:
-                    return
-            try:
-                answer = ask(rest, "POST", INFER, LINEAR)
-                assert answer.status == 200, answer.body
-            except (OSError, AssertionError) as error:
-                self.lost.append(f"{error!r} after {self.n_answered} answers")
-                return
-            self.answered()
-            if answer.headers["connection"] == "close":
-                rest.close()
-
-
-class GrpcClient(Client):
-    """A call that comes while the listener closes is refused without having run: grpc's core
-    says UNAVAILABLE or CANCELLED."""
-
-    def run(self) -> None:
-        refusals = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-        with channel_to(self.server.grpc_port) as channel:
-            infer = method(channel, "ModelInfer")
-            while True:
-                sent_s = time.monotonic()
-                try:
-                    infer(infer_message(), timeout=PATIENCE_S)
-                except grpc.RpcError as error:
-                    self.refused_s = sent_s
-                    if error.code() not in refusals:
-                        self.lost.append(f"{error.code()}: {error.details()}")
-                    return
-                self.answered()
 
 
 DRAIN_DELAY_S = 0.5
