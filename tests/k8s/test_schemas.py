@@ -15,7 +15,7 @@ OLDEST, NEWEST = "1.32", major_minor(all_versions()[-1])
 SUPPORTED = [v for v in map(major_minor, all_versions()) if int(v.split(".")[1]) >= 32]
 CUSTOM = {"argoproj.io", "gateway.networking.k8s.io", "keda.sh", "monitoring.coreos.com",
           "serving.kserve.io"}  # fmt: skip
-"""Groups that Kubernetes has no schemas for: their resources are read for meaning, not validated."""
+"""Groups that Kubernetes has no schemas for: their resources are read for meaning alone."""
 
 
 @cache
