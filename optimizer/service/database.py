@@ -25,6 +25,8 @@ from optimizer.store.location import Location, StoreInvalid, locate
 _TIMEOUT_S = 30
 """How long a statement may take, waiting for other processes included."""
 _POOL_SIZE = 8
+# A server that is gone is noticed within a minute. What the URL says goes first.
+_LIBPQ = {"connect_timeout": 5, "application_name": "trimserve-service", "keepalives_idle": 30}
 _MIGRATING = int.from_bytes(b"trimjobs")
 """A number that only migrations use: of several processes that start at once, one migrates."""
 
@@ -166,17 +168,18 @@ def _engine(location: Location) -> Engine:
         connect_args=(
             {"timeout": _TIMEOUT_S, "check_same_thread": False}
             if is_sqlite
-            else {
-                "connect_timeout": 5,
-                "application_name": "trimserve-service",
-                "keepalives_idle": 30,
-                "options": f"-c statement_timeout={_TIMEOUT_S * 1000}",
-            }
+            else {name: value for name, value in _LIBPQ.items() if name not in location.url.query}
         ),
     )
-    if is_sqlite:
-        event.listen(engine, "connect", _set_up_sqlite)
+    event.listen(engine, "connect", _set_up_sqlite if is_sqlite else _set_up_postgresql)
     return engine
+
+
+def _set_up_postgresql(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
+    cursor = connection.cursor()
+    cursor.execute(f"SET statement_timeout = {_TIMEOUT_S * 1000}")
+    cursor.close()
+    connection.commit()
 
 
 def _set_up_sqlite(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:

@@ -514,8 +514,9 @@ class Ledger:
                 created_s=now_s,
             )
             .on_conflict_do_nothing()
+            .returning(table.c.key)
         )  # fmt: skip
-        if taken.rowcount == 1:
+        if taken.first() is not None:
             return None
         held = connection.execute(
             select(table.c.digest, table.c.job_id).where(

@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -20,6 +21,7 @@ from optimizer.service.ledger import (
     QuotaExceeded,
     Submission,
 )
+from tests.optimizer.conftest import Place
 
 
 def submission(name: str = "m", owner: str = "me", **values: object) -> Submission:
@@ -27,8 +29,12 @@ def submission(name: str = "m", owner: str = "me", **values: object) -> Submissi
 
 
 @pytest.fixture
-def ledger(parts: Parts) -> Ledger:
-    return parts.ledger
+def ledger(place: Place) -> Iterator[Ledger]:
+    """In SQLite, and in PostgreSQL in the full run."""
+    database = Database(place.location)
+    database.migrate()
+    yield Ledger(database)
+    database.close()
 
 
 def test_the_same_key_gives_the_same_job(ledger: Ledger) -> None:
@@ -163,11 +169,11 @@ def test_a_deleted_job_is_gone_with_all_that_it_held(ledger: Ledger) -> None:
     assert ledger.submit(submission(), key="k")[1]
 
 
-def test_the_migrated_tables_are_those_of_the_code(parts: Parts) -> None:
+def test_the_migrated_tables_are_those_of_the_code(ledger: Ledger) -> None:
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
-    with parts.database.reading() as connection:
+    with ledger.database.reading() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, schema.metadata) == []
 
