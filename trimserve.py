@@ -17,6 +17,7 @@ import optimizer.record_cli
 import optimizer.service.cli
 import optimizer.service.jobs_cli
 import serve.cli
+from loadtest.default_command import DefaultCommand
 from loadtest.document import DocumentInvalid
 from optimizer.errors import MeasurerUnavailable, SpecInvalid
 from serve import VERSION
@@ -28,6 +29,13 @@ EXIT_DONE, EXIT_USAGE, EXIT_INTERNAL, EXIT_INTERRUPTED = 0, 2, 70, 130
 USAGE_ERRORS = (
     ArtifactInvalid, DocumentInvalid, EngineUnavailable, MeasurerUnavailable, OSError, SpecInvalid
 )  # fmt: skip
+
+
+class _Service(DefaultCommand):
+    """`trimserve service` starts the service; its other commands are named."""
+
+    runs_alone = True
+
 
 app = typer.Typer(
     name="trimserve",
@@ -42,7 +50,7 @@ app = typer.Typer(
 app.add_typer(optimizer.cli.app)
 app.add_typer(optimizer.measuring.cli.app)
 app.add_typer(optimizer.record_cli.app)
-app.add_typer(optimizer.service.cli.app)
+app.add_typer(optimizer.service.cli.app, cls=_Service)
 app.add_typer(optimizer.service.jobs_cli.app)
 app.add_typer(serve.cli.app)
 app.add_typer(loadtest.cli.app, name="loadtest")

@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from loadtest.default_command import DefaultCommand
-
 if TYPE_CHECKING:
     from optimizer.service.app import Settings
     from optimizer.service.worker import WorkerOptions
@@ -123,7 +121,6 @@ Format = Annotated[LogFormat, typer.Option(help="auto: text on a terminal, else 
 
 app = typer.Typer(
     name="service",
-    cls=DefaultCommand,
     help=HELP,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from importlib import metadata
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -37,10 +38,10 @@ from optimizer.service.status import (
     status_of,
 )
 from optimizer.service.uploads import OffsetWrong
-from serve import VERSION
 
 log = logging.getLogger(__name__)
 
+VERSION = metadata.version("trimserve")
 MAX_BODY_BYTES = MAX_DOCUMENT_BYTES + 100_000
 COOKIE = "trimserve_key"
 YAML_TYPES = ("application/yaml", "application/x-yaml", "text/yaml")

@@ -4,10 +4,11 @@ from alembic import context
 
 from optimizer.service.schema import metadata
 
-context.configure(
-    connection=context.config.attributes["connection"],
-    target_metadata=metadata,
-    render_as_batch=True,  # SQLite can't alter a column; Alembic copies the table
-    transactional_ddl=False,  # the caller's transaction holds it all
-)
-context.run_migrations()
+if __name__ == "env_py":  # as Alembic names it; nothing happens when it is imported
+    context.configure(
+        connection=context.config.attributes["connection"],
+        target_metadata=metadata,
+        render_as_batch=True,  # SQLite can't alter a column; Alembic copies the table
+        transactional_ddl=False,  # the caller's transaction holds it all
+    )
+    context.run_migrations()
