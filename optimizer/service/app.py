@@ -1,4 +1,4 @@
-"""Assembly of the service's process: database, operations, REST, gRPC, page and housekeeping."""
+"""Assembly of the service's process: database, operations, REST and housekeeping."""
 
 import asyncio
 import contextlib
@@ -73,13 +73,9 @@ def make_parts(settings: Settings) -> Parts:
 
 
 def make_service(parts: Parts, settings: Settings) -> FastAPI:
-    """The application with its page; its lifespan starts the feed of events and the sweeping."""
-    from optimizer.service.page import add_page
-
+    """The application; its lifespan starts the feed of events and the sweeping."""
     metrics = ServiceMetrics(parts.ledger)
     app = make_app(parts.operations, parts.authenticator, metrics, settings.hosts)
-    add_page(app)
-    app.state.rpc = None
 
     @contextlib.asynccontextmanager
     async def lifespan(started: FastAPI) -> AsyncIterator[None]:

@@ -31,7 +31,7 @@ _NEEDED = ("alembic", "jinja2", "jwt", "psutil", "sqlalchemy", "urllib3")
 HELP = """\
 Run optimization jobs as a service.
 
-`trimserve service` alone starts everything on this machine: REST and the page on port 8020, gRPC
+`trimserve service` alone starts everything on this machine: REST on port 8020, gRPC
 on 8021, one worker, and a folder (`--data`) that holds database, uploads, results and the store of
 studies. What it has accepted outlives a crash: jobs of a worker that dies go back to the queue and
 go on from what their study has measured.
@@ -139,7 +139,7 @@ def run_command(
     artifacts: ArtifactsOption = None,
     repository: RepositoryOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="REST and page; 0: any.")] = 8020,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="REST; 0: any.")] = 8020,
     grpc_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="gRPC; 0: any. One above --port without.")
     ] = None,

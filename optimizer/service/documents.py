@@ -1,4 +1,4 @@
-"""Jobs, events and the rest as JSON: the same for REST, the command line and the page."""
+"""Jobs, events and the rest as JSON: the same for REST and the command line."""
 
 from datetime import UTC, datetime
 from typing import Any

@@ -1,4 +1,4 @@
-"""What can be done with the service: the one object that REST, gRPC and the page call.
+"""What can be done with the service: the one object that REST and gRPC call.
 
 Each operation checks what its caller may do, does it, and leaves a line in the audit where it
 changed something. It knows neither HTTP nor gRPC, and runs no job.

@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 
 VERSION = metadata.version("trimserve")
 MAX_BODY_BYTES = MAX_DOCUMENT_BYTES + 100_000
-COOKIE = "trimserve_key"
 YAML_TYPES = ("application/yaml", "application/x-yaml", "text/yaml")
 JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{16}$", description="A job's id.")]
 UploadId = Annotated[str, Path(pattern=r"^[0-9a-f]{16}$", description="An upload's id.")]
@@ -202,13 +201,8 @@ def _refusal(request: Request, hosts: frozenset[str] | None) -> Response | None:
 
 
 def _caller(request: Request) -> Caller:
-    """By the header, or in a browser by the cookie that the page's login sets."""
-    header = request.headers.get("authorization")
-    cookie = request.cookies.get(COOKIE)
-    if header is None and cookie:
-        header = f"Bearer {cookie}"
     authenticator: Authenticator = request.app.state.authenticator
-    return authenticator.caller(header)
+    return authenticator.caller(request.headers.get("authorization"))
 
 
 def _operations(request: Request) -> Operations:
