@@ -49,7 +49,6 @@ class Order:
     model: str = ""
     version: str = ""
     repository: str = ""
-    trust_code: bool = False
     command: tuple[str, ...] = field(default=())
 
     def write(self, path: Path) -> None:
@@ -131,8 +130,7 @@ def _load(order: Order, lines: Lines) -> str:
     serve = [
         *program, "serve", "--repository", order.repository, "--model-control", "explicit",
         "--load-model", order.model, "--version-policy", f"specific:{order.version}",
-        "--slo", order.spec, *(["--trust-code"] if order.trust_code else []),
-        "--control-port", "0",
+        "--slo", order.spec, "--control-port", "0",
     ]  # fmt: skip
     lines.tell("phase", {"name": "starting the server"})
     with running_server(serve, timeouts) as ports:

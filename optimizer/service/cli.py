@@ -204,7 +204,7 @@ def run_command(
         blobs=blobs or str(data / "blobs"),
         repositories=_repositories(repository),
         policy=_policy(allow_store, allow_factory, allow_agent, allow_pt2, max_job_s),
-        quotas=Quotas(max_open_jobs, max_running_jobs),
+        quotas=Quotas(max_open_jobs),
         upload_limits=Limits(owner_bytes=int(upload_quota_gb * 1e9), pt2=allow_pt2),
         keys=keys,
         oidc=oidc,

@@ -40,10 +40,9 @@ class NotThere(Exception):
 
 @dataclass(frozen=True)
 class Quotas:
-    """Of one owner: jobs that are queued or running, and jobs that run."""
+    """Of one owner: jobs that are queued or running. How many of them run, workers see to."""
 
     open_jobs: int = 100
-    running_jobs: int | None = None
 
 
 @dataclass(frozen=True)

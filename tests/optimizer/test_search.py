@@ -85,6 +85,23 @@ def test_trials_begin_with_the_baselines() -> None:
     assert [str(trial.recipe) for trial in trials[:5]] == wanted
 
 
+@pytest.mark.parametrize("sampler", ["gp", "tpe", "grid"])
+def test_nothing_is_proposed_once_the_budget_is_spent(sampler: str) -> None:
+    coordinator = Coordinator(landscape, Kind.TORCH, identify, seed=0, sampler=sampler)
+    seven: list[Trial] = []
+    for trial in coordinator.trials(lambda: len(seven) < 7):
+        seven.append(trial)
+        coordinator.tell(trial, Answer(cost_of(trial), {}))
+    assert len(seven) == 7
+
+    first = Coordinator(landscape, Kind.TORCH, identify, seed=0, sampler=sampler)
+    drawn = []
+    for trial in first.trials(lambda: False):
+        drawn.append(trial)
+        first.tell(trial, Answer(cost_of(trial), {}))
+    assert [trial.is_baseline for trial in drawn] == [True] * 5
+
+
 def test_trials_are_distinct() -> None:
     recipes = [trial.recipe for trial in run(20)]
     assert len(set(recipes)) == len(recipes) == 20
