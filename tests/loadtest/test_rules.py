@@ -211,7 +211,7 @@ def alert_test(
     test = {
         "rule_files": ["rules.yaml"],
         "evaluation_interval": shown(step_s),
-        # In any order otherwise, and an alert that goes first finds what it reads a step old: stale.
+        # In any order otherwise; an alert that goes first finds what it reads a step old: stale.
         "group_eval_order": [group["name"] for group in groups],
         "tests": [
             {
