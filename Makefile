@@ -10,10 +10,9 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet
 UV_INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(VENV)
 
-# With TEST_WORKERS=2 two workers share the tests by file, since what is dear to make is shared within
-# one; in the order of their names, so that what takes long comes early.
-TEST_WORKERS ?= 0
-PYTEST := $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+# Workers share the tests by file, since what is dear to make is shared within one; in the order of
+# their names, so that what takes long comes early. The full tests load servers: one at a time.
+TEST_WORKERS ?= 2
 
 # Image -> its extras; each gets a lock file with hashes.
 IMAGES := serve=cpu+openvino+image+text+s3 serve-gpu=gpu+image+text+s3 \
@@ -48,11 +47,11 @@ check: $(STAMP) ## Lint, format, types, generated code
 	$(BIN)/python proto/generate.py --check
 
 test: $(STAMP) ## The tests that pip's packages suffice for, under 10 minutes
-	$(PYTEST) -m 'not full'
+	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m 'not full'
 
 test-full: $(STAMP) ## Also those that need Debian's packages (installed here) or minutes
 	./.ci/packages
-	$(PYTEST) -m full
+	$(BIN)/pytest -m full
 
 format: $(STAMP) ## Format and sort imports
 	$(BIN)/ruff check --fix .
