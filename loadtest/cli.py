@@ -19,6 +19,9 @@ from loadtest.default_command import DefaultCommand
 from loadtest.exits import EXIT_INTERNAL, EXIT_INTERRUPTED, exit_codes
 from loadtest.rules_cli import HELP as RULES_HELP
 from loadtest.rules_cli import write_rules
+from loadtest.worker_cli import DEFAULT_BIND, MAX_WORKERS
+from loadtest.worker_cli import HELP as WORKER_HELP
+from loadtest.worker_cli import work as work_command
 
 if TYPE_CHECKING:
     from loadtest.session import Settings, Watcher
@@ -216,6 +219,41 @@ def loadtest(
             "arrive within the time limit of a request, 8192 at most.",
         ),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=MAX_WORKERS,
+            help="Share the load among N processes of this machine.",
+        ),
+    ] = None,
+    expect_workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=MAX_WORKERS,
+            help="Share the load among N workers, started elsewhere by `trimserve loadtest "
+            "worker`; waits for them for 10 minutes.",
+        ),
+    ] = None,
+    bind: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where --expect-workers are awaited. Who connects there gets the load and is "
+            "believed: let only the workers reach it.",
+        ),
+    ] = DEFAULT_BIND,
+    web: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Serve Locust's web interface there while the test runs. Its figures are "
+            "Locust's, rounded; the verdict's aren't.",
+        ),
+    ] = None,
 ) -> None:
     """See HELP; the function only translates arguments and outcomes."""
     with exit_codes():
@@ -223,6 +261,7 @@ def loadtest(
         from loadtest.session import Settings, SettingsInvalid
         from loadtest.slo import read_slo
         from loadtest.target import parse_target
+        from loadtest.worker_cli import check_address, choose_workers
 
         settings = Settings(
             slo=read_slo(slo),
@@ -243,6 +282,8 @@ def loadtest(
             max_memory_bytes=None if max_memory_mb is None else max_memory_mb * 1e6,
             max_in_flight=max_in_flight,
             profile=None if profile is None else read_profile(profile),
+            workers=choose_workers(workers, expect_workers, bind),
+            web=None if web is None else check_address("--web", web),
         )
         files = {"--json": json_file, "--html": html_file, "--junit": junit_file}
         for option, path in files.items():
@@ -256,6 +297,7 @@ def loadtest(
         raise typer.Exit(test_and_report(settings, json_file, html_file, junit_file))
 
 
+app.command("worker", help=WORKER_HELP, no_args_is_help=True)(work_command)
 app.command("compare", help=compare_cli.HELP, no_args_is_help=True)(compare_cli.compare)
 
 
@@ -336,6 +378,9 @@ def progress(console: Console) -> "Iterator[Watcher]":
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("preparing", total=None, note="")
 
+        def on_workers(n: int, n_wanted: int) -> None:
+            bar.update(task, description="waiting for workers", note=f"{n} of {n_wanted}")
+
         def on_warmup(n: int) -> None:
             bar.update(task, description="warming up", note=f"{n} requests")
 
@@ -347,7 +392,7 @@ def progress(console: Console) -> "Iterator[Watcher]":
             note = f"{played.n_done} requests{failed}"
             bar.update(task, completed=played.n_done, note=note)
 
-        yield Watcher(on_warmup, on_window, on_progress)
+        yield Watcher(on_warmup, on_window, on_progress, on_workers)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

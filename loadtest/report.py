@@ -78,6 +78,8 @@ class RunFacts(Strict):
     """none: the SLO's own arrivals"""
     closed_loop: int | None = None
     """number of clients that waited for their answers; none: an open loop"""
+    workers: int = 1
+    """processes that shared the load"""
 
 
 class RequestFacts(Strict):
@@ -256,6 +258,7 @@ def _run_facts(result: Result) -> RunFacts:
         n_payloads=len(next(iter(plan.payloads.values()))),
         profile=settings.profile,
         closed_loop=settings.closed_loop,
+        workers=1 if settings.workers is None else settings.workers.n,
     )
 
 

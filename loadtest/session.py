@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from loadtest.arrivals import Arrivals, TraceInvalid, draw_profile, mean_level, peak_level
 from loadtest.drift import Soak
-from loadtest.driver import Played, Progress, Warmed, check_generator, play
+from loadtest.driver import Listener, Played, Progress, Warmed, Workers, check_generator, play
 from loadtest.endpoint import describe_all
 from loadtest.inputs import FileInputs, RandomInputs, read_inputs_file, read_labelled_file
 from loadtest.labels import AnswerKey, choose_output
@@ -76,6 +76,10 @@ class Settings:
     """number of clients that wait for their answers; none: an open loop"""
     label_output: str | None = None
     """the output with the scores; none: the model's only one"""
+    workers: Workers | None = None
+    """none: one process generates the load"""
+    web: str | None = None
+    """HOST:PORT of Locust's interface while the test runs; none: it isn't served"""
 
     @property
     def load(self) -> LoadProfile:
@@ -116,6 +120,8 @@ class Watcher:
     on_window: Callable[[int | None], None]
     """number of requests planned, once the warm-up has drained; none in a closed loop"""
     on_progress: Callable[[Progress], None]
+    on_workers: Callable[[int, int], None]
+    """how many workers are there, of how many"""
 
 
 @dataclass(frozen=True)
@@ -153,10 +159,17 @@ def run(settings: Settings, watcher: Watcher) -> Result:
         sampler.start()
         watcher.on_window(len(plan.window) if plan.closed is None else None)
 
-    watcher.on_warmup(len(plan.warmup))
+    def on_workers(n: int, n_wanted: int) -> None:
+        watcher.on_workers(n, n_wanted)
+        if n == n_wanted:
+            watcher.on_warmup(len(plan.warmup))
+
+    if settings.workers is None:
+        watcher.on_warmup(len(plan.warmup))
+    listener = Listener(on_warm, watcher.on_progress, on_workers)
     try:
         with tempfile.TemporaryDirectory(prefix="trimserve-loadtest-") as folder:
-            played = play(plan, Path(folder), on_warm, watcher.on_progress)
+            played = play(plan, Path(folder), listener, settings.workers, settings.web)
     finally:
         sampler.stop()
     server = observer.evidence(played.samples) if settings.scraped_urls else None
@@ -189,6 +202,11 @@ def check_settings(settings: Settings) -> None:
         raise SettingsInvalid(
             "--closed-loop: got it with --max-in-flight, want one of them: so many clients have "
             "so many requests in flight"
+        )
+    if settings.workers is not None and settings.workers.n > settings.in_flight_limit:
+        raise SettingsInvalid(
+            f"--workers: got {settings.workers.n}, want at most {settings.in_flight_limit}, as "
+            "many as there may be requests in flight"
         )
     if settings.label_output is not None and settings.labels is None:
         raise SettingsInvalid("--label-output: got it without --labels, want both or neither")

@@ -18,8 +18,6 @@ from loadtest.generator.timer import Timer
 from loadtest.labels import UNGRADED
 from loadtest.samples import DROPPED, GRPC_BASE, HTTP_OK, TIMED_OUT, UNFINISHED, Samples
 
-LEAD_S = 0.05
-"""The first arrival is this far ahead when a schedule starts."""
 DRAIN_MARGIN_S = 1.0
 RETRY_S = 0.01
 """How long a client of a closed loop waits after a failure."""
@@ -56,8 +54,9 @@ class Dispatcher:
         self._grade = grade
         self._defect = ""
 
-    def play(self, arrivals: Arrivals) -> Samples:
-        """Send the whole schedule and wait until the last request has its answer.
+    def play(self, arrivals: Arrivals, start_s: float) -> Samples:
+        """Send the whole schedule, which starts at `start_s` on time.monotonic(), and wait until
+        the last request has its answer.
 
         The dispatcher never waits for an answer. An arrival that finds the pool full is
         dropped and marked so. Raises SendFailed for a defect in a sender.
@@ -65,7 +64,6 @@ class Dispatcher:
         n = len(arrivals)
         record = Record(n, self._grade is not None)
         targets, payloads = arrivals.target.tolist(), arrivals.payload.tolist()
-        start_s = time.monotonic() + LEAD_S
         for index, intended_s in enumerate(arrivals.intended_s.tolist()):
             self._timer.sleep_until(start_s + intended_s)
             if self._pool.full():
@@ -86,7 +84,9 @@ class Dispatcher:
             raise SendFailed(self._defect)
         return record.samples(arrivals, start_s)
 
-    def play_closed(self, order: Arrivals, n_clients: int, duration_s: float) -> Samples:
+    def play_closed(
+        self, order: Arrivals, n_clients: int, start_s: float, duration_s: float
+    ) -> Samples:
         """So many clients send, each when answered, for so long; then the last answers come.
 
         Targets and payloads come in the order of the schedule, again and again; its times don't
@@ -96,7 +96,6 @@ class Dispatcher:
         record = Record(0, self._grade is not None)
         targets, payloads = order.target.tolist(), order.payload.tolist()
         sent_targets: list[int] = []
-        start_s = time.monotonic() + LEAD_S
         end_s = start_s + duration_s
 
         def client() -> None:
@@ -111,7 +110,8 @@ class Dispatcher:
 
         for _ in range(n_clients):
             self._pool.spawn(client)
-        self._pool.join(timeout=LEAD_S + duration_s + self._timeout_s + DRAIN_MARGIN_S)
+        left_s = end_s - time.monotonic()
+        self._pool.join(timeout=left_s + self._timeout_s + DRAIN_MARGIN_S)
         self._pool.kill()
         if self._defect:
             raise SendFailed(self._defect)
