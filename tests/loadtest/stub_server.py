@@ -52,7 +52,7 @@ class Stub:
     requests: Histogram = field(init=False)
     batch_rows: Histogram = field(init=False)
     registry: CollectorRegistry = field(init=False)
-    one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
+    free_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -77,9 +77,10 @@ class Stub:
         if self.seen == self.options.stall_at:
             time.sleep(self.options.stall_s)
         if self.options.service_s > 0:
-            async with self.one_at_a_time:
-                await asyncio.sleep(self.options.service_s)
-                self.batch_rows.labels("stub", "1").observe(2)
+            # By the clock, so that a timer's lateness isn't added up along the queue.
+            self.free_s = max(self.free_s, time.monotonic()) + self.options.service_s
+            await asyncio.sleep(self.free_s - time.monotonic())
+            self.batch_rows.labels("stub", "1").observe(2)
         slow = self.options.slow_every > 0 and self.seen % self.options.slow_every == 0
         latency_s = self.options.slow_s if slow else self.options.latency_s
         failed = self.options.fail_every > 0 and self.seen % self.options.fail_every == 0
@@ -190,8 +191,19 @@ def grpc_handler(stub: Stub) -> Any:
     return grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers)
 
 
+async def stall(options: argparse.Namespace) -> None:
+    """Block the loop at the end of each cycle, whatever the stalls before cost."""
+    begun_s, n = time.monotonic(), 0
+    while True:
+        n += 1
+        due_s = begun_s + n * options.stall_every_s - options.stall_s
+        await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+        time.sleep(options.stall_s)
+
+
 async def serve(options: argparse.Namespace) -> None:
     stub = Stub(options)
+    stalls = asyncio.create_task(stall(options)) if options.stall_every_s > 0 else None
     metrics, _ = start_http_server(options.metrics_port, addr="127.0.0.1", registry=stub.registry)
     rpc = grpc.aio.server()
     rpc.add_generic_rpc_handlers((grpc_handler(stub),))
@@ -214,6 +226,8 @@ async def serve(options: argparse.Namespace) -> None:
     sys.stdout.write(json.dumps(ports) + "\n")
     sys.stdout.flush()
     await uvicorn.Server(config).serve(sockets=[listener])
+    if stalls is not None:
+        stalls.cancel()
     await rpc.stop(None)
 
 
@@ -229,6 +243,7 @@ def main() -> None:
     for transport in ("rest", "grpc", "metrics"):
         parser.add_argument(f"--{transport}-port", type=int, default=0)
     parser.add_argument("--stall-at", type=int, default=0, help="block at the n-th request")
+    parser.add_argument("--stall-every-s", type=float, default=0.0, help="block once in so long")
     parser.add_argument("--stall-s", type=float, default=1.0)
     parser.add_argument("--scores", action="store_true", help="answer with an output")
     parser.add_argument("--not-ready", action="store_true")
