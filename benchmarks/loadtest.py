@@ -35,6 +35,7 @@ from onnx import TensorProto, helper, numpy_helper
 from loadtest.session import Result, Settings, Watcher, run
 from loadtest.slo import Slo
 from loadtest.target import parse_target
+from tests.loadtest.queues import stalled_sojourns
 
 STUB = Path(__file__).parent.parent / "tests" / "loadtest" / "stub_server.py"
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
@@ -176,16 +177,8 @@ def simulated_p95(rate_per_s: float, seconds: float) -> float:
     for seed in range(N_SIMULATED):
         rng = np.random.default_rng(seed)
         arrivals_s = np.sort(rng.uniform(0, seconds, round(rate_per_s * seconds)))
-        phase_s = rng.uniform(0, STALL_EVERY_S)
-        free_s, latencies_s = 0.0, []
-        for arrival_s in arrivals_s:
-            start_s = max(free_s, arrival_s)
-            into_s = (start_s + phase_s) % STALL_EVERY_S
-            # The last second of each cycle is the stall; what is served then waits for its end.
-            if into_s + SERVICE_S > STALL_EVERY_S - STALL_S:
-                start_s += max(0.0, STALL_EVERY_S - into_s - SERVICE_S)
-            free_s = start_s + SERVICE_S
-            latencies_s.append(free_s - arrival_s)
+        first_s = rng.uniform(0, STALL_EVERY_S)
+        latencies_s = stalled_sojourns(arrivals_s, SERVICE_S, STALL_EVERY_S, STALL_S, first_s)
         found.append(np.quantile(latencies_s, 0.95))
     return float(np.mean(found))
 

@@ -1,4 +1,5 @@
-"""M/D/1 queues, of which the distribution is known exactly."""
+"""Queues of one server with constant service: M/D/1, whose distribution is known exactly, and one
+that stalls, simulated."""
 
 import math
 from decimal import Decimal, localcontext
@@ -34,3 +35,19 @@ def share_within(time: float, utilization: str) -> Decimal:
             power = x**k if k else Decimal(1)
             total += power / math.factorial(k) * (-x).exp()
         return (1 - load) * total
+
+
+def stalled_sojourns(
+    arrivals_s: FloatArray, service_s: float, every_s: float, stall_s: float, first_s: float
+) -> FloatArray:
+    """[n] times in a queue that serves nothing in the last `stall_s` of each `every_s`; the first
+    stall ends `first_s` after time 0. Service that a stall interrupts begins after it."""
+    free_s, times = 0.0, np.empty(len(arrivals_s))
+    for index, arrival_s in enumerate(arrivals_s.tolist()):
+        start_s = max(free_s, arrival_s)
+        left_s = (first_s - start_s) % every_s
+        if left_s < stall_s + service_s:
+            start_s += left_s
+        free_s = start_s + service_s
+        times[index] = free_s - arrival_s
+    return times
