@@ -29,6 +29,9 @@ class Observer(Protocol):
     def trial_climbed(self, rung: int, name: str) -> None:
         """The running trial came to the rung of the ladder."""
 
+    def step_told(self, message: str) -> None:
+        """How far a long step of the running trial is, once in a second at most."""
+
     def trial_ended(self, variant: Variant, standing: Standing) -> None:
         """`standing.best` is the best variant so far that is predicted to keep the SLO."""
 
@@ -44,6 +47,8 @@ class Silent:
     def trial_began(self, max_trials: int, label: str) -> None: ...
 
     def trial_climbed(self, rung: int, name: str) -> None: ...
+
+    def step_told(self, message: str) -> None: ...
 
     def trial_ended(self, variant: Variant, standing: Standing) -> None: ...
 

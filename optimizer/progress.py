@@ -19,12 +19,15 @@ from rich.text import Text
 from optimizer.observer import Standing
 from optimizer.quantities import duration, milliseconds, number, percent
 from optimizer.result import BudgetUsed, Variant
+from optimizer.telling import Seldom
 from optimizer.wording import explain, slo_latency_s
 
 MAX_FRONT = 6
 """Rows of the front that are shown, where the terminal is high enough."""
-_FIXED_LINES = 4
-"""Of the panel, without the front: phase, budget, what is out, best."""
+_FIXED_LINES = 5
+"""Of the panel, without the front: phase, step, budget, what is out, best."""
+_LINE_EVERY_S = 30.0
+"""How often a step has a line, where there is no terminal."""
 _OTHER_LINES = _FIXED_LINES + 6
 """And the front's heading, and what of the log should stay in sight."""
 _BAR_WIDTH = 20
@@ -40,6 +43,7 @@ class Progress:
         """`clock` is monotonic, in seconds."""
         self._console = console
         self._panel = Panel(clock)
+        self._seldom = Seldom(self._line_of_step, _LINE_EVERY_S, clock)
         self._live = Live(
             self._panel,
             console=console,
@@ -72,6 +76,14 @@ class Progress:
     def trial_climbed(self, rung: int, name: str) -> None:
         self._panel.trial_climbed(rung, name)
 
+    def step_told(self, message: str) -> None:
+        self._panel.step_told(message)
+        if not self._console.is_terminal:
+            self._seldom(message)
+
+    def _line_of_step(self, message: str) -> None:
+        self._console.print(Text(f"    {message}", style="dim"), soft_wrap=True)
+
     def trial_ended(self, variant: Variant, standing: Standing) -> None:
         self._panel.trial_ended(standing)
         self._console.print(_line(variant), soft_wrap=True)
@@ -90,7 +102,7 @@ class Panel:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._phase, self._phase_start_s = "", clock()
-        self._trial, self._rung = "", ""
+        self._trial, self._rung, self._step = "", "", ""
         self._max_trials = 0
         self._standing: Standing | None = None
         self._told_s = clock()
@@ -99,22 +111,26 @@ class Panel:
 
     def phase(self, name: str) -> None:
         self._phase, self._phase_start_s = name, self._clock()
-        self._trial, self._rung = "", ""
+        self._trial, self._rung, self._step = "", "", ""
 
     def trial_began(self, max_trials: int, label: str) -> None:
-        self._max_trials, self._trial, self._rung = max_trials, label, ""
+        self._max_trials, self._trial, self._rung, self._step = max_trials, label, "", ""
 
     def trial_climbed(self, rung: int, name: str) -> None:
-        self._rung = f"rung {rung}, {name}"
+        self._rung, self._step = f"rung {rung}, {name}", ""
+
+    def step_told(self, message: str) -> None:
+        self._step = message
 
     def trial_ended(self, standing: Standing) -> None:
-        self._standing, self._told_s = standing, self._clock()
+        self._standing, self._told_s, self._step = standing, self._clock(), ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Always of the same height for a terminal: while rich prints a line above, its other
         thread may draw the panel, and would leave a line behind if that had grown."""
         n_rows = max(0, min(MAX_FRONT, options.size.height - _OTHER_LINES))
-        parts: list[RenderableType] = [self._head()]
+        step = Text(f"  {self._step}", style="cyan", no_wrap=True, overflow="ellipsis")
+        parts: list[RenderableType] = [self._head(), step]
         if self._standing is not None:
             standing = self._standing
             parts += [self._budget(standing.budget), _dropped(standing), _best(standing.best)]

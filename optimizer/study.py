@@ -177,9 +177,9 @@ class _Study:
         executor: InlineExecutor | ProcessExecutor
         if options.isolate:
             setup = setup_of(spec.source, options.store, options.artifacts, self._machine)
-            executor = ProcessExecutor(setup, self._measurer)
+            executor = ProcessExecutor(setup, self._measurer, self._observer.step_told)
         else:
-            executor = InlineExecutor(shared, store, self._measurer)
+            executor = InlineExecutor(shared, store, self._measurer, self._observer.step_told)
         try:
             executor.start()
             yield DelegatingBuilder(

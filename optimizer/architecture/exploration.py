@@ -23,6 +23,8 @@ N_PROPOSERS = 3
 """A controller and its controls."""
 Evaluate = Callable[[Choices], Worth]
 Rate = Callable[[Choices], float]
+_MAX_TOLD = 4
+"""Networks of the front that a line about a running search has."""
 _MAX_SCREENED = 10
 """Proposals in a row that are screened out, after which the next is looked at anyway."""
 
@@ -154,6 +156,18 @@ def document(space: ArchitectureSpace, trails: Sequence[Trail], target_s: float)
         "regret": {name: list(values) for name, values in regrets(trails).items()},
         "front": [shown(one) for one in front(everything(trails))],
     }
+
+
+def told(looked: Sequence[Looked], n_most: int, target_s: float) -> str:
+    """How far it is, and the front as it stands: the most accurate first."""
+    ahead = front(looked)[::-1]
+    within = [one for one in ahead if one.worth.latency_s <= target_s]
+    best = f"the best in time {within[0].worth.accuracy:.1%}" if within else "none in time yet"
+    points = ", ".join(
+        f"{one.worth.accuracy:.1%} in {1e3 * one.worth.latency_s:.3g} ms"
+        for one in ahead[:_MAX_TOLD]
+    )
+    return f"{len(looked)} of at most {n_most} networks, {best}; front {points}"
 
 
 def notes_of(trails: Sequence[Trail], target_s: float) -> tuple[str, ...]:

@@ -1,14 +1,22 @@
 """Run: one search in a setting, by a controller and its controls."""
 
 from collections.abc import Callable
+from dataclasses import astuple
 
 import torch
 
-from optimizer.architecture.exploration import Screened, Trail, explore, proposers_of
+from optimizer.architecture.exploration import (
+    N_PROPOSERS,
+    Screened,
+    Trail,
+    explore,
+    proposers_of,
+    told,
+)
 from optimizer.architecture.networks import build
 from optimizer.architecture.proxies import PROXIES
 from optimizer.architecture.reward import Reward
-from optimizer.architecture.search import Worth
+from optimizer.architecture.search import Looked, Worth
 from optimizer.architecture.setting import Setting
 from optimizer.architecture.space import Choices
 from optimizer.architecture.table import SpaceTable
@@ -36,11 +44,17 @@ def run(
     def seconds(choices: Choices) -> float | None:
         return table.seconds(choices)
 
+    looked: list[Looked] = []
+    n_evaluations = int(parameters["evaluations"])
+
     def evaluate(choices: Choices) -> Worth:
         found = seconds(choices)
         if found is None:
             return Worth(0.0, _UNKNOWN * target_s)
-        return Worth(accuracy(choices), found)
+        worth = Worth(accuracy(choices), found)
+        looked.append(Looked(len(looked), choices, worth, reward(*astuple(worth))))
+        setting.context.tell(told(looked, N_PROPOSERS * n_evaluations, target_s))
+        return worth
 
     def discount(choices: Choices) -> float:
         found = seconds(choices)
@@ -53,7 +67,7 @@ def run(
     if screen != "none":
         rate = _rating(setting, screen)
         proposers = {name: Screened(one, rate) for name, one in proposers.items()}
-    return explore(proposers, evaluate, reward, int(parameters["evaluations"]))
+    return explore(proposers, evaluate, reward, n_evaluations)
 
 
 def _rating(setting: Setting, proxy: str) -> Callable[[Choices], float]:

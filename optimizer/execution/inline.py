@@ -14,6 +14,9 @@ from optimizer.execution.setup import Surroundings
 from optimizer.measuring import Measurer
 from optimizer.measuring.cores import building
 from optimizer.store import Store
+from optimizer.telling import Seldom, Tell, untold
+
+TELL_EVERY_S = 1.0
 
 
 @dataclass(eq=False)
@@ -23,6 +26,7 @@ class InlineExecutor:
     surroundings: Surroundings
     store: Store
     measurer: Measurer
+    tell: Tell = untold
 
     def start(self) -> None:
         """Raises SpecInvalid where model or data can't be used."""
@@ -37,4 +41,4 @@ class InlineExecutor:
 
     @cached_property
     def _builder(self) -> Builder:
-        return self.surroundings.builder(self.store)
+        return self.surroundings.builder(self.store, Seldom(self.tell, TELL_EVERY_S))

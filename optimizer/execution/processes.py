@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from optimizer.errors import TechniqueFailed
 from optimizer.execution import Json
 from optimizer.execution.calls import error_from
 from optimizer.measuring import Measurer
+from optimizer.telling import Tell, untold
 from serve.machine import Machine
 
 MAX_BUILD_S = 24 * 3600.0
@@ -38,6 +40,8 @@ class ProcessExecutor:
 
     setup: Mapping[str, Json]
     measurer: Measurer
+    tell: Tell = untold
+    """Hears how far a long step has come, in the thread that builds."""
     max_build_s: float = MAX_BUILD_S
     program: tuple[str, ...] = (sys.executable, "-P", "-m", "optimizer.execution.worker")
     _worker: "_Worker | None" = field(default=None, init=False)
@@ -66,7 +70,7 @@ class ProcessExecutor:
 
     def _told(self, worker: "_Worker", request: Mapping[str, Json], blamed: str) -> Json:
         try:
-            document = worker.ask(request, self.max_build_s)
+            document = worker.ask(request, self.max_build_s, self.tell)
         except WorkerLost as error:
             self.close()
             raise TechniqueFailed(blamed, str(error)) from error
@@ -108,20 +112,24 @@ class _Worker:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def ask(self, request: Mapping[str, Json], timeout_s: float) -> Mapping[str, Json]:
+    def ask(self, request: Mapping[str, Json], timeout_s: float, tell: Tell) -> Mapping[str, Json]:
         """Send one request and wait for its answer. Raises WorkerLost."""
         assert self._child.stdin is not None
         with suppress(BrokenPipeError):  # then there is no answer either
             self._child.stdin.write(json.dumps(request) + "\n")
             self._child.stdin.flush()
-        try:
-            line = self._lines.get(timeout=timeout_s)
-        except queue.Empty:
-            raise WorkerLost(f"it took longer than {timeout_s:g} s") from None
-        if line is None:
-            raise WorkerLost(self._last_words())
-        document: dict[str, Any] = json.loads(line)
-        return document
+        until_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                line = self._lines.get(timeout=max(0.0, until_s - time.monotonic()))
+            except queue.Empty:
+                raise WorkerLost(f"it took longer than {timeout_s:g} s") from None
+            if line is None:
+                raise WorkerLost(self._last_words())
+            document: dict[str, Any] = json.loads(line)
+            if "told" not in document:
+                return document
+            tell(document["told"])
 
     def stop(self) -> None:
         """End it and what it started, whatever it is doing."""

@@ -19,6 +19,7 @@ from optimizer.techniques import TECHNIQUES, Context, Technique, Training, load_
 from optimizer.techniques.architecture import ArchitectureSearch
 from optimizer.techniques.student import Student
 from optimizer.techniques.supernet import SupernetTraining
+from optimizer.telling import Tell, untold
 from optimizer.variant import Model, Stage, source_model
 from serve.machine import Machine
 from serve.tensor import Array
@@ -59,7 +60,7 @@ class Surroundings:
         """Samples to time and compare with."""
         return first(self.splits.validation, N_TIMED_SAMPLES).inputs
 
-    def builder(self, store: Store) -> Builder:
+    def builder(self, store: Store, tell: Tell = untold) -> Builder:
         cores = self.spec.target.cores or self.machine.cores
         calibration = self.splits.calibration
         if isinstance(calibration, GeneratedSplit):
@@ -69,6 +70,7 @@ class Surroundings:
             calibration=calibration,
             checkpoints=store.checkpoints,
             block_seconds=StoredTimes(store, self.machine, cores),
+            tell=tell,
         )
         return Builder(store, self.base, self.techniques, context, self.inputs)
 
@@ -128,13 +130,13 @@ def first(split: Split, n: int) -> Samples:
 
 
 def make_builder(
-    spec: Spec, store: str | Path, artifacts: Path | None, machine: Machine
+    spec: Spec, store: str | Path, artifacts: Path | None, machine: Machine, tell: Tell
 ) -> Builder:
     """A worker's builder, with a store of its own that is open as long as the process. Raises
     SpecInvalid where model or data can't be used."""
     surroundings = Surroundings(spec, read_data(spec), machine, enabled_techniques(spec))
     surroundings.check()
-    return surroundings.builder(Store(store, artifacts))
+    return surroundings.builder(Store(store, artifacts), tell)
 
 
 def _precision(spec: Spec) -> str:

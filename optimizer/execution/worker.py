@@ -1,7 +1,8 @@
 """The worker: a process that builds, asked over its standard input and output.
 
 One JSON document a line: first what to build for, then calls (`optimizer.execution.calls`), each
-answered by a line. What techniques print goes to standard error, and they have nothing to read.
+answered by a line, after lines that tell how far it is. What techniques print goes to standard
+error, and they have nothing to read.
 
     python -m optimizer.execution.worker LIFELINE
 
@@ -22,6 +23,9 @@ from optimizer.execution.calls import answer, error_to, machine_from
 from optimizer.execution.setup import make_builder
 from optimizer.measuring.cores import building
 from optimizer.spec import read_spec
+from optimizer.telling import Seldom, Tell
+
+TELL_EVERY_S = 1.0
 
 
 def main(lifeline: int) -> int:
@@ -36,8 +40,9 @@ def main(lifeline: int) -> int:
 
 
 def _serve(requests: TextIO, answers: TextIO) -> int:
+    tell = Seldom(lambda message: _say(answers, {"told": message}), TELL_EVERY_S)
     try:
-        builder = _builder(json.loads(next(requests)))
+        builder = _builder(json.loads(next(requests)), tell)
     except StopIteration:
         return 0
     except Exception as error:  # noqa: BLE001 - the process boundary: told to whoever asked
@@ -63,10 +68,10 @@ def _end_with_parent(lifeline: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _builder(given: Mapping[str, Any]) -> Any:
+def _builder(given: Mapping[str, Any], tell: Tell) -> Any:
     spec = read_spec(Path(given["spec"]))
     artifacts = None if given["artifacts"] is None else Path(given["artifacts"])
-    return make_builder(spec, given["store"], artifacts, machine_from(given["machine"]))
+    return make_builder(spec, given["store"], artifacts, machine_from(given["machine"]), tell)
 
 
 def _say(answers: TextIO, document: Mapping[str, Any]) -> None:

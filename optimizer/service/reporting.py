@@ -1,7 +1,8 @@
 """What a running job tells: an observer that writes each event of a study as a line of JSON.
 
-The kinds of events are `phase`, `trial_began`, `trial_climbed`, `trial_ended`, `verification` and
-`note` here, `state` by the ledger, `result` and `error` by the child, `load_test` by a load test.
+The kinds of events are `phase`, `trial_began`, `trial_climbed`, `step` (how far a long one is),
+`trial_ended`, `verification` and `note` here, `state` by the ledger, `result` and `error` by the
+child, `load_test` by a load test.
 """
 
 import json
@@ -11,8 +12,11 @@ from typing import Any
 
 from optimizer.observer import Standing
 from optimizer.result import Variant, variant_to_dict
+from optimizer.telling import Seldom
 from optimizer.wording import explain, slo_latency_s
 
+STEP_EVERY_S = 10.0
+"""Events are kept, so a long step has few of them."""
 MAX_FRONT = 64
 """Variants of the front that go with an event."""
 
@@ -34,6 +38,7 @@ class Reporter:
 
     def __init__(self, lines: Lines) -> None:
         self._lines = lines
+        self._seldom = Seldom(lambda one: lines.tell("step", {"message": one}), STEP_EVERY_S)
 
     def phase(self, name: str) -> None:
         self._lines.tell("phase", {"name": name})
@@ -43,6 +48,9 @@ class Reporter:
 
     def trial_climbed(self, rung: int, name: str) -> None:
         self._lines.tell("trial_climbed", {"rung": rung, "name": name})
+
+    def step_told(self, message: str) -> None:
+        self._seldom(message)
 
     def trial_ended(self, variant: Variant, standing: Standing) -> None:
         budget = standing.budget

@@ -15,6 +15,7 @@ from optimizer.data.splits import Split
 from optimizer.recipe import Traits
 from optimizer.space import Parameters, Space
 from optimizer.spec import TaskSpec, TrainingSpec
+from optimizer.telling import Tell, untold
 from optimizer.variant import Json, Model, StoredModel
 from serve.machine import Machine
 
@@ -61,6 +62,8 @@ class Context:
     block_seconds: Callable[[Block], float | None] | None = None
     """What the target takes for a batch of a single layer, None where that wasn't measured. As
     with the machine, what decides a result enters through the parameters."""
+    tell: Tell = untold
+    """For a step that takes long: how far it has come, in a few words, as often as it likes."""
 
 
 class Technique(Protocol):

@@ -79,7 +79,7 @@ class SupernetTraining:
         loss = Sandwich(lesson.loss(), answer, kind_of(parameters))
         learned, _ = setting.parts()
         checkpoint = lesson.checkpoint(self.traits)
-        train(supernet, learned, loss, lesson.settings(), None, checkpoint)
+        train(supernet, learned, loss, lesson.settings(), None, checkpoint, context.tell)
         if checkpoint is not None:
             checkpoint.remove()
         operations = {"space": parameters["space"], "place": setting.place.to_json()}

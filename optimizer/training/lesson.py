@@ -162,7 +162,8 @@ class Lesson:
         from optimizer.training.loop import train
 
         masks = _masks(self.model, self.module)
-        train(self.module, self.data, loss or self.loss(), settings, masks, checkpoint)
+        tell = self.context.tell
+        train(self.module, self.data, loss or self.loss(), settings, masks, checkpoint, tell)
 
 
 def lesson_of(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from optimizer.telling import Tell, untold
 from optimizer.training.augmentation import augmented
 from optimizer.training.batches import Batch, Batches, Rows
 from optimizer.training.checkpoint import Checkpoint
@@ -88,8 +89,9 @@ def train(
     settings: Settings,
     masks: Masks | None = None,
     checkpoint: Checkpoint | None = None,
+    tell: Tell = untold,
 ) -> Progress:
-    """Train the module in place; it ends in eval mode.
+    """Train the module in place; it ends in eval mode. `tell` hears of every step.
 
     With a `checkpoint` it goes on after the last whole epoch that was saved there, to the weights
     that it would have come to anyway. Raises TrainingDiverged, and ValueError where the data
@@ -98,7 +100,8 @@ def train(
     rows, held_out = _divided(len(data), settings)
     plan = _Plan(len(rows), settings)
     optimizer = _optimizer([*module.parameters(), *loss.parameters()], settings)
-    run = _Run(module, data, loss, settings, plan, optimizer, masks or Masks(nn.Identity()))
+    zeros = masks or Masks(nn.Identity())
+    run = _Run(module, data, loss, settings, plan, optimizer, zeros, tell)
     progress = Progress() if checkpoint is None else _resumed(checkpoint, run)
     with _seeded(settings.seed):
         for epoch in range(len(progress.losses), plan.n_epochs):
@@ -147,6 +150,7 @@ class _Run:
     plan: _Plan
     optimizer: torch.optim.Optimizer
     masks: Masks
+    tell: Tell
 
     def epoch(self, epoch: int, rows: Rows, progress: Progress) -> None:
         # By the epoch, so that one that is resumed draws what it would have drawn.
@@ -163,6 +167,9 @@ class _Run:
             total += self._step(replace(batch, inputs=_laid_out(views)), progress.n_steps)
             progress.n_steps += 1
             n_done += 1
+            epochs = progress.n_steps / self.plan.per_epoch
+            mean = total / n_done
+            self.tell(f"epoch {epochs:.1f} of {self.settings.epochs:g}, loss {mean:.3g}")
         progress.losses.append(total / max(1, n_done))
 
     def _step(self, batch: Batch, step: int) -> float:

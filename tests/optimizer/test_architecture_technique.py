@@ -185,6 +185,21 @@ def test_screening_looks_at_as_many_networks(
     assert {len(looked) for looked in record["trails"].values()} == {6}
 
 
+def test_search_tells_how_far_it_is_and_the_front_as_it_stands(
+    bench: TorchBench, trained: TorchVariant, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    made = found(trained, replace(context(bench), tell=told.append), tmp_path / "made")
+    record = json.loads((made.directory / "architecture.json").read_text())
+    networks = {tuple(one["choices"]) for trail in record["trails"].values() for one in trail}
+    assert len(told) == len(networks)
+    assert told[0].startswith("1 of at most 18 networks, ")
+    best = max(record["front"], key=lambda one: one["accuracy"])
+    shown = f"front {best['accuracy']:.1%} in {1e3 * best['latency_s']:.3g} ms"
+    assert told[-1].startswith(f"{len(networks)} of at most 18 networks, ")
+    assert shown in told[-1]
+
+
 def test_networks_of_their_own_are_trained_from_scratch(bench: TorchBench, tmp_path: Path) -> None:
     given = {"weights": "own", "evaluations": 3, "epochs": 4.5}
     technique = ArchitectureSearch(spec(**given))

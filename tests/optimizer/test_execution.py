@@ -220,6 +220,25 @@ def test_start_raises_spec_invalid_each_time_when_the_worker_cannot_use_the_mode
             executor.start()
 
 
+def test_step_is_heard_in_its_order_when_it_tells_before_its_answer() -> None:
+    told = [json.dumps({"told": f"epoch {n} of 2"}) for n in (1, 2)]
+    lines = " ".join(f"'{line}'" for line in (*told, json.dumps({"answer": 7})))
+    executor = shell(f"read setup; echo '{{\"answer\": 1}}'; read call; printf '%s\\n' {lines}")
+    heard: list[str] = []
+    executor.tell = heard.append
+    assert executor.build("build", {"recipe": [["one", {}]]}) == 7
+    assert heard == ["epoch 1 of 2", "epoch 2 of 2"]
+    executor.close()
+
+
+def test_telling_step_ends_at_the_limit_all_the_same() -> None:
+    forever = 'while true; do echo \'{"told": "still here"}\'; sleep 0.02; done'
+    executor = shell(f"read setup; echo '{{\"answer\": 1}}'; read call; {forever}")
+    executor.max_build_s = 0.3
+    with pytest.raises(TechniqueFailed, match=r"longer than 0\.3 s"):
+        executor.build("build", {"recipe": [["one", {}]]})
+
+
 def shell(script: str) -> ProcessExecutor:
     """With a worker that is a script, whose answers are given."""
     return ProcessExecutor({}, LocalMeasurer(), program=("sh", "-c", script))

@@ -55,9 +55,10 @@ def test_panel_shows_phase_rung_budget_reasons_best_and_front() -> None:
     panel = searching(clock, standing())
     clock.now_s += 42
 
-    head, budget, out, best, *front = drawn(panel, console())
+    head, step, budget, out, best, *front = drawn(panel, console())
 
     assert "searching  42 s  trial 13 of 50: openvino int8  (rung 1, timing)" in head
+    assert not step.strip()
     assert "24% of trials, 12 of 50  (time, 102 s of 60 min)" in budget
     assert "12 trials done, 7 out: accuracy drop 5, latency 2" in out
     assert "best so far: openvino int8 (percentile), 0.0546 per million, 13.4 ms" in best
@@ -69,23 +70,44 @@ def test_bar_is_of_what_is_nearer_its_end() -> None:
     panel = searching(clock, standing(n_trials=1, spent_s=1800.0))
     clock.now_s += 7200
 
-    assert "100% of time, 2.5 h of 60 min  (trials, 1 of 50)" in drawn(panel, console())[1]
+    assert "100% of time, 2.5 h of 60 min  (trials, 1 of 50)" in drawn(panel, console())[2]
 
 
 def test_panel_says_so_when_nothing_is_feasible_yet() -> None:
     panel = searching(Clock(), Standing(BudgetUsed(1.0, 10.0, 1, 50), None, (), {}))
 
-    _, _, out, best, *_ = drawn(panel, console())
+    _, _, _, out, best, *_ = drawn(panel, console())
 
     assert out.strip() == "1 trials done, 0 out"
     assert "none is feasible yet" in best
 
 
-@pytest.mark.parametrize(("height", "n_rows"), [(30, 5), (12, 2), (9, 0)])
+def test_panel_shows_how_far_a_step_is_until_another_begins() -> None:
+    panel = searching(Clock(), None)
+    panel.step_told("epoch 3.4 of 20, loss 0.52")
+    assert "epoch 3.4 of 20, loss 0.52" in drawn(panel, console())[1]
+    panel.trial_climbed(2, "building")
+    assert not drawn(panel, console())[1].strip()
+
+
+def test_step_has_a_line_in_half_a_minute_when_there_is_no_terminal() -> None:
+    clock, plain = Clock(), console()
+    with Progress(plain, clock) as progress:
+        for epoch in range(90):
+            progress.step_told(f"epoch {epoch} [of] 90")
+            clock.now_s += 1.0
+
+    assert isinstance(plain.file, io.StringIO)
+    assert plain.file.getvalue().splitlines() == [
+        f"    epoch {epoch} [of] 90" for epoch in (0, 30, 60)
+    ]
+
+
+@pytest.mark.parametrize(("height", "n_rows"), [(30, 5), (13, 2), (10, 0)])
 def test_front_is_as_long_as_the_terminal_allows(height: int, n_rows: int) -> None:
     lines = drawn(searching(Clock(), standing()), console(height=height))
 
-    assert sum("%" in line for line in lines[4:]) == n_rows
+    assert sum("%" in line for line in lines[5:]) == n_rows
     assert len(lines) < height
 
 

@@ -337,6 +337,14 @@ def test_training_ends_within_an_epoch_when_part_of_one_is_asked_for() -> None:
     assert train(network(), data(), labelled(), settings(epochs=0.25)).n_steps == 1
 
 
+def test_training_tells_how_far_it_is_after_each_step() -> None:
+    told: list[str] = []
+    done = train(network(), data(), labelled(), settings(epochs=1.5), tell=told.append)
+    assert len(told) == done.n_steps == 6
+    assert told[0].startswith("epoch 0.2 of 1.5, loss ")
+    assert told[-1].startswith("epoch 1.5 of 1.5, loss ")
+
+
 def test_training_fails_by_its_step_when_the_loss_is_no_number() -> None:
     module = network()
     with torch.no_grad():
