@@ -9,6 +9,7 @@ minilm: heads and neurons pruned, then taught without labels by the whole encode
 vgg: convolutions decomposed, then distilled; the network is trained first, and kept as safetensors
 in the temporary folder. Its control is the whole network, trained on like the decomposed one.
 masks: 80 % of ResNet-20's weights set to zero, at once or while it is recovered.
+rounds: 60 % of ResNet-20's operations pruned, at once or in three rounds, for as many epochs.
 
 What is changed is timed in turns with what it came from, in fp32 and in int8, on each engine. Every
 finished part is a file in `benchmarks/results/recovery/`, and isn't done again; delete it to do it
@@ -83,6 +84,13 @@ VGG_RANKS: Mapping[str, Mapping[str, Value]] = {
 }
 MASKS_ROWS = 5000
 MASKS_TRAINING = TrainingSpec(epochs=2, batch_size=64, alphas=(0.1,), augmentation="flip_and_crop")
+ROUNDS_ROWS = 10_000
+ROUNDS_PRUNING: Mapping[str, Value] = {"what": "channels", "ratio": 0.6, "criterion": "taylor"}
+ROUNDS_TRAINING = TrainingSpec(batch_size=64, alphas=(0.1,), augmentation="flip_and_crop")
+ROUNDS: Mapping[str, Mapping[str, object]] = {
+    "at once": {"epochs": 4.0},
+    "three": {"epochs": 2.0, "pruning_rounds": 3, "pruning_round_epochs": 1.0},
+}
 VGG_RECOVERED = "share 0.5"
 
 
@@ -189,6 +197,15 @@ def masks(seed: int) -> None:
         kept(RESULTS, f"masks seed {seed} {schedule}", partial(masked, subject, schedule))
 
 
+def rounds(seed: int) -> None:
+    """As many epochs either way: all after pruning, or most of them between its rounds."""
+    for name, given in ROUNDS.items():
+        subject = cifar(
+            "resnet20.yaml", ROUNDS_TRAINING.model_copy(update=given), seed, ROUNDS_ROWS
+        )
+        kept(RESULTS, f"rounds seed {seed} {name}", partial(in_rounds, subject))
+
+
 PARTS = {
     "resnet56": resnet56,
     "resnet56-bf16": resnet56_bf16,
@@ -197,6 +214,7 @@ PARTS = {
     "minilm-bf16": sentence_encoder_bf16,
     "vgg": vgg,
     "masks": masks,
+    "rounds": rounds,
 }
 
 
@@ -272,6 +290,15 @@ def masked(subject: Subject, schedule: str) -> Figures:
         figures, made = chain.recovered(cut, "pruned")
         weights = torch.cat([one.flatten() for one in maskable(load_torch(made)).values()])
         return {**figures, "sparsity": float((weights == 0).double().mean())}
+
+
+def in_rounds(subject: Subject) -> Figures:
+    with tempfile.TemporaryDirectory() as scratch:
+        chain = Chain(subject, Path(scratch))
+        figures, _ = chain.recovered(
+            chain.step("pruning", subject.model, **ROUNDS_PRUNING), "pruned"
+        )
+        return figures
 
 
 def from_scratch(subject: Subject, factory: Importable, keep: Path | None = None) -> Figures:
