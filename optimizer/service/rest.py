@@ -21,6 +21,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from loadtest.document import MAX_DOCUMENT_BYTES, DocumentInvalid
 from optimizer.service import documents as d
@@ -42,6 +43,7 @@ from optimizer.service.uploads import OffsetWrong
 log = logging.getLogger(__name__)
 
 VERSION = metadata.version("trimserve")
+METHOD_NOT_ALLOWED = 405
 MAX_BODY_BYTES = MAX_DOCUMENT_BYTES + 100_000
 YAML_TYPES = ("application/yaml", "application/x-yaml", "text/yaml")
 JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{16}$", description="A job's id.")]
@@ -593,6 +595,16 @@ def _problem(status: int, title: str, detail: str, lines: list[str] | None = Non
     )
 
 
+def _methods(app: FastAPI, request: Request) -> set[str]:
+    """Those of all routes with the request's path: the framework names the first one's alone."""
+    return {
+        method.upper()
+        for path, methods in app.openapi()["paths"].items()
+        if compile_path(path)[0].match(request.url.path)
+        for method in methods
+    }
+
+
 def _handle_errors(app: FastAPI) -> None:
     async def ours(_request: Request, error: Exception) -> Response:
         status = status_of(error)
@@ -611,10 +623,13 @@ def _handle_errors(app: FastAPI) -> None:
         lines = [_wording(one) for one in error.errors()]
         return _problem(422, "The request can't be used", "; ".join(lines), lines)
 
-    async def http(_request: Request, error: Exception) -> Response:
+    async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         answer = _problem(error.status_code, str(error.detail), str(error.detail))
         answer.headers.update(error.headers or {})
+        methods = _methods(app, request)
+        if error.status_code == METHOD_NOT_ALLOWED and methods:
+            answer.headers["Allow"] = ", ".join(sorted(methods))
         return answer
 
     async def internal(request: Request, error: Exception) -> Response:
