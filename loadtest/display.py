@@ -106,9 +106,11 @@ def print_report(report: Report, console: Console) -> None:
     if not lines:
         share = report.objectives[0]
         bound = share.lower_bound or 0.0
+        calm = "" if report.chaos is None else " that no action disturbed"
         lines = [
             f"with {report.good_share.confidence * 100:g} % confidence at least "
-            f"{bound * 100:.5g} % of the requests are good, {share.wanted * 100:g} % are wanted"
+            f"{bound * 100:.5g} % of the requests{calm} are good, {share.wanted * 100:g} % are "
+            "wanted"
         ]
     console.print(
         Panel(

@@ -230,7 +230,7 @@ def make_report(result: Result, created_at: datetime) -> Report:
         curve=_curve(latency_s),
         accuracy=accuracy_facts(result),
         drift=drift_facts(judgement.drift, result.soak),
-        chaos=chaos_facts(settings.chaos, judgement.chaos),
+        chaos=chaos_facts(settings.chaos, judgement),
     )
 
 
@@ -280,7 +280,7 @@ def _objectives(result: Result) -> tuple[ObjectiveResult, ...]:
             name="latency",
             wanted=slo.latency.quantile,
             observed=judgement.good.estimate,
-            lower_bound=_finite(judgement.good.lower),
+            lower_bound=_finite(judgement.lower),
             kept=judgement.good.estimate >= slo.latency.quantile,
         ),
         ObjectiveResult(

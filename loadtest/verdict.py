@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from loadtest.chaos.findings import Chaos, Finding, action_doubts, find, misses_of
+from loadtest.chaos.findings import Chaos, Finding, action_doubts, calm_of, find, misses_of
 from loadtest.drift import Drift, Soak, drift_of, drift_reasons
 from loadtest.memory import MemorySeries
 from loadtest.reasons import (
@@ -115,6 +115,14 @@ class Judgement:
     drift: Drift
     chaos: tuple[Finding, ...] = ()
     """one for each action"""
+    calm: GoodShare | None = None
+    """of the requests that no action disturbed, on which the lower bound is; none: of all, as
+    there was no action, or each was disturbed"""
+
+    @property
+    def lower(self) -> float:
+        """The bound to judge by."""
+        return self.good.lower if self.calm is None else self.calm.lower
 
 
 def doubts_of(judgement: Judgement) -> tuple[AnyReason, ...]:
@@ -136,9 +144,10 @@ def judge(evidence: Evidence) -> Judgement:
     objective, soak = evidence.slo.latency, evidence.soak
     drift = drift_of(samples, objective, good.correlation_requests, soak)
     unshown: list[AnyReason] = []
+    calm = _calm(evidence, findings)
     if not misses:
         unshown = [
-            *_unshown(objective.quantile, good),
+            *_unshown(objective.quantile, calm or good),
             *drift_reasons(drift, objective, soak),
         ]
     outcome: Outcome = "inconclusive" if doubts or unshown else "violated" if misses else "met"
@@ -152,6 +161,7 @@ def judge(evidence: Evidence) -> Judgement:
         achieved_per_s=_achieved_per_s(evidence),
         drift=drift,
         chaos=findings,
+        calm=calm,
     )
 
 
@@ -175,6 +185,16 @@ def _violated_without_dropped(evidence: Evidence, good: GoodShare) -> bool:
 
 def _share_of(samples: Samples, latency_s: FloatArray, objective: LatencyObjective) -> GoodShare:
     answered_s = np.where(samples.ok, latency_s, np.inf)
+    return good_share(answered_s, objective.threshold_s, objective.quantile)
+
+
+def _calm(evidence: Evidence, findings: tuple[Finding, ...]) -> GoodShare | None:
+    """None without actions, and where they disturbed every request."""
+    samples, objective = evidence.samples, evidence.slo.latency
+    calm = calm_of(samples, findings)
+    if not findings or not calm.any():
+        return None
+    answered_s = np.where(samples.ok, samples.latency_s, np.inf)[calm]
     return good_share(answered_s, objective.threshold_s, objective.quantile)
 
 

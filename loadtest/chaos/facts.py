@@ -1,11 +1,11 @@
 """What a report holds of a chaos profile's actions, and how its charts show them."""
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from loadtest.chaos.findings import Finding, is_kept
 from loadtest.chaos.profile import ChaosProfile
 from loadtest.document import Strict
+from loadtest.verdict import Judgement
 
 BAND, FAILED = "#8d5fc4", "#d6453d"
 MIN_BAND_SHARE = 0.002
@@ -35,24 +35,31 @@ class ActionFacts(Strict):
 
 
 class ChaosFacts(Strict):
-    """Each action by itself; the SLO's verdict is on all requests of the window beside."""
+    """Each action by itself. The SLO's objectives are kept or missed by all requests of the window
+    beside, lost ones included."""
 
     max_recovery_s: float
     max_lost: int | None
     """none: shown, not judged"""
     hold_s: float
     actions: tuple[ActionFacts, ...]
+    n_undisturbed: int
+    """requests that weren't under way between an action's start and the recovery; the lower bound
+    of the latency objective is on these"""
+    n_undisturbed_good: int
 
 
-def chaos_facts(profile: ChaosProfile | None, findings: Sequence[Finding]) -> ChaosFacts | None:
+def chaos_facts(profile: ChaosProfile | None, judgement: Judgement) -> ChaosFacts | None:
     if profile is None:
         return None
-    wanted = profile.objectives
+    wanted, calm = profile.objectives, judgement.calm
     return ChaosFacts(
         max_recovery_s=wanted.max_recovery_s,
         max_lost=wanted.max_lost,
         hold_s=wanted.hold_s,
-        actions=tuple(_action_facts(profile, one) for one in findings),
+        actions=tuple(_action_facts(profile, one) for one in judgement.chaos),
+        n_undisturbed=0 if calm is None else calm.n,
+        n_undisturbed_good=0 if calm is None else calm.n_good,
     )
 
 

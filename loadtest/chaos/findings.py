@@ -1,7 +1,8 @@
 """What the actions of a chaos profile did to the requests, and what of that is too much.
 
-The SLO's own verdict is on all requests of the window all the same: who disturbs a server to see
-whether it keeps its promise wants no request left out.
+The SLO's own objectives are kept or missed by all requests of the window, lost ones included.
+Whether the window shows more than itself is asked of the others alone: a disturbance comes when it
+was told to, so no sample of it says how often another will.
 """
 
 from collections.abc import Sequence
@@ -9,9 +10,9 @@ from dataclasses import dataclass
 
 from loadtest.chaos.conductor import Performed
 from loadtest.chaos.profile import Objectives, label_of
-from loadtest.chaos.recovery import Recovery, recovery_of
+from loadtest.chaos.recovery import Recovery, recovery_of, undisturbed
 from loadtest.reasons import ActionNotPerformed, AnyReason, LossesMissed, RecoveryMissed
-from loadtest.samples import Samples
+from loadtest.samples import BoolArray, Samples
 from loadtest.slo import LatencyObjective
 
 
@@ -48,6 +49,18 @@ def find(samples: Samples, objective: LatencyObjective, chaos: Chaos | None) -> 
             else recovery_of(samples, objective, chaos.window_s, one.started_s, hold_s),
         )
         for one in chaos.performed
+    )
+
+
+def calm_of(samples: Samples, findings: Sequence[Finding]) -> BoolArray:
+    """[n] requests that no action disturbed"""
+    return undisturbed(
+        samples,
+        (
+            (one.performed.started_s, one.recovery)
+            for one in findings
+            if one.performed.started_s is not None and one.recovery is not None
+        ),
     )
 
 

@@ -3,11 +3,12 @@
 Exact, from each request's own times; knows neither what the disturbance was nor what is allowed.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from loadtest.samples import DROPPED, FloatArray, Samples
+from loadtest.samples import DROPPED, BoolArray, FloatArray, Samples
 from loadtest.slo import LatencyObjective
 
 
@@ -48,6 +49,18 @@ def recovery_of(
     if not len(recovered):
         return Recovery(None, n_lost)
     return Recovery(moment_s - start_s if n_lost else 0.0, n_lost)
+
+
+def undisturbed(samples: Samples, disturbances: Iterable[tuple[float, Recovery]]) -> BoolArray:
+    """[n] not under way at any moment between a disturbance's start and its recovery.
+
+    Disturbances are (start in the window, what it did).
+    """
+    calm, ended_s = np.ones(len(samples), np.bool_), ends_of(samples)
+    for start_s, recovery in disturbances:
+        end_s = np.inf if recovery.recovery_s is None else start_s + recovery.recovery_s
+        calm &= (samples.intended_s >= end_s) | (ended_s <= start_s)
+    return calm
 
 
 def ends_of(samples: Samples) -> FloatArray:
