@@ -19,7 +19,7 @@ class Performed:
     started_s: float | None
     """none: it didn't begin"""
     ended_s: float | None
-    """when the process was gone or resumed, or the last command had ended; none: it failed"""
+    """when the process was gone or ran again, or the last command had ended; none: unknown"""
     error: str = ""
     """why it failed"""
 
@@ -67,11 +67,16 @@ class Conductor:
         if self._over.wait(max(0.0, start_s + action.at_s - self._clock())):
             return
         began: list[float] = []
-        ended_s, error = None, ""
-        stage = Stage(self._targets, self._over, lambda: began.append(self._clock() - start_s))
+        ended: list[float] = []
+        error = ""
+        stage = Stage(
+            self._targets,
+            self._over,
+            on_begin=lambda: began.append(self._clock() - start_s),
+            on_end=lambda: ended.append(self._clock() - start_s),
+        )
         try:
             self._perform(action, stage)
-            ended_s = self._clock() - start_s
         except ActionFailed as failure:
             error = str(failure)
         except Exception as defect:  # noqa: BLE001 - the thread's boundary: the run must hear of it
@@ -79,4 +84,6 @@ class Conductor:
             error = f"{type(defect).__name__}: {defect}"
         if began and began[0] > action.at_s + MAX_LATE_S and not error:
             error = f"began {began[0] - action.at_s:.3g} s late, want at most {MAX_LATE_S:g} s"
-        self._performed[index] = Performed(action, began[0] if began else None, ended_s, error)
+        self._performed[index] = Performed(
+            action, began[0] if began else None, ended[0] if ended else None, error
+        )

@@ -23,7 +23,7 @@ class ActionFacts(Strict):
     started_s: float | None
     """none: it didn't begin"""
     ended_s: float | None
-    """when the process was gone or resumed, or the last command had ended; none: it failed"""
+    """when the process was gone or ran again, or the last command had ended; none: unknown"""
     recovery_s: float | None
     """0 where nothing was lost; none: not within the window"""
     n_lost: int | None

@@ -39,6 +39,8 @@ class Stage:
     """set where the run is given up: what lasts is undone at once"""
     on_begin: Callable[[], None]
     """called at the moment from which recovery counts"""
+    on_end: Callable[[], None]
+    """called when the process was gone or runs again, or the last command has ended"""
 
 
 def perform(action: AnyAction, stage: Stage) -> None:
@@ -68,6 +70,7 @@ def kill(action: Kill, stage: Stage) -> None:
         process.send(signal.SIGKILL)
         if not process.ends_within(KILLED_WITHIN_S):
             raise ActionFailed(f"process {process.pid} is there {KILLED_WITHIN_S:g} s later")
+        stage.on_end()
 
 
 def stop(action: Stop, stage: Stage) -> None:
@@ -78,17 +81,18 @@ def stop(action: Stop, stage: Stage) -> None:
         while not process.ends_within(LOOK_EVERY_S):
             if stage.over.is_set() or time.monotonic() > deadline_s:
                 raise ActionFailed(f"process {process.pid} didn't end within {action.within_s:g} s")
+        stage.on_end()
 
 
 def pause(action: Pause, stage: Stage) -> None:
-    with _process(action, stage) as process, _resumed(process):
+    with _process(action, stage) as process, _resumed(process, stage):
         stage.on_begin()
         _halt(process)
         stage.over.wait(action.for_s)
 
 
 def slow(action: Slow, stage: Stage) -> None:
-    with _process(action, stage) as process, _resumed(process):
+    with _process(action, stage) as process, _resumed(process, stage):
         stage.on_begin()
         end_s = time.monotonic() + action.for_s
         _halt(process)
@@ -109,6 +113,7 @@ def command(action: Command, stage: Stage) -> None:
         # Even if the command failed: it may have done a part of what it was to do.
         if action.undo is not None:
             _run(action.undo, action.timeout_s, None)
+        stage.on_end()
 
 
 DEEDS: Mapping[type, Callable[[Any, Stage], None]] = {
@@ -140,7 +145,7 @@ def _halt(process: Process) -> None:
 
 
 @contextmanager
-def _resumed(process: Process) -> Iterator[None]:
+def _resumed(process: Process, stage: Stage) -> Iterator[None]:
     """At the end, and by the guard where this process doesn't live to see it."""
     guard = subprocess.Popen(  # noqa: S603 - our own module, no shell
         [sys.executable, "-m", GUARD],
@@ -153,6 +158,7 @@ def _resumed(process: Process) -> Iterator[None]:
     finally:
         try:
             process.send(signal.SIGCONT)
+            stage.on_end()
         finally:
             assert guard.stdin is not None
             guard.stdin.close()

@@ -56,15 +56,15 @@ def wait_for_state(pid: int, *states: str) -> None:
         assert time.monotonic() < deadline_s, f"{state_of(pid)}, want {states}"
 
 
-def stage(targets: tuple[Target, ...] = NOWHERE, begun: Any = None) -> Stage:
-    return Stage(targets, threading.Event(), begun or (lambda: None))
-
-
 def done(action: AnyAction, targets: tuple[Target, ...] = NOWHERE) -> list[float]:
     """Perform; gives the times of beginning and end."""
     times_s: list[float] = []
-    perform(action, stage(targets, lambda: times_s.append(time.monotonic())))
-    return [*times_s, time.monotonic()]
+
+    def now() -> None:
+        times_s.append(time.monotonic())
+
+    perform(action, Stage(targets, threading.Event(), now, now))
+    return times_s
 
 
 def anybody(kind: type[AnyAction], pid: int, **more: Any) -> Any:
@@ -142,7 +142,7 @@ import sys, threading
 from loadtest.chaos.faults import Stage, perform
 from loadtest.chaos.profile import Pause
 action = Pause(kind="pause", at_s=0, pid=int(sys.argv[1]), any_process=True, for_s=60)
-perform(action, Stage((), threading.Event(), lambda: None))
+perform(action, Stage((), threading.Event(), lambda: None, lambda: None))
 """
 
 
@@ -290,6 +290,8 @@ def test_conductor_tells_when_an_action_began_and_ended() -> None:
     def act(action: AnyAction, stage: Stage) -> None:
         stage.on_begin()
         clock.now_s = 100.75
+        stage.on_end()
+        clock.now_s = 103.0
 
     conductor = Conductor((KILL,), NOWHERE, act, clock)
     conductor.start(99.0)
