@@ -145,7 +145,8 @@ def _objectives(report: Report) -> Table:
         "success_ratio": "answered without an error",
     }
     for one in report.objectives:
-        bound = "" if one.lower_bound is None else f"{one.lower_bound * 100:.5g} %"
+        of_calm = "" if report.chaos is None else " of those undisturbed"
+        bound = "" if one.lower_bound is None else f"{one.lower_bound * 100:.5g} %{of_calm}"
         table.add_row(
             labels[one.name],
             f"{one.wanted * 100:g} %",

@@ -1,24 +1,40 @@
 """Runs a command again whenever it ends, and keeps its number in a file; ends it when told to."""
 
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 
-def main(pid_file: Path, argv: list[str]) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    while True:
-        child = subprocess.Popen(argv)
-        try:
-            part = pid_file.with_suffix(".part")
+class Supervisor:
+    def __init__(self, pid_file: Path, argv: list[str]) -> None:
+        self.pid_file, self.argv = pid_file, argv
+        self.pid = 0
+        self.is_over = False
+
+    def end(self, *_: object) -> None:
+        """As a signal handler, which may come at any moment."""
+        self.is_over = True
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def run(self) -> None:
+        while not self.is_over:
+            child = subprocess.Popen(self.argv)
+            self.pid = child.pid
+            if self.is_over:
+                child.kill()
+            part = self.pid_file.with_suffix(".part")
             part.write_text(f"{child.pid}\n")
-            part.replace(pid_file)
-            child.wait()
-        finally:
-            child.kill()
+            part.replace(self.pid_file)
+            # Waited for without being reaped: until `pid` is 0 its number is nobody else's.
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+            self.pid = 0
             child.wait()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    supervisor = Supervisor(Path(sys.argv[1]), sys.argv[2:])
+    signal.signal(signal.SIGTERM, supervisor.end)
+    supervisor.run()

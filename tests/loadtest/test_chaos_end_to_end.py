@@ -127,7 +127,7 @@ def test_loadtest_measures_recovery_when_the_server_is_paused(
     assert pause.recovery_s > 0.6
     assert pause.n_lost is not None
     assert 80 < pause.n_lost < 210
-    assert kinds(report) <= {"latency_missed", "requests_correlated", "too_close_to_call"}
+    assert not kinds(report) & {"counts_disagree", "server_restarted", "action_not_performed"}
     assert code == report.exit_code
     assert report.server is not None
     assert report.server.lost == ()
@@ -196,10 +196,10 @@ def test_loadtest_is_inconclusive_when_an_action_fails(
     supervised: Callable[..., Supervised], tmp_path: Path
 ) -> None:
     actions = (
-        "[{kind: command, at_s: 0.5,"
+        "[{kind: command, at_s: 0,"
         f" command: ['{sys.executable}', '-c', 'raise SystemExit(\"no such pod\")']}}]"
     )
-    code, report = run(tmp_path, supervised(), actions, "--duration-s", "4", max_s=0.5)
+    code, report = run(tmp_path, supervised(), actions, "--duration-s", "2.2", max_s=0.2)
     assert report is not None
     assert (code, kinds(report)) == (3, {"action_not_performed"})
     assert report.reasons[0].message.endswith("ended with 1: no such pod")
