@@ -43,6 +43,7 @@ class ChaosFacts(Strict):
     """none: shown, not judged"""
     hold_s: float
     actions: tuple[ActionFacts, ...]
+    """by their time"""
     n_undisturbed: int
     """requests that weren't under way between an action's start and the recovery; the lower bound
     of the latency objective is on these"""
@@ -57,7 +58,10 @@ def chaos_facts(profile: ChaosProfile | None, judgement: Judgement) -> ChaosFact
         max_recovery_s=wanted.max_recovery_s,
         max_lost=wanted.max_lost,
         hold_s=wanted.hold_s,
-        actions=tuple(_action_facts(profile, one) for one in judgement.chaos),
+        actions=tuple(
+            _action_facts(profile, one)
+            for one in sorted(judgement.chaos, key=lambda one: one.performed.action.at_s)
+        ),
         n_undisturbed=0 if calm is None else calm.n,
         n_undisturbed_good=0 if calm is None else calm.n_good,
     )
@@ -95,19 +99,21 @@ def summary_of(action: ActionFacts) -> str:
 def bands(facts: ChaosFacts | None, window_s: float) -> dict[str, list[dict[str, Any]]]:
     """Plotly's `shapes` and `annotations` for a chart over the window's time.
 
-    From each action's start until the server had recovered, or to the window's end.
+    From each action's start until it was over and the server had recovered, or to the window's
+    end.
     """
     shapes, annotations = [], []
     for one in () if facts is None else facts.actions:
         if one.started_s is None:
             continue
-        lasted_s = window_s if one.recovery_s is None else one.recovery_s
-        end_s = min(window_s, one.started_s + max(lasted_s, MIN_BAND_SHARE * window_s))
+        recovered_s = window_s if one.recovery_s is None else one.started_s + one.recovery_s
+        seen_s = one.started_s + MIN_BAND_SHARE * window_s
+        end_s = min(window_s, max(recovered_s, one.ended_s or 0.0, seen_s))
         colour = BAND if one.kept else FAILED
         shapes.append(
             {
                 "type": "rect",
-                "layer": "below",
+                "layer": "above",
                 "yref": "paper",
                 "x0": one.started_s,
                 "x1": end_s,

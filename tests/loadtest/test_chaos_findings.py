@@ -218,6 +218,12 @@ def test_report_page_marks_the_rest_of_the_window_when_the_server_does_not_recov
     assert found["annotations"][0]["text"] == "kill: not recovered"
 
 
+def test_report_page_marks_an_action_when_nothing_was_lost_by_it() -> None:
+    found = bands(report_with({}, performed(PAUSE)).chaos, 20)
+    assert (found["shapes"][0]["x0"], found["shapes"][0]["x1"]) == (9.999, 10.1)
+    assert found["annotations"][0]["text"] == "pause: 0 s"
+
+
 def test_report_page_is_drawn_when_an_action_did_not_begin() -> None:
     report = report_with({}, performed(error="</td>gone", started_s=None))
     assert bands(report.chaos, 20) == {"shapes": [], "annotations": []}
