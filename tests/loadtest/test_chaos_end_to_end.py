@@ -151,7 +151,7 @@ def test_loadtest_measures_recovery_when_the_server_is_killed_stopped_paused_and
         " {kind: slow, at_s: 20, for_s: 1, share: 0.5, pid_file: server.pid},"
         " {kind: stop, at_s: 28, pid_file: server.pid}]"
     )
-    code, report = run(tmp_path, server, actions, "--duration-s", "40", max_s=8)
+    code, report = run(tmp_path, server, actions, "--duration-s", "40", "--workers", "2", max_s=8)
     assert report is not None
     assert server.pid != first
     assert report.chaos is not None

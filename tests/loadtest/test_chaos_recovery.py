@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from loadtest.chaos.recovery import Recovery, recovery_of
+from loadtest.chaos.recovery import Recovery, recovery_of, undisturbed
 from loadtest.samples import CONNECTION_FAILED, DROPPED, HTTP_OK, UNFINISHED, Samples
 from loadtest.slo import LatencyObjective
 
@@ -110,3 +110,26 @@ def test_recovery_counts_what_was_lost_when(
     assert found.recovery_s == (
         None if wanted.recovery_s is None else pytest.approx(wanted.recovery_s)
     )
+
+
+@pytest.mark.parametrize(
+    "disturbances",
+    [
+        pytest.param([], id="none"),
+        pytest.param([(4.905, Recovery(0.095, 1)), (9.0, Recovery(2.0, 20))], id="two"),
+        pytest.param([(9.0, Recovery(2.0, 20)), (10.0, Recovery(None, 90))], id="one for ever"),
+    ],
+)
+def test_requests_are_undisturbed_when_they_are_under_way_at_other_times(
+    disturbances: list[tuple[float, Recovery]],
+) -> None:
+    samples = samples_of(EVERY_TENTH, {3: UNFINISHED, 70: DROPPED})
+    found = undisturbed(samples, disturbances)
+    for index, time_s in enumerate(EVERY_TENTH):
+        touched = [
+            time_s < (math.inf if one.recovery_s is None else start_s + one.recovery_s)
+            and ended_s(samples, index) > start_s
+            for start_s, one in disturbances
+        ]
+        assert found[index] == (not any(touched))
+    assert found[3] == (not disturbances)
