@@ -21,6 +21,8 @@ KILLED_WITHIN_S = 10.0
 PERIOD_S = 0.02
 """Of the pauses of a slowed process."""
 GUARD = "loadtest.chaos.guard"
+GUARD_SPARE_S = 1.0
+"""How much longer than it should a process may be paused before its guard resumes it."""
 GUARD_ENDS_WITHIN_S = 10.0
 LOOK_EVERY_S = 0.02
 MAX_OUTPUT_CHARACTERS = 300
@@ -85,14 +87,14 @@ def stop(action: Stop, stage: Stage) -> None:
 
 
 def pause(action: Pause, stage: Stage) -> None:
-    with _process(action, stage) as process, _resumed(process, stage):
+    with _process(action, stage) as process, _resumed(process, action.for_s, stage):
         stage.on_begin()
         _halt(process)
         stage.over.wait(action.for_s)
 
 
 def slow(action: Slow, stage: Stage) -> None:
-    with _process(action, stage) as process, _resumed(process, stage):
+    with _process(action, stage) as process, _resumed(process, action.for_s, stage):
         stage.on_begin()
         end_s = time.monotonic() + action.for_s
         _halt(process)
@@ -145,10 +147,10 @@ def _halt(process: Process) -> None:
 
 
 @contextmanager
-def _resumed(process: Process, stage: Stage) -> Iterator[None]:
-    """At the end, and by the guard where this process doesn't live to see it."""
+def _resumed(process: Process, for_s: float, stage: Stage) -> Iterator[None]:
+    """At the end, and by the guard where this process doesn't come to it."""
     guard = subprocess.Popen(  # noqa: S603 - our own module, no shell
-        [sys.executable, "-m", GUARD],
+        [sys.executable, "-m", GUARD, str(for_s + GUARD_SPARE_S)],
         stdin=subprocess.PIPE,
         stdout=process.descriptor,
         start_new_session=True,

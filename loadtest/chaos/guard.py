@@ -1,20 +1,21 @@
-"""Resumes a paused process when the load test is gone, however it went.
+"""Resumes a paused process where the load test doesn't: it was killed, or is suspended itself.
 
-Started as `python -m loadtest.chaos.guard` with the process' descriptor as standard output and a
-pipe as standard input, whose other end the load test holds: its end closes it, even by SIGKILL.
+Started as `python -m loadtest.chaos.guard SECONDS` with the process' descriptor as standard output
+and a pipe as standard input, whose other end the load test holds: its end closes it, even by
+SIGKILL. After SECONDS the process is resumed in any case.
 """
 
 import contextlib
-import os
+import select
 import signal
+import sys
 
 PIDFD = 1
 
 
-def main() -> None:
-    while os.read(0, 64):
-        continue
-    # It may have ended by now, which is what nobody needs to resume.
+def main(limit_s: float) -> None:
+    select.select([0], [], [], limit_s)
+    # It may have ended by now, and then there is nothing to resume.
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(PIDFD, signal.SIGCONT)
 
@@ -22,4 +23,4 @@ def main() -> None:
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    main()
+    main(float(sys.argv[1]))

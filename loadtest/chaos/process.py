@@ -97,10 +97,14 @@ class Process:
         return text.rpartition(")")[2].split()[0]
 
     def _socket_inodes(self) -> set[str]:
-        found = set()
-        for path in (PROC / str(self.pid) / "fd").glob("*"):
+        found, folder = set(), PROC / str(self.pid) / "fd"
+        try:
+            names = os.listdir(folder)
+        except OSError:
+            return set()
+        for name in names:
             try:
-                link = os.readlink(path)
+                link = os.readlink(folder / name)
             except OSError:
                 continue
             if link.startswith("socket:["):

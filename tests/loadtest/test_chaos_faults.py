@@ -112,6 +112,7 @@ def test_process_is_stopped_and_runs_again_when_it_is_paused(
     wait_for_state(server.pid, "S", "R")
 
 
+@pytest.mark.alone
 def test_process_gets_about_its_share_when_it_is_slowed() -> None:
     """A busy loop's processor time, against the time that passes."""
     script = "print(flush=True)\nwhile True: pass"
@@ -141,17 +142,29 @@ PAUSER = """
 import sys, threading
 from loadtest.chaos.faults import Stage, perform
 from loadtest.chaos.profile import Pause
-action = Pause(kind="pause", at_s=0, pid=int(sys.argv[1]), any_process=True, for_s=60)
+for_s = float(sys.argv[2])
+action = Pause(kind="pause", at_s=0, pid=int(sys.argv[1]), any_process=True, for_s=for_s)
 perform(action, Stage((), threading.Event(), lambda: None, lambda: None))
 """
 
 
 def test_process_runs_again_when_the_load_test_is_killed(server: subprocess.Popen[str]) -> None:
-    pauser = subprocess.Popen([sys.executable, "-c", PAUSER, str(server.pid)])
+    pauser = subprocess.Popen([sys.executable, "-c", PAUSER, str(server.pid), "60"])
     wait_for_state(server.pid, "T")
     pauser.kill()
     pauser.wait(LIMIT_S)
     wait_for_state(server.pid, "S", "R")
+
+
+def test_process_runs_again_when_the_load_test_is_suspended(server: subprocess.Popen[str]) -> None:
+    pauser = subprocess.Popen([sys.executable, "-c", PAUSER, str(server.pid), "0.5"])
+    try:
+        wait_for_state(server.pid, "T")
+        pauser.send_signal(signal.SIGSTOP)
+        wait_for_state(server.pid, "S", "R")
+    finally:
+        pauser.kill()
+        pauser.wait(LIMIT_S)
 
 
 def test_process_runs_again_when_the_run_is_given_up(server: subprocess.Popen[str]) -> None:
