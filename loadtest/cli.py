@@ -152,6 +152,14 @@ def loadtest(
             "steps, spikes, a day's wave, or a recorded trace (docs/loadtest.md, Arrivals).",
         ),
     ] = None,
+    chaos: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml",
+            help="Kill, stop, pause or slow the server, or run commands, at given moments, and "
+            "judge how long it takes to recover and what it loses (docs/loadtest.md, Chaos).",
+        ),
+    ] = None,
     closed_loop: Annotated[
         int | None,
         typer.Option(
@@ -257,6 +265,7 @@ def loadtest(
 ) -> None:
     """See HELP; the function only translates arguments and outcomes."""
     with exit_codes():
+        from loadtest.chaos.profile import read_chaos
         from loadtest.profile import read_profile
         from loadtest.session import Settings, SettingsInvalid
         from loadtest.slo import read_slo
@@ -284,6 +293,7 @@ def loadtest(
             profile=None if profile is None else read_profile(profile),
             workers=choose_workers(workers, expect_workers, bind),
             web=None if web is None else check_address("--web", web),
+            chaos=None if chaos is None else read_chaos(chaos),
         )
         files = {"--json": json_file, "--html": html_file, "--junit": junit_file}
         for option, path in files.items():
@@ -292,6 +302,8 @@ def loadtest(
             raise SettingsInvalid("--junit: got it with --find-capacity, want --json or --html")
         if find_capacity and closed_loop is not None:
             raise SettingsInvalid("--closed-loop: got it with --find-capacity, want one of them")
+        if find_capacity and chaos is not None:
+            raise SettingsInvalid("--chaos: got it with --find-capacity, want one of them")
         if find_capacity:
             raise typer.Exit(search_and_report(settings, json_file, html_file))
         raise typer.Exit(test_and_report(settings, json_file, html_file, junit_file))

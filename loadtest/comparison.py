@@ -92,6 +92,7 @@ def _check_same_promise(before: Report, after: Report) -> None:
         ("workload", before.slo.workload, after.slo.workload),
         ("profile", before.run.profile, after.run.profile),
         ("closed loop", before.run.closed_loop, after.run.closed_loop),
+        ("chaos", before.run.chaos, after.run.chaos),
     ):
         if one != other:
             raise NotComparable(

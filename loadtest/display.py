@@ -9,6 +9,8 @@ from rich.table import Table
 from loadtest.arrivals import mean_level
 from loadtest.capacity_report import CapacityReport
 from loadtest.capacity_run import Measured
+from loadtest.chaos.facts import summary_of
+from loadtest.chaos.profile import label_of
 from loadtest.report import Report
 from loadtest.session import Settings
 from loadtest.verdict import Outcome, requests_needed
@@ -37,6 +39,9 @@ def print_plan(settings: Settings, console: Console) -> None:
         f"want {slo.latency.quantile * 100:g} % within {slo.latency.threshold_ms:g} ms",
         highlight=False,
     )
+    if settings.chaos is not None:
+        actions = ", ".join(label_of(one) for one in settings.chaos.actions)
+        console.print(f"chaos: {actions}", highlight=False)
     needed = requests_needed(slo.latency.quantile)
     if n < needed and settings.closed_loop is None:
         console.print(
@@ -95,14 +100,17 @@ def print_report(report: Report, console: Console) -> None:
     console.print(_objectives(report))
     console.print(_latencies(report))
     console.print(_requests(report))
+    _print_chaos(report, console)
     style = STYLES[report.verdict]
     lines = [f"• {escape(one.message)}" for one in report.reasons]
     if not lines:
         share = report.objectives[0]
         bound = share.lower_bound or 0.0
+        calm = "" if report.chaos is None else " that no action disturbed"
         lines = [
             f"with {report.good_share.confidence * 100:g} % confidence at least "
-            f"{bound * 100:.5g} % of the requests are good, {share.wanted * 100:g} % are wanted"
+            f"{bound * 100:.5g} % of the requests{calm} are good, {share.wanted * 100:g} % are "
+            "wanted"
         ]
     console.print(
         Panel(
@@ -114,6 +122,20 @@ def print_report(report: Report, console: Console) -> None:
     )
 
 
+def _print_chaos(report: Report, console: Console) -> None:
+    """A line for each action, and what the counters can't say any more."""
+    for one in () if report.chaos is None else report.chaos.actions:
+        mark = "[green]kept[/]" if one.kept else "[red]not kept[/]"
+        console.print(f"{one.label}: {escape(summary_of(one))} ({mark})", highlight=False)
+    if report.server is not None and report.server.lost:
+        read = "can't be read" if report.server.error else "are the least"
+        console.print(
+            f"counters were lost with a process that was ended on purpose, so the server's "
+            f"numbers {read}: {escape(', '.join(report.server.lost))}",
+            highlight=False,
+        )
+
+
 def _objectives(report: Report) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title="Objectives", title_justify="left")
     for heading in ("objective", "wanted", "observed", "at least", "kept in this window"):
@@ -123,7 +145,8 @@ def _objectives(report: Report) -> Table:
         "success_ratio": "answered without an error",
     }
     for one in report.objectives:
-        bound = "" if one.lower_bound is None else f"{one.lower_bound * 100:.5g} %"
+        of_calm = "" if report.chaos is None else " of those undisturbed"
+        bound = "" if one.lower_bound is None else f"{one.lower_bound * 100:.5g} %{of_calm}"
         table.add_row(
             labels[one.name],
             f"{one.wanted * 100:g} %",

@@ -91,6 +91,8 @@ class Listener:
     on_progress: Callable[[Progress], None]
     on_workers: Callable[[int, int], None]
     """how many workers are connected, of how many"""
+    on_start: Callable[[float], None]
+    """the window's start on time.monotonic(), shortly before it"""
 
 
 def play(
@@ -174,6 +176,8 @@ def _follow(
         elif event == "warm":
             listener.on_warm(Warmed(**message))
             _answer(child)
+        elif event == "started":
+            listener.on_start(message["start_s"])
         elif event == "progress":
             listener.on_progress(Progress(**message))
         elif event == "failed":

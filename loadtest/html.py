@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from loadtest.chaos.facts import bands, summary_of
 from loadtest.drift_facts import memory_chart
 from loadtest.report import LatencyQuantile, Report
 from loadtest.verdict import Outcome
@@ -53,6 +54,7 @@ def render(template: str, figures: dict[str, Figure], **content: object) -> str:
     )
     environment.filters["percent"] = percent
     environment.filters["milliseconds"] = milliseconds
+    environment.filters["summary_of"] = summary_of
     return environment.get_template(template).render(
         figures=script_json(figures),
         plotly=Markup(get_plotlyjs()),  # noqa: S704 - Plotly's own script, nothing of a report
@@ -121,12 +123,15 @@ def latency_timeline(report: Report) -> Figure:
             ("p99", [one.p99_s for one in report.timeline]),
         )
     ]
+    disturbed = bands(report.chaos, report.run.duration_s)
+    limit = line(xref="paper", x0=0, x1=1, y0=threshold_ms, y1=threshold_ms)
     return {
         "data": traces,
         "layout": {
             "xaxis": {"title": {"text": "intended send, s"}},
             "yaxis": {"title": {"text": "latency, ms"}, **log_axis(report.curve)},
-            "shapes": [line(xref="paper", x0=0, x1=1, y0=threshold_ms, y1=threshold_ms)],
+            "shapes": [limit, *disturbed["shapes"]],
+            "annotations": disturbed["annotations"],
             "hovermode": "x unified",
         },
     }
@@ -156,6 +161,7 @@ def rate_timeline(report: Report) -> Figure:
             "bargap": 0,
             "xaxis": {"title": {"text": "intended send, s"}},
             "yaxis": {"title": {"text": "requests/s"}, "rangemode": "tozero"},
+            **bands(report.chaos, report.run.duration_s),
             "hovermode": "x unified",
         },
     }

@@ -356,6 +356,51 @@ class MemoryGrows(Reason):
         )
 
 
+class RecoveryMissed(Reason):
+    kind: Literal["recovery_missed"] = "recovery_missed"
+    action: str
+    recovery_s: float | None
+    """none: not within the window"""
+    max_recovery_s: float
+    hold_s: float
+
+    @property
+    def message(self) -> str:
+        observed = (
+            "the server hadn't recovered by the window's end"
+            if self.recovery_s is None
+            else f"the server recovered in {self.recovery_s:.4g} s"
+        )
+        return (
+            f"{self.action}: {observed}, want {self.max_recovery_s:g} s until the objective is "
+            f"kept for {self.hold_s:g} s"
+        )
+
+
+class LossesMissed(Reason):
+    kind: Literal["losses_missed"] = "losses_missed"
+    action: str
+    n_lost: int
+    max_lost: int
+
+    @property
+    def message(self) -> str:
+        return (
+            f"{self.action}: {self.n_lost} requests were lost until the server recovered, want "
+            f"at most {self.max_lost}"
+        )
+
+
+class ActionNotPerformed(Reason):
+    kind: Literal["action_not_performed"] = "action_not_performed"
+    action: str
+    error: str
+
+    @property
+    def message(self) -> str:
+        return f"{self.action} of --chaos failed: {self.error}"
+
+
 AnyReason = Annotated[
     LatencyMissed
     | SuccessRatioMissed
@@ -377,7 +422,10 @@ AnyReason = Annotated[
     | ServerRestarted
     | ScrapesMissing
     | LatencyDrifts
-    | MemoryGrows,
+    | MemoryGrows
+    | RecoveryMissed
+    | LossesMissed
+    | ActionNotPerformed,
     Field(discriminator="kind"),
 ]
 

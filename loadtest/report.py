@@ -17,6 +17,8 @@ import numpy as np
 from pydantic import Field
 
 from loadtest.accuracy import AccuracyFacts, accuracy_facts
+from loadtest.chaos.facts import ChaosFacts, chaos_facts
+from loadtest.chaos.profile import ChaosProfile
 from loadtest.document import Strict
 from loadtest.drift_facts import DriftFacts, drift_facts
 from loadtest.profile import LoadProfile
@@ -80,6 +82,8 @@ class RunFacts(Strict):
     """number of clients that waited for their answers; none: an open loop"""
     workers: int = 1
     """processes that shared the load"""
+    chaos: ChaosProfile | None = None
+    """what was done to the server meanwhile; none: nothing"""
 
 
 class RequestFacts(Strict):
@@ -154,6 +158,9 @@ class ServerFacts(Strict):
     prometheus: str | None = None
     """its URL; none: the servers were asked themselves"""
     scraped: tuple[PrometheusFacts, ...] = ()
+    lost: tuple[str, ...] = ()
+    """URLs whose counters were lost with a process that was ended on purpose: the server's
+    numbers are the least, and only checked not to be too many"""
 
 
 class TimeBin(Strict):
@@ -191,6 +198,8 @@ class Report(Strict):
     """none: no labels, or no answer that could be graded"""
     drift: DriftFacts | None = None
     """none: from before reports had it"""
+    chaos: ChaosFacts | None = None
+    """none: nobody disturbed the server"""
 
 
 def make_report(result: Result, created_at: datetime) -> Report:
@@ -221,6 +230,7 @@ def make_report(result: Result, created_at: datetime) -> Report:
         curve=_curve(latency_s),
         accuracy=accuracy_facts(result),
         drift=drift_facts(judgement.drift, result.soak),
+        chaos=chaos_facts(settings.chaos, judgement),
     )
 
 
@@ -259,6 +269,7 @@ def _run_facts(result: Result) -> RunFacts:
         profile=settings.profile,
         closed_loop=settings.closed_loop,
         workers=1 if settings.workers is None else settings.workers.n,
+        chaos=settings.chaos,
     )
 
 
@@ -269,7 +280,7 @@ def _objectives(result: Result) -> tuple[ObjectiveResult, ...]:
             name="latency",
             wanted=slo.latency.quantile,
             observed=judgement.good.estimate,
-            lower_bound=_finite(judgement.good.lower),
+            lower_bound=_finite(judgement.lower),
             kept=judgement.good.estimate >= slo.latency.quantile,
         ),
         ObjectiveResult(
@@ -363,6 +374,7 @@ def _server_facts(result: Result) -> ServerFacts | None:
         transports=tuple(transports),
         prometheus=result.settings.prometheus,
         scraped=tuple(PrometheusFacts(**asdict(one)) for one in result.server.coverage),
+        lost=result.server.lost,
     )
 
 

@@ -14,6 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from loadtest.arrivals import Arrivals, TraceInvalid, draw_profile, mean_level, peak_level
+from loadtest.chaos.conductor import Conductor
+from loadtest.chaos.counters import expect_losses
+from loadtest.chaos.faults import ActionFailed, check_action, perform
+from loadtest.chaos.findings import Chaos
+from loadtest.chaos.profile import ChaosProfile, misfit
 from loadtest.drift import Soak
 from loadtest.driver import Listener, Played, Progress, Warmed, Workers, check_generator, play
 from loadtest.endpoint import describe_all
@@ -80,6 +85,8 @@ class Settings:
     """none: one process generates the load"""
     web: str | None = None
     """HOST:PORT of Locust's interface while the test runs; none: it isn't served"""
+    chaos: ChaosProfile | None = None
+    """what is done to the server meanwhile; none: nothing"""
 
     @property
     def load(self) -> LoadProfile:
@@ -143,6 +150,7 @@ def run(settings: Settings, watcher: Watcher) -> Result:
     later only GeneratorFailed and KeyboardInterrupt.
     """
     check_settings(settings)
+    check_chaos(settings)
     check_generator()
     signature = describe_all(settings.targets, settings.model, settings.version)
     plan = make_plan(settings, signature)
@@ -166,13 +174,20 @@ def run(settings: Settings, watcher: Watcher) -> Result:
 
     if settings.workers is None:
         watcher.on_warmup(len(plan.warmup))
-    listener = Listener(on_warm, watcher.on_progress, on_workers)
+    conductor = Conductor(
+        () if settings.chaos is None else settings.chaos.actions, settings.targets, perform
+    )
+    listener = Listener(on_warm, watcher.on_progress, on_workers, conductor.start)
     try:
         with tempfile.TemporaryDirectory(prefix="trimserve-loadtest-") as folder:
             played = play(plan, Path(folder), listener, settings.workers, settings.web)
+        performed = conductor.finish()
     finally:
+        conductor.close()
         sampler.stop()
     server = observer.evidence(played.samples) if settings.scraped_urls else None
+    if server is not None:
+        server = expect_losses(server, performed, settings.scraped_urls)
     memory = (*sampler.series(), *(() if server is None else server.memory))
     evidence = Evidence(
         slo=settings.slo,
@@ -185,8 +200,30 @@ def run(settings: Settings, watcher: Watcher) -> Result:
         closed_loop=settings.closed_loop,
         label_output=None if plan.key is None else plan.key.output,
         soak=Soak(memory, settings.drift_horizon_s, settings.max_memory_bytes),
+        chaos=None
+        if settings.chaos is None
+        else Chaos(settings.chaos.objectives, settings.window_s, performed),
     )
     return Result(settings, plan, played, warmed[0], server, judge(evidence), evidence.soak)
+
+
+def check_chaos(settings: Settings) -> None:
+    """Raises SettingsInvalid."""
+    if settings.chaos is None:
+        return
+    if settings.closed_loop is not None:
+        raise SettingsInvalid(
+            "--chaos: got it with --closed-loop, want one of them: clients that wait for a server "
+            "that is down send nothing that could be lost"
+        )
+    problem = misfit(settings.chaos, settings.window_s)
+    if problem is not None:
+        raise SettingsInvalid(f"--chaos: {problem}")
+    for index, action in enumerate(settings.chaos.actions):
+        try:
+            check_action(action, settings.targets)
+        except ActionFailed as error:
+            raise SettingsInvalid(f"--chaos: actions.{index}: {error}") from error
 
 
 def check_settings(settings: Settings) -> None:

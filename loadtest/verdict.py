@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from loadtest.chaos.findings import Chaos, Finding, action_doubts, calm_of, find, misses_of
 from loadtest.drift import Drift, Soak, drift_of, drift_reasons
 from loadtest.memory import MemorySeries
 from loadtest.reasons import (
@@ -25,10 +26,12 @@ from loadtest.reasons import (
     LatencyDrifts,
     LatencyMissed,
     LoopClosed,
+    LossesMissed,
     MemoryGrows,
     MetricMissing,
     MetricsUnreadable,
     RateNotReached,
+    RecoveryMissed,
     RequestsCorrelated,
     RequestsDropped,
     RequestsInvalid,
@@ -70,6 +73,11 @@ class ServerEvidence:
     """by Prometheus; empty where the servers were asked themselves"""
     memory: tuple[MemorySeries, ...] = ()
     """by Prometheus too"""
+    lost: tuple[str, ...] = ()
+    """URLs whose counters were lost with a process that was ended on purpose: what they have is
+    the least"""
+    disturbed: bool = False
+    """on purpose, so that scrapes by Prometheus may fail"""
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,8 @@ class Evidence:
     label_output: str | None = None
     """none: answers aren't graded"""
     soak: Soak = field(default_factory=Soak)
+    chaos: Chaos | None = None
+    """none: nobody disturbed the server"""
 
 
 @dataclass(frozen=True)
@@ -103,13 +113,23 @@ class Judgement:
     """observed"""
     achieved_per_s: float
     drift: Drift
+    chaos: tuple[Finding, ...] = ()
+    """one for each action"""
+    calm: GoodShare | None = None
+    """of the requests that no action disturbed, on which the lower bound is; none: of all, as
+    there was no action, or each was disturbed"""
+
+    @property
+    def lower(self) -> float:
+        """The bound to judge by."""
+        return self.good.lower if self.calm is None else self.calm.lower
 
 
 def doubts_of(judgement: Judgement) -> tuple[AnyReason, ...]:
     """The reasons that doubt the measurement; not those of too little evidence, nor of misses."""
     others = (
         *(LatencyMissed, SuccessRatioMissed, TooFewRequests, TooCloseToCall, RequestsCorrelated),
-        *(LatencyDrifts, MemoryGrows),
+        *(LatencyDrifts, MemoryGrows, RecoveryMissed, LossesMissed),
     )
     return tuple(one for one in judgement.reasons if not isinstance(one, others))
 
@@ -118,14 +138,16 @@ def judge(evidence: Evidence) -> Judgement:
     """The verdict on a run of at least one request."""
     samples = evidence.samples
     good = _share_of(samples, samples.latency_s, evidence.slo.latency)
-    misses = _misses(evidence, good)
-    doubts = _doubts(evidence, good)
+    chaos, findings = evidence.chaos, find(samples, evidence.slo.latency, evidence.chaos)
+    misses = [*_misses(evidence, good), *misses_of(chaos, findings)]
+    doubts = [*_doubts(evidence, good), *action_doubts(findings)]
     objective, soak = evidence.slo.latency, evidence.soak
     drift = drift_of(samples, objective, good.correlation_requests, soak)
     unshown: list[AnyReason] = []
+    calm = _calm(evidence, findings)
     if not misses:
         unshown = [
-            *_unshown(objective.quantile, good),
+            *_unshown(objective.quantile, calm or good),
             *drift_reasons(drift, objective, soak),
         ]
     outcome: Outcome = "inconclusive" if doubts or unshown else "violated" if misses else "met"
@@ -138,6 +160,8 @@ def judge(evidence: Evidence) -> Judgement:
         success_ratio=float(samples.ok.mean()),
         achieved_per_s=_achieved_per_s(evidence),
         drift=drift,
+        chaos=findings,
+        calm=calm,
     )
 
 
@@ -161,6 +185,16 @@ def _violated_without_dropped(evidence: Evidence, good: GoodShare) -> bool:
 
 def _share_of(samples: Samples, latency_s: FloatArray, objective: LatencyObjective) -> GoodShare:
     answered_s = np.where(samples.ok, latency_s, np.inf)
+    return good_share(answered_s, objective.threshold_s, objective.quantile)
+
+
+def _calm(evidence: Evidence, findings: tuple[Finding, ...]) -> GoodShare | None:
+    """None without actions, and where they disturbed every request."""
+    samples, objective = evidence.samples, evidence.slo.latency
+    calm = calm_of(samples, findings)
+    if not findings or not calm.any():
+        return None
+    answered_s = np.where(samples.ok, samples.latency_s, np.inf)[calm]
     return good_share(answered_s, objective.threshold_s, objective.quantile)
 
 
@@ -318,7 +352,7 @@ def _server_doubts(evidence: Evidence) -> list[AnyReason]:
     if server is None:
         return []
     if server.error:
-        return [MetricsUnreadable(error=server.error)]
+        return [] if server.lost else [MetricsUnreadable(error=server.error)]
     doubts: list[AnyReason] = [
         ServerRestarted(url=pair.url) for pair in server.scrapes if pair.restarted
     ]
@@ -331,17 +365,19 @@ def _server_doubts(evidence: Evidence) -> list[AnyReason]:
             interval_s=one.interval_s,
         )
         for one in server.coverage
-        if not one.complete
+        if not one.complete and not server.disturbed
     )
     if doubts:
         return doubts
     totals = counted(server.scrapes)
     urls = ", ".join(pair.url for pair in server.scrapes)
     for transport in sorted(set(evidence.transports)):
+        if transport not in totals and server.lost:
+            continue
         if transport not in totals:
             doubts.append(MetricMissing(url=urls, transport=transport))
         else:
-            doubts.extend(_count_doubts(evidence, transport, totals[transport]))
+            doubts.extend(_count_doubts(evidence, transport, totals[transport], server.lost))
     doubts.extend(
         EdgeMissing(url=pair.url, threshold_s=threshold_s, edges_s=pair.after.edges_s)
         for pair in server.scrapes
@@ -350,7 +386,10 @@ def _server_doubts(evidence: Evidence) -> list[AnyReason]:
     return doubts
 
 
-def _count_doubts(evidence: Evidence, transport: str, server: Count) -> list[AnyReason]:
+def _count_doubts(
+    evidence: Evidence, transport: str, server: Count, lost: tuple[str, ...]
+) -> list[AnyReason]:
+    """Where counters were lost, the server may have counted any number less."""
     samples = evidence.samples
     mine = np.array([one == transport for one in evidence.transports])[samples.target]
     n_maybe = int((samples.maybe_counted & mine).sum())
@@ -362,12 +401,12 @@ def _count_doubts(evidence: Evidence, transport: str, server: Count) -> list[Any
         CountsDisagree(
             transport=transport,
             what=what,
-            client_least=least,
+            client_least=0 if lost else least,
             client_most=least + n_maybe,
             server=n,
         )
         for what, least, n in bounds
-        if not least <= n <= least + n_maybe
+        if not (0 if lost else least) <= n <= least + n_maybe
     ]
     over = (samples.latency_s > evidence.slo.latency.threshold_s) & samples.sent & mine
     if not doubts and server.n_over > int(over.sum()):

@@ -1,9 +1,9 @@
 """Play a plan with Locust: started by `loadtest.driver`, as `python -m loadtest.generator`.
 
 `play FOLDER` talks to its parent in JSON lines on standard output: `warm` once the warm-up has
-drained, `progress`, and `finished` when the samples are in the folder; with workers also
-`listening`, `workers` and `failed`. After `warm` it waits for a line on standard input. Exit code
-0, 70 for a defect of its own, 130 when interrupted.
+drained, `started` with the window's start on time.monotonic(), `progress`, and `finished` when the
+samples are in the folder; with workers also `listening`, `workers` and `failed`. After `warm` it
+waits for a line on standard input. Exit code 0, 70 for a defect of its own, 130 when interrupted.
 
 `work --master HOST:PORT` is a worker, which plays its part of the plan that the master has; 69
 where no master answers.

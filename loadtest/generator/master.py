@@ -93,8 +93,10 @@ class Master:
         await_word()
         self._heard[messages.PROGRESS].clear()
         self._environment.stats.reset_all()
+        go = messages.go_message()
         for client in self._chosen:
-            self._runner.send_message(messages.GO, messages.go_message(), client)
+            self._runner.send_message(messages.GO, go, client)
+        tell("started", start_s=go["start_s"])
         reporter = gevent.spawn(self._report_progress)
         found = self._await(messages.FINISHED, longest)
         reporter.kill()

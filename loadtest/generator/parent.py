@@ -52,7 +52,9 @@ class PipeParent:
     def warm(self, n_sent: int, n_bad: int) -> float:
         tell("warm", n_sent=n_sent, n_bad=n_bad)
         await_word()
-        return time.monotonic() + LEAD_S
+        start_s = time.monotonic() + LEAD_S
+        tell("started", start_s=start_s)
+        return start_s
 
     def progress(self, n_done: int, n_bad: int) -> None:
         tell_progress(n_done, n_bad)
