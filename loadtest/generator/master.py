@@ -15,9 +15,9 @@ import gevent
 from gevent.event import Event
 
 from loadtest.generator import messages
+from loadtest.generator.finish import Finish
 from loadtest.generator.parent import (
     Abandoned,
-    Finish,
     await_word,
     tell,
     tell_finished,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loadtest.generator.parent import Finish
+from loadtest.generator.finish import Finish
 from loadtest.plan import ARRAYS_FILE, SAMPLES_FILE, SETTINGS_FILE, Plan, load_plan, save_plan
 from loadtest.samples import load_samples, save_samples
 

@@ -3,14 +3,14 @@
 import json
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import gevent
 
+from loadtest.generator.finish import Finish
 from loadtest.plan import SAMPLES_FILE
-from loadtest.samples import Samples, save_samples
+from loadtest.samples import save_samples
 
 LEAD_S = 0.05
 """The first arrival is at least this far ahead when a schedule starts."""
@@ -18,18 +18,6 @@ LEAD_S = 0.05
 
 class Abandoned(Exception):
     """The parent is gone, or doesn't want the load any more."""
-
-
-@dataclass(frozen=True)
-class Finish:
-    """What a process has to say after the window."""
-
-    samples: Samples
-    errors: dict[int, str]
-    """by status, the first error text seen"""
-    cpu_share: float
-    """CPU of the thread that does all the sending, in cores"""
-    process_cores: float
 
 
 class Parent(Protocol):

@@ -18,7 +18,8 @@ from gevent.event import Event
 
 from loadtest.answers import READERS
 from loadtest.generator.dispatcher import Dispatcher, Grade
-from loadtest.generator.parent import LEAD_S, Abandoned, Finish, Parent
+from loadtest.generator.finish import Finish
+from loadtest.generator.parent import LEAD_S, Abandoned, Parent
 from loadtest.generator.rest import RestSender
 from loadtest.generator.rpc import RpcSender
 from loadtest.generator.sender import Answer, Sender

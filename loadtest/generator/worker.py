@@ -16,7 +16,7 @@ from gevent.event import AsyncResult
 
 from loadtest.generator import messages
 from loadtest.generator.files import allow_open_files
-from loadtest.generator.parent import Finish
+from loadtest.generator.finish import Finish
 from loadtest.generator.run import EXIT_DEFECT, EXIT_INTERRUPTED, Run, longest_s, user_class
 from loadtest.generator.stopping import on_signals
 
