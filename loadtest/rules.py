@@ -55,6 +55,19 @@ class SloRules:
         return {"groups": [dict(group) for group in self.groups]}
 
 
+def prometheus_rule(slo: Slo, rules: SloRules) -> dict[str, object]:
+    """The rules as the resource of the Prometheus operator, named after the SLO."""
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {
+            "name": f"slo-{slo.name}",
+            "labels": {"app.kubernetes.io/part-of": "trimserve"},
+        },
+        "spec": rules.document(),
+    }
+
+
 def edge(seconds: float) -> str:
     """The threshold as the label `le` has it."""
     return repr(float(seconds))
