@@ -51,6 +51,8 @@ class CapacityReport(Strict):
     window_s: float
     ending: Ending
     capacity_per_s: float | None
+    request_bytes: float | None = None
+    """of a request's body, on average, without headers"""
     points: tuple[RatePoint, ...]
     """in the order of measuring"""
     confirmation: RatePoint | None
@@ -61,7 +63,7 @@ class CapacityReport(Strict):
 
 def make_capacity_report(result: CapacityResult, created_at: datetime) -> CapacityReport:
     verdict, message = judge_capacity(result)
-    settings = result.settings
+    settings, last = result.settings, result.measured[-1]
     return CapacityReport(
         apiVersion="trimserve/v1",
         kind="CapacityReport",
@@ -75,6 +77,7 @@ def make_capacity_report(result: CapacityResult, created_at: datetime) -> Capaci
         window_s=settings.window_s,
         ending=result.capacity.ending,
         capacity_per_s=result.capacity.rate_per_s,
+        request_bytes=last.request_bytes,
         points=tuple(_point(one) for one in result.measured),
         confirmation=None if result.confirmation is None else _point(result.confirmation),
         operation=None if result.operation is None else _point(result.operation),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from loadtest.capacity import Capacity, Point, find_capacity
+from loadtest.plan import Plan
 from loadtest.reasons import AnyReason, GeneratorLagged, RateNotReached, RequestsDropped
 from loadtest.scaling import UTILIZATION
 from loadtest.server_metrics import mean_batch_rows, mean_in_flight
@@ -36,6 +37,8 @@ class Measured:
     in_flight: float | None
     """requests in the servers on average, by their own sum of durations; none where they don't say
     """
+    request_bytes: float
+    """of a request's body, on average"""
     goodput_per_s: float
     good_share: float
     success_ratio: float
@@ -103,6 +106,7 @@ def measure(result: Result) -> Measured:
         p99_s=p99_s,
         mean_s=float(samples.latency_s[samples.ok].mean()) if samples.ok.any() else None,
         in_flight=_in_flight(result),
+        request_bytes=mean_request_bytes(result.plan),
         goodput_per_s=good.n_good / result.settings.window_s,
         good_share=good.estimate,
         success_ratio=judgement.success_ratio,
@@ -112,6 +116,12 @@ def measure(result: Result) -> Measured:
         usable=is_usable(judgement, result.settings.slo.latency.threshold_s),
         effective_n=good.n / good.correlation_requests,
     )
+
+
+def mean_request_bytes(plan: Plan) -> float:
+    """Of the bodies that were drawn to be sent, over all protocols."""
+    bodies = [len(one.body) for payloads in plan.payloads.values() for one in payloads]
+    return sum(bodies) / len(bodies)
 
 
 def _in_flight(result: Result) -> float | None:

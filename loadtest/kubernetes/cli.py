@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loadtest.exits import exit_codes
+from loadtest.kubernetes.size_cli import HELP as SIZE_HELP
+from loadtest.kubernetes.size_cli import size
 
 if TYPE_CHECKING:
     from loadtest.kubernetes.component import Autoscaling
@@ -15,6 +17,8 @@ HELP = """\
 What a Kubernetes cluster needs to know of an SLO.
 
 `trimserve k8s render slo.yaml --model resnet --capacity capacity.json --output k8s/components/slo`
+
+`trimserve k8s size slo.yaml --capacity capacity.json --rate 100000`
 """
 
 RENDER_HELP = """\
@@ -119,6 +123,9 @@ def render(
                 f"{utilization * scaling.target.capacity_per_s:.4g} requests/s",
                 err=True,
             )
+
+
+app.command("size", help=SIZE_HELP, no_args_is_help=True)(size)
 
 
 def _autoscaling(

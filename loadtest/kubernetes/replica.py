@@ -32,6 +32,8 @@ class Replica:
     points: tuple[RatePoint, ...]
     n_measured: int
     """replicas behind the targets, whose points are of all of them together"""
+    request_bytes: float | None = None
+    """of a body, without headers"""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def read_replica(path: Path, slo: Slo, n_replicas: int | None = None) -> Replica
     others = (report.confirmation, report.operation)
     points = (*report.points, *(one for one in others if one is not None))
     confirmed = None if report.confirmation is None else report.confirmation.verdict
-    return Replica(str(path), report.capacity_per_s / n, confirmed, points, n)
+    capacity_per_s = report.capacity_per_s / n
+    return Replica(str(path), capacity_per_s, confirmed, points, n, report.request_bytes)
 
 
 def load_at(replica: Replica, rate_per_s: float) -> Load:
@@ -78,7 +81,7 @@ def load_at(replica: Replica, rate_per_s: float) -> Load:
         for one in replica.points
         if one.usable and one.rate_per_s <= _NEAR * rate_per_s * replica.n_measured
     ]
-    known = [one for one in below if one.in_flight is not None or one.mean_s is not None]
+    known = [one for one in below if _in_flight(one) is not None]
     if not known:
         rates = ", ".join(f"{one.rate_per_s:.4g}" for one in replica.points)
         raise DocumentInvalid(
@@ -90,16 +93,27 @@ def load_at(replica: Replica, rate_per_s: float) -> Load:
             ],
         )
     point = max(known, key=lambda one: one.rate_per_s)
-    if point.in_flight is not None:
-        mean_s = point.in_flight / point.rate_per_s
-    else:
-        assert point.mean_s is not None
-        mean_s = point.mean_s
+    in_flight = _in_flight(point)
+    assert in_flight is not None
     return Load(
-        in_flight=rate_per_s * mean_s,
+        in_flight=rate_per_s * in_flight / point.rate_per_s,
         measured_at_per_s=point.rate_per_s,
         seen_by="client" if point.in_flight is None else "server",
     )
+
+
+def peak_in_flight(replica: Replica) -> float | None:
+    """The most requests in flight in a replica at any rate up to its capacity; none if unknown."""
+    most_per_s = _NEAR * replica.capacity_per_s * replica.n_measured
+    held = [_in_flight(one) for one in replica.points if one.rate_per_s <= most_per_s]
+    return max((one / replica.n_measured for one in held if one is not None), default=None)
+
+
+def _in_flight(point: RatePoint) -> float | None:
+    """By the server, or else by the client's mean time; none where neither is known."""
+    if point.in_flight is not None or point.mean_s is None:
+        return point.in_flight
+    return point.rate_per_s * point.mean_s
 
 
 def _read(path: Path) -> CapacityReport:

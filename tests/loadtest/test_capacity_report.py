@@ -28,6 +28,7 @@ GOOD = Measured(
     p99_s=0.03,
     mean_s=0.012,
     in_flight=1.1,
+    request_bytes=256.0,
     goodput_per_s=100.0,
     good_share=1.0,
     success_ratio=1.0,

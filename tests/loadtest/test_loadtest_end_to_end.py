@@ -254,6 +254,7 @@ def test_loadtest_finds_the_highest_rate_when_the_server_takes_one_at_a_time(
     assert report.capacity_per_s is not None
     assert 25 < report.capacity_per_s < 55
     assert {one.batch_rows for one in report.points} == {2}
+    assert report.request_bytes
     assert report.operation is not None
     assert report.operation.in_flight is not None
     assert 0.9 * 0.02 * report.operation.rate_per_s < report.operation.in_flight < 10
