@@ -70,7 +70,7 @@ def test_codes_of_failures_are_the_servers() -> None:
         for one in vars(serve.errors).values()
         if isinstance(one, type) and issubclass(one, serve.errors.ServeError) and one.code
     }
-    assert named == codes - {*CLIENTS_FAULTS, "internal"}
+    assert named == codes - {*CLIENTS_FAULTS}
 
 
 def test_phases_that_are_named_are_the_servers() -> None:
