@@ -21,7 +21,10 @@ COMPONENTS: dict[str, tuple[str, Sequence[str]]] = {
     "kserve": ("config", ("kserve",)),
 }
 """Component -> the folder below it, and the components with it, in their order."""
-APPLIED = ("base", "overlays/dev", "overlays/cpu", "overlays/gpu", "jobs/loadtest", "jobs/optimize")
+APPLIED = (
+    "base", "overlays/dev", "overlays/cpu", "overlays/gpu", "service", "jobs/loadtest",
+    "jobs/optimize",
+)  # fmt: skip
 
 
 def written(name: str, folder: Path, slo: Path = K8S / "components/slo") -> Path:

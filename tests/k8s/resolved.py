@@ -145,8 +145,8 @@ def found(documents: list[Document], kind: str, name: str) -> Document:
 
 
 def pods(documents: list[Document]) -> list[tuple[Document, Document]]:
-    """(workload, its pod template) of every Deployment and Job."""
-    workloads = [d for d in documents if d["kind"] in ("Deployment", "Job")]
+    """(workload, its pod template) of every Deployment, StatefulSet and Job."""
+    workloads = [d for d in documents if d["kind"] in ("Deployment", "StatefulSet", "Job")]
     return [(one, one["spec"]["template"]) for one in workloads]
 
 
