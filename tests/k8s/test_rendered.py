@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ import trimserve
 from loadtest.capacity_report import CapacityReport, RatePoint
 from loadtest.slo import Slo
 from tests.k8s.kustomizations import K8S, ROOT, written
-from tests.k8s.resolved import Document, containers, found, pods, resolved
+from tests.k8s.resolved import Document, found, resolved
+from tests.k8s.test_kustomize import assert_same, kustomize
 from tests.k8s.test_manifests import quantity
 from tests.k8s.test_schemas import NEWEST, OLDEST, validated
 
@@ -206,51 +205,14 @@ def test_canary_is_not_judged_by_success_when_it_has_no_budget(rendered: Rendere
 # --- kustomize and the schemas
 
 
-def kustomize(folder: Path) -> list[Document]:
-    found_at = shutil.which("kubectl")
-    if found_at is None:
-        pytest.skip("kubectl isn't there, whose kustomize this compares with")
-    ended = subprocess.run(
-        [found_at, "kustomize", str(folder)],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    return [one for one in yaml.safe_load_all(ended.stdout) if one]
-
-
-def key(document: Document) -> tuple[str, str]:
-    """Kind and name; of ConfigMaps without the hash, which the reader in resolved.py leaves out."""
-    name = document["metadata"]["name"]
-    if document["kind"] == "ConfigMap":
-        name = re.sub(r"-[a-z0-9]{10}$", "", name)
-    return document["kind"], name
-
-
 @pytest.mark.parametrize("name", [*SERVERS, "load test"])
 def test_kustomize_builds_what_was_rendered_and_it_is_valid(name: str, rendered: Rendered) -> None:
     folder = rendered.load_test() if name == "load test" else rendered.with_component(name)
     built = kustomize(folder)
+    assert_same(built, resolved(folder))
     for one in built:
         for version in (OLDEST, NEWEST):
             validated(json.dumps(one, sort_keys=True), version)
-    ours = {key(one): one for one in resolved(folder)}
-    assert {key(one) for one in built} == set(ours)
-    for one in built:
-        if one["kind"] in ("PrometheusRule", "ScaledObject", "HorizontalPodAutoscaler"):
-            assert one["spec"] == ours[key(one)]["spec"]
-        if one["kind"] == "ConfigMap":
-            assert one["data"] == ours[key(one)]["data"]
-    names = {one["metadata"]["name"] for one in built if one["kind"] == "ConfigMap"}
-    for _, pod in pods(built):
-        sources = [v["configMap"]["name"] for v in pod["spec"]["volumes"] if "configMap" in v]
-        sources += [
-            source["configMapRef"]["name"]
-            for container in containers(pod)
-            for source in container.get("envFrom", ())
-            if "configMapRef" in source
-        ]
-        assert sources
-        assert set(sources) <= names
 
 
 # --- refusals
