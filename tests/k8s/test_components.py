@@ -167,8 +167,13 @@ def test_canary_takes_the_deployments_pods_and_steers_both_routes(tmp_path: Path
         assert {arg["name"] for arg in one["args"]} == {arg["name"] for arg in template["args"]}
 
 
-def test_canary_is_judged_by_the_expressions_and_limits_of_the_slo(tmp_path: Path) -> None:
-    metrics = found(with_component("canary", tmp_path), "AnalysisTemplate", "slo")["spec"]
+@pytest.mark.parametrize("is_rendered", [False, True], ids=["as it is there", "as rendered"])
+def test_canary_is_judged_by_the_expressions_and_limits_of_the_slo(
+    is_rendered: bool, tmp_path: Path
+) -> None:
+    (there,) = yaml.safe_load_all((K8S / "components/canary/analysis.yaml").read_text())
+    documents = with_component("canary", tmp_path) if is_rendered else [there]
+    metrics = found(documents, "AnalysisTemplate", "slo")["spec"]
     own = f'model="{model_name()}",pod=~"serve-{{{{args.pods}}}}-.*"'
     whole = f'model="{model_name()}"'
     for one, metric in zip(
