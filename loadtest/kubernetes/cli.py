@@ -139,6 +139,9 @@ def _autoscaling(
     replica = read_replica(capacity, slo, replicas)
     rate_per_s = utilization * replica.capacity_per_s
     load = load_at(replica, rate_per_s)
+    if replica.confirmation != "met":
+        said = replica.confirmation or "missing"
+        typer.echo(f"{capacity}: the run that confirms the capacity is {said}", err=True)
     mean_s = load.in_flight / rate_per_s
     return Autoscaling(scaling_target(model, replica.capacity_per_s, mean_s, utilization), load)
 

@@ -7,6 +7,7 @@ change nothing where those aren't there. Writes no file.
 
 import json
 import math
+import re
 from dataclasses import dataclass
 
 from loadtest.burn import shown
@@ -23,6 +24,7 @@ KUSTOMIZATION = "kustomization.yaml"
 IN_FLIGHT_MEAN = "trimserve_requests_in_flight_mean"
 """As prometheus-adapter's rule in k8s/components/prometheus-adapter names it."""
 _ANALYSIS_WINDOW_S = 300.0
+_LABEL = re.compile(r"[A-Za-z0-9]([-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?")
 _STEP = 0.001
 """Autoscalers count in thousandths."""
 
@@ -55,8 +57,14 @@ def component(promise: Promise, rules: SloRules, scaling: Autoscaling | None) ->
     """Path -> text of the component's files; without `scaling` the autoscalers' target stays
     unset, which they refuse.
 
-    Raises ValueError for a target below a thousandth.
+    Raises ValueError for a target below a thousandth, and for a model's name that Kubernetes takes
+    for no label, by which prometheus-adapter selects.
     """
+    if not _LABEL.fullmatch(promise.model):
+        raise ValueError(
+            f"model: got {promise.model!r}, want a value of a label of Kubernetes: up to 63 of "
+            "A-Z, a-z, 0-9, -, _ and ., with a letter or digit first and last"
+        )
     if scaling is not None and float(scaling.threshold) <= 0:
         raise ValueError(
             f"in flight per replica: got {scaling.target.in_flight_per_replica:g}, want at least "

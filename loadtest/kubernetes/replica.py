@@ -58,9 +58,9 @@ def read_replica(path: Path, slo: Slo, n_replicas: int | None = None) -> Replica
         one.workload.model_dump(exclude={"rate_per_s"}) for one in (report.slo, slo)
     )
     _check_same(path, "workload", measured, wanted)
-    if report.capacity_per_s is None:
+    if report.capacity_per_s is None or report.verdict == "inconclusive":
         raise DocumentInvalid(
-            str(path), [f"{path}: no capacity was found ({report.message}), want one that was"]
+            str(path), [f"{path}: inconclusive ({report.message}), want a capacity that was found"]
         )
     n = n_replicas or len(report.targets)
     others = (report.confirmation, report.operation)
@@ -73,13 +73,16 @@ def read_replica(path: Path, slo: Slo, n_replicas: int | None = None) -> Replica
 def load_at(replica: Replica, rate_per_s: float) -> Load:
     """The requests in flight at `rate_per_s`, from the mean time of a request at the highest
     measured rate that isn't above it: times grow with the rate, so this errs to the small side.
+    Measurements that are in doubt, or fell short of the SLO, are passed over.
 
     Raises DocumentInvalid where nothing was measured there.
     """
     below = [
         one
         for one in replica.points
-        if one.usable and one.rate_per_s <= _NEAR * rate_per_s * replica.n_measured
+        if one.usable
+        and one.verdict != "violated"
+        and one.rate_per_s <= _NEAR * rate_per_s * replica.n_measured
     ]
     known = [one for one in below if _in_flight(one) is not None]
     if not known:
@@ -88,8 +91,9 @@ def load_at(replica: Replica, rate_per_s: float) -> Load:
             replica.source,
             [
                 f"{replica.source}: no mean time of requests at or below "
-                f"{rate_per_s * replica.n_measured:.4g} requests/s was measured (got points at "
-                f"{rates}), want the search made again, which measures at 0.8 of what it finds"
+                f"{rate_per_s * replica.n_measured:.4g} requests/s was measured that keeps the SLO "
+                f"(got points at {rates}), want the search made again, which measures at 0.8 of "
+                "what it finds"
             ],
         )
     point = max(known, key=lambda one: one.rate_per_s)

@@ -221,7 +221,8 @@ def test_kustomize_builds_what_was_rendered_and_it_is_valid(name: str, rendered:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        pytest.param({"capacity_per_s": None}, "no capacity was found", id="none was found"),
+        pytest.param({"capacity_per_s": None}, "inconclusive (found)", id="none was found"),
+        pytest.param({"verdict": "inconclusive"}, "inconclusive (found)", id="it wasn't confirmed"),
         pytest.param(
             {"slo": Slo.model_validate(SLO | {"latency": {"threshold_ms": 10}})},
             "slo.latency: measured for",
@@ -250,6 +251,7 @@ def test_capacity_is_refused_when(
     [
         (["--utilization", "1.2"], "utilization: got 1.2"),
         (["--namespace", "Trim_Serve"], "--namespace: got 'Trim_Serve'"),
+        (["--model", "zoo/resnet"], "model: got 'zoo/resnet', want a value of a label"),
         (["--capacity", "/nowhere.json"], "/nowhere.json: No such file"),
         (["--output", str(K8S / "components/keda")], "isn't one that was rendered"),
         (["--output", str(ROOT / "README.md")], "a file, want a folder"),

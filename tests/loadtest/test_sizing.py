@@ -181,8 +181,9 @@ def test_load_is_of_the_rate_asked_for_and_its_time_of_the_point_below() -> None
     assert (load.measured_at_per_s, load.seen_by) == (200, "server")
 
 
-def test_load_passes_over_points_in_doubt() -> None:
-    doubtful = point(320, usable=False, in_flight=99.0)
+@pytest.mark.parametrize("doubt", [{"usable": False}, {"verdict": "violated"}], ids=str)
+def test_load_passes_over_points_in_doubt(doubt: dict[str, Any]) -> None:
+    doubtful = point(320, in_flight=99.0, **doubt)
     assert load_at(Replica("here", 400.0, "met", (point(200), doubtful), 1), 320).in_flight < 4
 
 
