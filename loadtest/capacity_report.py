@@ -23,7 +23,7 @@ class RatePoint(Strict):
     p95_s: float | None
     p99_s: float | None
     mean_s: float | None = None
-    """of the good answers"""
+    """of the answers that are no failures"""
     in_flight: float | None = None
     """requests in the servers on average, by their own count; none where they don't say"""
     goodput_per_s: float

@@ -33,7 +33,7 @@ class Measured:
     p95_s: float
     p99_s: float
     mean_s: float | None
-    """of the good answers; none without one"""
+    """of the answers that are no failures; none without one"""
     in_flight: float | None
     """requests in the servers on average, by their own sum of durations; none where they don't say
     """

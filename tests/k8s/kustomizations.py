@@ -16,6 +16,7 @@ COMPONENTS: dict[str, tuple[str, Sequence[str]]] = {
     "models-pvc": ("base", ("models-pvc",)),
     "monitoring": ("base", ("monitoring",)),
     "slo": ("base", ("monitoring", "slo")),
+    "service-monitoring": ("service", ("service-monitoring",)),
     "gpu": ("base", ("gpu",)),
     "mig": ("base", ("mig",)),
     "kserve": ("config", ("kserve",)),

@@ -8,7 +8,7 @@ import pytest
 import typer
 
 import trimserve
-from tests.k8s.kustomizations import K8S, ROOT
+from tests.k8s.kustomizations import K8S, ROOT, written
 from tests.k8s.resolved import Document, containers, found, pods, resolved
 from tests.k8s.test_manifests import labels_meet, option, ports, quantity
 
@@ -118,6 +118,22 @@ def test_metrics_are_scraped_where_they_are_served(documents: list[Document]) ->
         ]
         (rule,) = prometheus
         assert [one["port"] for one in rule["ports"]] == [port]
+
+
+def test_monitors_find_the_services_and_the_ports_that_are_let_in(tmp_path: Path) -> None:
+    documents = resolved(written("service-monitoring", tmp_path))
+    monitors = [one for one in documents if one["kind"] == "ServiceMonitor"]
+    assert {one["metadata"]["name"] for one in monitors} == set(WORKLOADS.values())
+    for monitor in monitors:
+        service = found(documents, "Service", monitor["metadata"]["name"])
+        wanted = monitor["spec"]["selector"]["matchLabels"]
+        assert labels_meet(wanted, service["metadata"]["labels"])
+        (endpoint,) = monitor["spec"]["endpoints"]
+        (port,) = [one for one in service["spec"]["ports"] if one["name"] == endpoint["port"]]
+        ingress = policy_of(documents, monitor["metadata"]["name"])["ingress"]
+        assert [{"port": port["targetPort"], "protocol": "TCP"}] in [
+            one["ports"] for one in ingress
+        ]
 
 
 def test_front_end_and_workers_share_files_and_agree_on_where_they_are(
