@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import typer
 
 import loadtest.cli
+import loadtest.kubernetes.cli
 import optimizer.cli
 import optimizer.measuring.cli
 import optimizer.record_cli
@@ -54,6 +55,7 @@ app.add_typer(optimizer.service.cli.app, cls=_Service)
 app.add_typer(optimizer.service.jobs_cli.app)
 app.add_typer(serve.cli.app)
 app.add_typer(loadtest.cli.app, name="loadtest")
+app.add_typer(loadtest.kubernetes.cli.app)
 
 
 def _print_version(wanted: bool) -> None:

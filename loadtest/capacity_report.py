@@ -22,6 +22,10 @@ class RatePoint(Strict):
     p50_s: float | None
     p95_s: float | None
     p99_s: float | None
+    mean_s: float | None = None
+    """of the answers that are no failures"""
+    in_flight: float | None = None
+    """requests in the servers on average, by their own count; none where they don't say"""
     goodput_per_s: float
     good_share: float
     success_ratio: float
@@ -47,14 +51,19 @@ class CapacityReport(Strict):
     window_s: float
     ending: Ending
     capacity_per_s: float | None
+    request_bytes: float | None = None
+    """of a request's body, on average, without headers"""
     points: tuple[RatePoint, ...]
     """in the order of measuring"""
     confirmation: RatePoint | None
+    """at 0.95 of the capacity"""
+    operation: RatePoint | None = None
+    """at 0.8 of it, where an autoscaler keeps the replicas"""
 
 
 def make_capacity_report(result: CapacityResult, created_at: datetime) -> CapacityReport:
     verdict, message = judge_capacity(result)
-    settings = result.settings
+    settings, last = result.settings, result.measured[-1]
     return CapacityReport(
         apiVersion="trimserve/v1",
         kind="CapacityReport",
@@ -68,8 +77,10 @@ def make_capacity_report(result: CapacityResult, created_at: datetime) -> Capaci
         window_s=settings.window_s,
         ending=result.capacity.ending,
         capacity_per_s=result.capacity.rate_per_s,
+        request_bytes=last.request_bytes,
         points=tuple(_point(one) for one in result.measured),
         confirmation=None if result.confirmation is None else _point(result.confirmation),
+        operation=None if result.operation is None else _point(result.operation),
     )
 
 
@@ -109,6 +120,8 @@ def _point(one: Measured) -> RatePoint:
         p50_s=p50_s,
         p95_s=p95_s,
         p99_s=p99_s,
+        mean_s=one.mean_s,
+        in_flight=one.in_flight,
         goodput_per_s=one.goodput_per_s,
         good_share=one.good_share,
         success_ratio=one.success_ratio,

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from loadtest.capacity import Capacity, Point, find_capacity
+from loadtest.plan import Plan
 from loadtest.reasons import AnyReason, GeneratorLagged, RateNotReached, RequestsDropped
-from loadtest.server_metrics import mean_batch_rows
+from loadtest.scaling import UTILIZATION
+from loadtest.server_metrics import mean_batch_rows, mean_in_flight
 from loadtest.session import MAX_REQUESTS, Result, Settings, Watcher, run
 from loadtest.slo import Slo
 from loadtest.statistics import quantile
@@ -18,6 +20,8 @@ from loadtest.verdict import MAX_LAG_PER_THRESHOLD, Judgement, Outcome, doubts_o
 
 CONFIRM_AT = 0.95
 """The rate is confirmed a little below the crossing, which itself is met in half of all runs."""
+OPERATE_AT = UTILIZATION
+"""Where an autoscaler keeps replicas: what is in flight there is its target."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,13 @@ class Measured:
     p50_s: float
     p95_s: float
     p99_s: float
+    mean_s: float | None
+    """of the answers that are no failures; none without one"""
+    in_flight: float | None
+    """requests in the servers on average, by their own sum of durations; none where they don't say
+    """
+    request_bytes: float
+    """of a request's body, on average"""
     goodput_per_s: float
     good_share: float
     success_ratio: float
@@ -46,6 +57,8 @@ class CapacityResult:
     """as `capacity.points`"""
     confirmation: Measured | None
     """an independent run at CONFIRM_AT of the rate found; none where none was found"""
+    operation: Measured | None = None
+    """a run at OPERATE_AT of it"""
 
 
 def run_capacity(
@@ -70,7 +83,8 @@ def run_capacity(
     n = len(measured)
     rate_per_s = capacity.rate_per_s
     confirmation = None if rate_per_s is None else measure_at(CONFIRM_AT * rate_per_s)
-    return CapacityResult(settings, capacity, tuple(measured[:n]), confirmation)
+    operation = None if rate_per_s is None else measure_at(OPERATE_AT * rate_per_s)
+    return CapacityResult(settings, capacity, tuple(measured[:n]), confirmation, operation)
 
 
 def at_rate(settings: Settings, rate_per_s: float, index: int) -> Settings:
@@ -90,6 +104,9 @@ def measure(result: Result) -> Measured:
         p50_s=p50_s,
         p95_s=p95_s,
         p99_s=p99_s,
+        mean_s=float(samples.latency_s[samples.ok].mean()) if samples.ok.any() else None,
+        in_flight=_in_flight(result),
+        request_bytes=mean_request_bytes(result.plan),
         goodput_per_s=good.n_good / result.settings.window_s,
         good_share=good.estimate,
         success_ratio=judgement.success_ratio,
@@ -99,6 +116,18 @@ def measure(result: Result) -> Measured:
         usable=is_usable(judgement, result.settings.slo.latency.threshold_s),
         effective_n=good.n / good.correlation_requests,
     )
+
+
+def mean_request_bytes(plan: Plan) -> float:
+    """Of the bodies that were drawn to be sent, over all protocols."""
+    bodies = [len(one.body) for payloads in plan.payloads.values() for one in payloads]
+    return sum(bodies) / len(bodies)
+
+
+def _in_flight(result: Result) -> float | None:
+    if result.server is None:
+        return None
+    return mean_in_flight(result.server.scrapes, result.settings.window_s)
 
 
 def is_usable(judgement: Judgement, threshold_s: float) -> bool:

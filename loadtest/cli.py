@@ -174,7 +174,7 @@ def loadtest(
         bool,
         typer.Option(
             "--find-capacity",
-            help="Search for the highest rate that meets the SLO, from its rate on: some 16 "
+            help="Search for the highest rate that meets the SLO, from its rate on: some 17 "
             "measurements, each as long as --duration-s. Met if that rate is at least the SLO's.",
         ),
     ] = False,

@@ -22,7 +22,13 @@ MAX_ANSWER_BYTES = 200_000_000
 MAX_SHOWN = 5
 """How many scraped addresses an error lists."""
 PORTS = {"http": 80, "https": 443}
-COUNTERS = (f"{HISTOGRAM}_bucket", f"{BATCH_ROWS}_count", f"{BATCH_ROWS}_sum", START_TIME)
+COUNTERS = (
+    f"{HISTOGRAM}_bucket",
+    f"{HISTOGRAM}_sum",
+    f"{BATCH_ROWS}_count",
+    f"{BATCH_ROWS}_sum",
+    START_TIME,
+)
 DURATION = re.compile(r"(\d+)(ms|[smhdwy])")
 UNITS_S = {
     "ms": 0.001,

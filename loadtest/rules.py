@@ -20,7 +20,7 @@ CLIENTS_FAULTS = ("invalid_request", "model_not_found", "payload_too_large", "un
 OK, CANCELLED = "ok", "cancelled"
 MIN_REQUESTS = 100
 """In an alert's long window, below which shares are noise and it stays silent."""
-_RUNBOOK = "docs/loadtest.md#what-to-do-when-one-fires"
+_RUNBOOKS = "docs/runbooks.md"
 Rule = dict[str, object]
 
 
@@ -53,6 +53,19 @@ class SloRules:
 
     def document(self) -> dict[str, object]:
         return {"groups": [dict(group) for group in self.groups]}
+
+
+def prometheus_rule(slo: Slo, rules: SloRules) -> dict[str, object]:
+    """The rules as the resource of the Prometheus operator, named after the SLO."""
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {
+            "name": f"slo-{slo.name}",
+            "labels": {"app.kubernetes.io/part-of": "trimserve"},
+        },
+        "spec": rules.document(),
+    }
 
 
 def edge(seconds: float) -> str:
@@ -154,7 +167,7 @@ def _alerts(
                     f"requests were not {one.words}; {1 - one.budget:.6g} have to be. At this rate "
                     f"{window.budget_share:.0%} of the budget is gone in {after}."
                 ),
-                "runbook": _RUNBOOK,
+                "runbook": f"{_RUNBOOKS}#{one.name}-budget",
             },
         }
 
@@ -170,6 +183,6 @@ def _absent(slo: Slo, model: str) -> Iterator[Rule]:
             "summary": f"{model}: no server that Prometheus scrapes has it",
             "description": "For 5 minutes no target exported trimserve_model_info for the model: "
             "servers are down, not scraped, or the model isn't loaded.",
-            "runbook": _RUNBOOK,
+            "runbook": f"{_RUNBOOKS}#model-absent",
         },
     }

@@ -10,6 +10,7 @@ import typer
 from loadtest.exits import exit_codes
 
 if TYPE_CHECKING:
+    from loadtest.rules import SloRules
     from loadtest.slo import Slo
 
 HELP = """\
@@ -92,40 +93,29 @@ def write_rules(
 def _text(form: Form, slo: "Slo", model: str, period_s: float) -> str:
     import yaml
 
-    class _Plain(yaml.SafeDumper):
-        """Without anchors: what is there twice is written twice, for people to read."""
-
-        def ignore_aliases(self, data: object) -> bool:
-            del data
-            return True
-
-    from loadtest.burn import shown
     from loadtest.dashboard import dashboard
     from loadtest.openslo import openslo_documents
-    from loadtest.rules import rules_of
+    from loadtest.plain_yaml import plain_yaml
+    from loadtest.rules import prometheus_rule, rules_of
 
     made = rules_of(slo, model, period_s)  # refuses a name that no query can hold
     if form is Form.DASHBOARD:
         return json.dumps(dashboard(slo, model, period_s), indent=2) + "\n"
     if form is Form.OPENSLO:
         return yaml.safe_dump_all(openslo_documents(slo, model, period_s), sort_keys=False)
-    for name, windows in made.left_out.items():
+    say_what_is_left_out(made)
+    if form is Form.PROMETHEUS_RULE:
+        return plain_yaml(prometheus_rule(slo, made))
+    return plain_yaml(made.document())
+
+
+def say_what_is_left_out(rules: "SloRules") -> None:
+    """The windows that an objective can't reach, on stderr."""
+    from loadtest.burn import shown
+
+    for name, windows in rules.left_out.items():
         for window in windows:
             typer.echo(
                 f"{name}: no {window.severity} over {shown(window.long_s)}: {window.reason}",
                 err=True,
             )
-    document = made.document()
-    if form is Form.PROMETHEUS_RULE:
-        document = _prometheus_rule(slo.name, document)
-    return yaml.dump(document, Dumper=_Plain, sort_keys=False, width=1000)
-
-
-def _prometheus_rule(name: str, rules: dict[str, object]) -> dict[str, object]:
-    """The rules as the resource of the Prometheus operator, named after the SLO."""
-    return {
-        "apiVersion": "monitoring.coreos.com/v1",
-        "kind": "PrometheusRule",
-        "metadata": {"name": f"slo-{name}", "labels": {"app.kubernetes.io/part-of": "trimserve"}},
-        "spec": rules,
-    }

@@ -49,9 +49,14 @@ def scaling_target(
     for name, value in (("capacity_per_s", capacity_per_s), ("mean_latency_s", mean_latency_s)):
         if not value > 0:
             raise ValueError(f"{name}: got {value:g}, want above 0")
-    if not 0 < utilization <= 1:
-        raise ValueError(f"utilization: got {utilization:g}, want above 0 and at most 1")
+    check_utilization(utilization)
     in_flight = capacity_per_s * utilization * mean_latency_s
     return ScalingTarget(
         scaling_query(model), float(f"{in_flight:.4g}"), capacity_per_s, utilization
     )
+
+
+def check_utilization(utilization: float) -> None:
+    """Raises ValueError."""
+    if not 0 < utilization <= 1:
+        raise ValueError(f"utilization: got {utilization:g}, want above 0 and at most 1")

@@ -67,6 +67,8 @@ class Snapshot:
     n_batches: float = 0
     n_rows: float = 0
     """in all those batches"""
+    duration_s: float = 0
+    """of all requests together"""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,16 @@ def mean_batch_rows(scrapes: tuple[Scrapes, ...]) -> float | None:
     return n_rows / n_batches if n_batches > 0 else None
 
 
+def mean_in_flight(scrapes: tuple[Scrapes, ...], window_s: float) -> float | None:
+    """Requests in the servers of those that came within `window_s`, averaged over it; none where
+    none was counted.
+
+    The sum of their durations by the length (Little's law), as `loadtest.scaling` asks for.
+    """
+    total_s = sum(pair.after.duration_s - pair.before.duration_s for pair in scrapes)
+    return total_s / window_s if total_s > 0 else None
+
+
 def scrape(url: str, model: str, version: str, threshold_s: float) -> Snapshot:
     """Raises MetricsUnusable."""
     return read_snapshot(fetch(url), model, version, threshold_s, source=url)
@@ -178,7 +190,7 @@ def snapshot_of(
     """
     series: dict[tuple[str, str, str], dict[float, float]] = {}
     started_s = None
-    batches = {f"{BATCH_ROWS}_count": 0.0, f"{BATCH_ROWS}_sum": 0.0}
+    totals = {f"{BATCH_ROWS}_count": 0.0, f"{BATCH_ROWS}_sum": 0.0, f"{HISTOGRAM}_sum": 0.0}
     try:
         for sample in samples:
             if sample.name == START_TIME:
@@ -189,11 +201,11 @@ def snapshot_of(
                     key = (labels["transport"], labels["code"], labels["version"])
                     series.setdefault(key, {})[float(labels["le"])] = sample.value
             elif (
-                sample.name in batches
+                sample.name in totals
                 and sample.labels["model"] == model
                 and version in ("", sample.labels["version"])
             ):
-                batches[sample.name] += sample.value
+                totals[sample.name] += sample.value
     except (ValueError, KeyError) as error:
         raise MetricsUnusable(f"{source}: not the metrics expected ({error!r})") from error
     counts: dict[str, Count] = {}
@@ -211,8 +223,9 @@ def snapshot_of(
         counts,
         tuple(sorted(edge for edge in edges if edge < math.inf)),
         has_edge,
-        n_batches=batches[f"{BATCH_ROWS}_count"],
-        n_rows=batches[f"{BATCH_ROWS}_sum"],
+        n_batches=totals[f"{BATCH_ROWS}_count"],
+        n_rows=totals[f"{BATCH_ROWS}_sum"],
+        duration_s=totals[f"{HISTOGRAM}_sum"],
     )
 
 

@@ -33,7 +33,7 @@ def _apply(folder: Path, documents: list[Document]) -> list[Document]:
         path = folder / name
         documents = documents + (resolved(path) if path.is_dir() else list(_documents(path)))
     for generated in wanted.get("configMapGenerator", ()):
-        documents = [*documents, _config_map(folder, generated)]
+        documents = _with_config_map(documents, _config_map(folder, generated), generated)
     for name in wanted.get("components", ()):
         documents = _apply((folder / name).resolve(), documents)
     for patch in wanted.get("patches", ()):
@@ -66,12 +66,29 @@ def _config_map(folder: Path, wanted: Document) -> Document:
     for name in wanted.get("envs", ()):
         lines = (folder / name).read_text().splitlines()
         data |= dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    data |= dict(one.split("=", 1) for one in wanted.get("literals", ()))
+    options = wanted.get("options", {})
+    if unknown := set(options) - {"disableNameSuffixHash", "labels"}:
+        raise ValueError(f"{folder}: got options {sorted(unknown)}")
+    labels = {"labels": options["labels"]} if "labels" in options else {}
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": {"name": wanted["name"]},
+        "metadata": {"name": wanted["name"], **labels},
         "data": data,
     }
+
+
+def _with_config_map(documents: list[Document], made: Document, wanted: Document) -> list[Document]:
+    behavior = wanted.get("behavior", "create")
+    if behavior == "create":
+        return [*documents, made]
+    old = found(documents, "ConfigMap", wanted["name"])
+    if old["metadata"].get("namespace") != wanted.get("namespace"):  # as kustomize has it
+        raise ValueError(f"ConfigMap {wanted['name']}: no such one in {wanted.get('namespace')}")
+    before = {"merge": old["data"], "replace": {}}[behavior]
+    old["data"] = before | made["data"]
+    return documents
 
 
 def _rename(container: Document, image: Document) -> None:
@@ -82,15 +99,22 @@ def _rename(container: Document, image: Document) -> None:
 
 
 def _patch(folder: Path, patch: Document, documents: list[Document]) -> None:
-    if "path" in patch:
+    if "path" in patch and "target" not in patch:
         for change in _documents(folder / patch["path"]):
             target = found(documents, change["kind"], change["metadata"]["name"])
             merged = merge(target, change)
             target.clear()
             target.update(merged)
         return
-    target = found(documents, patch["target"]["kind"], patch["target"]["name"])
-    for step in yaml.safe_load(patch["patch"]):
+    wanted = (patch["target"]["kind"], patch["target"]["name"])
+    if "path" in patch:
+        text = (folder / patch["path"]).read_text()
+        if wanted not in {(one["kind"], one["metadata"]["name"]) for one in documents}:
+            return  # kustomize passes over them
+    else:
+        text = patch["patch"]
+    target = found(documents, *wanted)
+    for step in yaml.safe_load(text):
         if step["op"] not in ("replace", "remove"):
             raise ValueError(f"{folder}: got {step['op']!r}, want replace or remove")
         *way, last = (int(k) if k.isdigit() else k for k in step["path"].strip("/").split("/"))
@@ -121,8 +145,8 @@ def found(documents: list[Document], kind: str, name: str) -> Document:
 
 
 def pods(documents: list[Document]) -> list[tuple[Document, Document]]:
-    """(workload, its pod template) of every Deployment and Job."""
-    workloads = [d for d in documents if d["kind"] in ("Deployment", "Job")]
+    """(workload, its pod template) of every Deployment, StatefulSet and Job."""
+    workloads = [d for d in documents if d["kind"] in ("Deployment", "StatefulSet", "Job")]
     return [(one, one["spec"]["template"]) for one in workloads]
 
 

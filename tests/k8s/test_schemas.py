@@ -32,7 +32,13 @@ def pod_of(runtime: Document) -> Document:
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "runtime"}, "spec": spec}
 
 
-@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+@pytest.mark.parametrize(
+    "version",
+    [
+        version if version in (OLDEST, NEWEST) else pytest.param(version, marks=pytest.mark.full)
+        for version in SUPPORTED
+    ],
+)
 @pytest.mark.parametrize("name", [*APPLIED, *COMPONENTS])
 def test_documents_are_valid_strictly(name: str, version: str, tmp_path: Path) -> None:
     documents = resolved(written(name, tmp_path))

@@ -7,7 +7,7 @@ import pytest
 from loadtest.capacity import Capacity, Ending
 from loadtest.capacity_html import latency_curve, render_capacity
 from loadtest.capacity_report import CapacityReport, make_capacity_report
-from loadtest.capacity_run import CapacityResult, Measured, at_rate, point_of
+from loadtest.capacity_run import OPERATE_AT, CapacityResult, Measured, at_rate, point_of
 from loadtest.document import parse_document
 from loadtest.session import Settings
 from loadtest.slo import Slo
@@ -26,6 +26,9 @@ GOOD = Measured(
     p50_s=0.01,
     p95_s=0.02,
     p99_s=0.03,
+    mean_s=0.012,
+    in_flight=1.1,
+    request_bytes=256.0,
     goodput_per_s=100.0,
     good_share=1.0,
     success_ratio=1.0,
@@ -46,7 +49,9 @@ def report_of(
     measured = (GOOD, OVERLOADED)
     points = tuple(point_of(SLO, one) for one in measured)
     confirmation = None if confirmed is None else replace(GOOD, outcome=confirmed)
-    result = CapacityResult(SETTINGS, Capacity(ending, found, points), measured, confirmation)
+    operation = None if found is None else replace(GOOD, rate_per_s=OPERATE_AT * found)
+    capacity = Capacity(ending, found, points)
+    result = CapacityResult(SETTINGS, capacity, measured, confirmation, operation)
     return make_capacity_report(result, datetime(2026, 1, 2, tzinfo=UTC))
 
 
@@ -68,6 +73,9 @@ def test_capacity_verdict_compares_with_the_slos_rate_when_found(
     assert (report.verdict, report.exit_code) == (verdict, code)
     text = report.model_dump_json(by_alias=True)
     assert CapacityReport.model_validate_json(text) == report
+    if found is not None:
+        assert report.operation is not None
+        assert report.operation.rate_per_s == pytest.approx(0.8 * found)
 
 
 def test_capacity_page_draws_every_rate_when_some_had_no_answer() -> None:

@@ -13,6 +13,7 @@ import pytest
 from loadtest.capacity_report import CapacityReport
 from loadtest.cli import main
 from loadtest.document import parse_document
+from loadtest.kubernetes.replica import load_at, read_replica
 from loadtest.report import Report, from_json
 from loadtest.server_metrics import fetch
 from loadtest.session import Settings, make_plan
@@ -254,6 +255,17 @@ def test_loadtest_finds_the_highest_rate_when_the_server_takes_one_at_a_time(
     assert report.capacity_per_s is not None
     assert 25 < report.capacity_per_s < 55
     assert {one.batch_rows for one in report.points} == {2}
+    assert report.request_bytes
+    assert report.operation is not None
+    assert report.operation.in_flight is not None
+    assert 0.9 * 0.02 * report.operation.rate_per_s < report.operation.in_flight < 10
+    if report.verdict == "inconclusive":  # what runs beside it can make the confirming run fail
+        return
+    replica = read_replica(file, report.slo)
+    load = load_at(replica, 0.8 * replica.capacity_per_s)
+    if report.operation.verdict != "violated":
+        assert load.in_flight == pytest.approx(report.operation.in_flight)
+    assert load.seen_by == "server"
     assert "Latency by rate" in page.read_text("utf-8")
 
 

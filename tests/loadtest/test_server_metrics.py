@@ -9,6 +9,7 @@ from loadtest.server_metrics import (
     counted,
     fetch,
     mean_batch_rows,
+    mean_in_flight,
     read_snapshot,
 )
 
@@ -128,3 +129,16 @@ def test_snapshot_counts_the_models_batches_when_they_are_exported() -> None:
     both, one = server.snapshot(), server.snapshot(version="2")
     assert (both.n_batches, both.n_rows) == (2, 6)
     assert (one.n_batches, one.n_rows) == (1, 2)
+
+
+def test_in_flight_is_the_sum_of_durations_by_the_windows_length() -> None:
+    server = Server(0.05)
+    server.serve(5.0)
+    server.serve(7.0, version="2")
+    before = server.snapshot(version="1")
+    server.serve(0.5, 1.0)
+    server.serve(0.5, code="queue_full")
+    server.serve(9.0, version="2")
+    pair = Scrapes("here", before, server.snapshot(version="1"))
+    assert mean_in_flight((pair, pair), 4.0) == pytest.approx(1.0)
+    assert mean_in_flight((Scrapes("here", before, before),), 4.0) is None
