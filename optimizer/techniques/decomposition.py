@@ -74,7 +74,7 @@ class Decomposition:
             **space,
             "rank_by": Categorical(("evbmf", "energy", "share")),
             "energy": Categorical((0.9, 0.8, 0.95), when={"rank_by": ("energy",)}),
-            "share": Categorical((0.5, 0.375, 0.25, 0.125), when={"rank_by": ("share",)}),
+            "share": Categorical((0.5, 0.625, 0.375, 0.25, 0.125), when={"rank_by": ("share",)}),
             "round_to": Categorical((_ROUND_TO,)),
         }
 
