@@ -4,8 +4,8 @@
     python -m benchmarks.loadtest omission [--seconds 60]
     python -m benchmarks.loadtest limits [--seconds 5]
 
-agreement: latencies as NVIDIA's perf_analyzer sees them and as we do, Poisson arrivals over gRPC,
-in turns; the server is trimserve with a model of some milliseconds. The binary is in the wheel of
+agreement: latencies as NVIDIA's perf_analyzer sees them and as we do, Poisson arrivals, in
+turns; the server is trimserve with a model of some milliseconds. The binary is in the wheel of
 tritonclient 2.50.0 and wants Debian's libb64-0d, and libcudart.so.12 (the wheel
 nvidia-cuda-runtime-cu12) in LD_LIBRARY_PATH.
 omission: a server that stalls for one second in five, as an open queue would see it (simulated),
@@ -56,6 +56,7 @@ def main() -> None:
     parts = parser.add_subparsers(dest="part", required=True)
     one = parts.add_parser("agreement")
     one.add_argument("--perf-analyzer", type=Path, required=True)
+    one.add_argument("--protocol", choices=("http", "grpc"), default="http")
     one.add_argument("--rate", type=float, default=60.0)
     one.add_argument("--rounds", type=int, default=6)
     one.add_argument("--seconds", type=float, default=20.0)
@@ -74,12 +75,12 @@ def agreement(given: argparse.Namespace, scratch: Path) -> None:
     onnx.save(work(), model)
     ours, theirs = [], []
     with served(model) as ports:
-        address = f"127.0.0.1:{ports['grpc_port']}"
+        address = f"127.0.0.1:{ports[f'{given.protocol}_port']}"
         for turn in range(given.rounds):
             latencies_s, rate = theirs_of(given, address, scratch)
             theirs.append(latencies_s)
             # It sends some percent less than it is told to, and a queue feels that.
-            result = judged(f"grpc://{address}", "work", rate, given.seconds, seed=turn)
+            result = judged(f"{given.protocol}://{address}", "work", rate, given.seconds, seed=turn)
             ours.append(result.played.samples.latency_s)
             print(f"{rate:.2f}/s: {shown(ours[-1])} | {shown(theirs[-1])}", flush=True)
     print("| tool | requests | " + " | ".join(f"p{q * 100:g}" for q in QUANTILES) + " |")
@@ -99,7 +100,7 @@ def theirs_of(given: argparse.Namespace, address: str, scratch: Path) -> tuple[A
     export.unlink(missing_ok=True)
     output_of(
         [
-            str(given.perf_analyzer), "-m", "work", "-u", address, "-i", "grpc", "--async",
+            str(given.perf_analyzer), "-m", "work", "-u", address, "-i", given.protocol, "--async",
             "--request-rate-range", f"{given.rate:g}", "--request-distribution", "poisson",
             # Three windows at least, all of which are stable enough for it.
             "--measurement-interval", f"{given.seconds * 1e3 / 3:.0f}", "--max-trials", "3",
