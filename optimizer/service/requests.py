@@ -3,13 +3,29 @@
 from fastapi import Request
 
 from optimizer.service.auth import Authenticator, Caller
+from optimizer.service.sessions import COOKIE, Sessions
 from optimizer.service.status import PayloadTooLarge
 
 
 def caller_of(request: Request) -> Caller:
-    """By the header Authorization. Raises Unauthenticated."""
+    """By the header Authorization; a browser that only reads, by its session. Raises
+    Unauthenticated."""
     authenticator: Authenticator = request.app.state.authenticator
-    return authenticator.caller(request.headers.get("authorization"))
+    said = request.headers.get("authorization")
+    if said is None and request.method in ("GET", "HEAD"):
+        found = session_caller(request)
+        if found is not None:
+            return found
+    return authenticator.caller(said)
+
+
+def session_caller(request: Request) -> Caller | None:
+    """Whose session the cookie names, None without one. Raises Unauthenticated where it is over.
+
+    Whoever changes something by it looks where the request comes from, too."""
+    sessions: Sessions | None = request.app.state.sessions
+    token = request.cookies.get(COOKIE)
+    return sessions.caller(token) if sessions is not None and token else None
 
 
 def is_own_origin(request: Request, required: bool = False) -> bool:

@@ -35,6 +35,7 @@ from optimizer.service.operations import Operations, RequestInvalid
 from optimizer.service.page.rendering import Pages
 from optimizer.service.page.routes import page_router
 from optimizer.service.requests import caller_of, is_own_origin, read_body
+from optimizer.service.sessions import Sessions
 from optimizer.service.status import (
     UnsupportedMedia,
     status_of,
@@ -143,6 +144,7 @@ def make_app(
     authenticator: Authenticator,
     metrics: ServiceMetrics,
     hosts: frozenset[str] | None = None,
+    sessions: Sessions | None = None,
 ) -> FastAPI:
     """The application; its lifespan must be entered on the loop that it runs on.
 
@@ -159,7 +161,7 @@ def make_app(
     )
     app.state.operations, app.state.authenticator = operations, authenticator
     app.state.metrics, app.state.feed = metrics, None
-    app.state.pages = Pages()
+    app.state.pages, app.state.sessions = Pages(), sessions
     app.include_router(_health())
     app.include_router(_jobs())
     app.include_router(_uploads())

@@ -68,7 +68,7 @@ class Pages:
     ) -> HTMLResponse:
         """`caller` None: of whom nothing is known."""
         template = self._environment.get_template(f"page/{name}")
-        text = template.render(caller=caller, can_log_out=False, **values)
+        text = template.render(caller=caller, **values)
         headers = HEADERS | {"Cache-Control": "no-store"}
         return HTMLResponse(text, status, headers)
 

@@ -1,26 +1,33 @@
 """The addresses of the page. What changes something is a form that is posted and answered by a
 redirect; it goes through the operations, as REST does, and so through scopes and audit."""
 
+import re
 import secrets
 from typing import Annotated
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlsplit
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import RedirectResponse
 
-from optimizer.service.auth import Caller, Forbidden
+from optimizer.service.auth import Caller, Forbidden, Unauthenticated
 from optimizer.service.jobs import OPEN, Kind, State
 from optimizer.service.ledger import Query as JobQuery
 from optimizer.service.operations import Operations, RequestInvalid
 from optimizer.service.page.comparison import MAX_COMPARED, comparison, recipe_lines
 from optimizer.service.page.job_view import budget_of, job_view, spec_text, study
 from optimizer.service.page.rendering import HEADERS, PageRoute, Pages, static
-from optimizer.service.requests import caller_of, is_own_origin, read_body
+from optimizer.service.requests import caller_of, is_own_origin, read_body, session_caller
+from optimizer.service.sessions import COOKIE, VALID_S, Sessions
 
 MAX_FORM_BYTES = 16_000
 PAGE_SIZE = 25
 Id = Annotated[str, Path(pattern=r"^[0-9a-f]{16}$")]
 VariantId = Annotated[str, Query(pattern=r"^[0-9a-f]{1,64}$")]
+
+
+def _visitor(request: Request) -> Caller:
+    """Who looks at the page, or posts a form that `_form` has seen to come from it."""
+    return session_caller(request) or caller_of(request)
 
 
 def _operations(request: Request) -> Operations:
@@ -46,7 +53,7 @@ async def _form(request: Request) -> dict[str, str]:
     return {name: values[-1] for name, values in fields.items()}
 
 
-Who = Annotated[Caller, Depends(caller_of)]
+Who = Annotated[Caller, Depends(_visitor)]
 Ops = Annotated[Operations, Depends(_operations)]
 Show = Annotated[Pages, Depends(_pages)]
 Form = Annotated[dict[str, str], Depends(_form)]
@@ -56,6 +63,7 @@ def page_router() -> APIRouter:
     router = APIRouter(route_class=PageRoute, include_in_schema=False)
     _see(router)
     _do(router)
+    _log_in(router)
     return router
 
 
@@ -154,6 +162,63 @@ def _do(router: APIRouter) -> None:
         """`once` makes the same form, sent twice, one load test."""
         job, _ = ops.load_test(who, publication_id, form.get("once") or None)
         return _to(f"/jobs/{job.id}")
+
+
+def _log_in(router: APIRouter) -> None:
+    @router.get("/login", name="page_login")
+    def ask(request: Request, pages: Show, next: str = "/") -> Response:  # noqa: A002
+        if request.app.state.authenticator.is_open:
+            return _to("/")
+        return _login_page(request, pages, next, "")
+
+    @router.post("/login", name="page_log_in")
+    def log_in(request: Request, form: Form, pages: Show) -> Response:
+        sessions: Sessions | None = request.app.state.sessions
+        target = form.get("next", "/")
+        if sessions is None:
+            return _login_page(request, pages, target, "", 401)
+        try:
+            token = sessions.begin(form.get("key", "").strip())
+        except Unauthenticated as error:
+            return _login_page(request, pages, target, f"{error}", 401)
+        answer = _to(_own_path(target))
+        answer.set_cookie(
+            COOKIE, token, max_age=VALID_S, httponly=True, samesite="strict",
+            secure=_is_https(request),
+        )  # fmt: skip
+        return answer
+
+    @router.post("/logout", name="page_log_out")
+    def log_out(request: Request, _form: Form) -> Response:
+        sessions: Sessions | None = request.app.state.sessions
+        if sessions is not None and (token := request.cookies.get(COOKIE)):
+            sessions.end(token)
+        answer = _to("/login")
+        answer.delete_cookie(COOKIE, httponly=True, samesite="strict", secure=_is_https(request))
+        return answer
+
+
+def _login_page(
+    request: Request, pages: Pages, target: str, error: str, status: int = 200
+) -> Response:
+    takes_keys = request.app.state.sessions is not None
+    return pages.answer(
+        "login.html", None, status, next=_own_path(target), error=error, takes_keys=takes_keys
+    )
+
+
+def _own_path(target: str) -> str:
+    """Where to go after the login: nowhere but on this site, whatever a link says."""
+    parts = urlsplit(target)
+    is_own = not parts.scheme and not parts.netloc and re.fullmatch(r"/[\w/?&=.-]*", target)
+    return target if is_own and not target.startswith("//") else "/"
+
+
+def _is_https(request: Request) -> bool:
+    """By itself, or by a proxy; who lies about it only keeps its own cookie from http."""
+    forwarded = request.headers.get("x-forwarded-proto", "")
+    origin = request.headers.get("origin", "")
+    return "https" in (request.url.scheme, forwarded) or origin.startswith("https://")
 
 
 def _to(path: str) -> Response:
