@@ -74,13 +74,8 @@ def finding(summary: Mapping[str, Any]) -> Finding:
     """From an event's variant; fields of another release of trimserve are left out."""
     known = {one.name for one in fields(Finding)}
     lists = ("recipe", "reasons", "constraints")
-    return Finding(
-        **{
-            name: tuple(value) if name in lists else value
-            for name, value in summary.items()
-            if name in known
-        }
-    )
+    values: dict[str, Any] = {name: value for name, value in summary.items() if name in known}
+    return Finding(**values | {name: tuple(values.get(name, ())) for name in lists})
 
 
 def findings(summaries: Iterable[Mapping[str, Any]], objective: str) -> list[Finding]:

@@ -103,12 +103,13 @@ def job_view(ops: Operations, caller: Caller, job_id: str) -> JobView:
     job = told.job
     held = ops.jobs(caller, Query(parent_id=job_id, limit=MAX_LOAD_TESTS))
     log, is_cut = _log(ops, caller, job)
+    found = study(ops, caller, told) if job.kind is Kind.OPTIMIZATION else None
     return JobView(
         job=job,
         spec=told.spec.get("spec", told.spec),
         progress=told.progress,
-        budget=_budget(told),
-        study=study(ops, caller, told) if job.kind is Kind.OPTIMIZATION else None,
+        budget=_budget(told, found.result if found is not None else None),
+        study=found,
         published=_published(ops, told, held),
         repositories=tuple(sorted(ops.publisher.repositories)),
         children=tuple(one for one in held if one.kind is Kind.OPTIMIZATION),
@@ -123,6 +124,7 @@ def study(ops: Operations, caller: Caller, told: Details) -> Study:
     """Of an optimization, whatever its state."""
     job, spec = told.job, told.spec.get("spec", {})
     result = _result(ops, caller, job)
+    slo: Slo | None
     if result is not None:
         summaries = [summary(one) for one in result.variants]
         slo, objective = result.slo, str(result.objective)
@@ -195,7 +197,10 @@ def _slo(spec: Mapping[str, Any]) -> Slo | None:
         return None
 
 
-def _budget(told: Details) -> Budget:
+def _budget(told: Details, result: StudyResult | None) -> Budget:
+    if result is not None:
+        used = result.budget
+        return Budget(used.wall_clock_s, used.max_wall_clock_s, used.trials, used.max_trials)
     spec = told.spec.get("spec", {})
     asked = spec.get("budget") if isinstance(spec, Mapping) else None
     asked = asked if isinstance(asked, Mapping) else {}

@@ -58,6 +58,10 @@ class Mark:
     said: str
     """All that the mark shows, in words."""
 
+    @property
+    def is_named(self) -> bool:
+        return self.shape == "chosen" or self.is_baseline
+
 
 @dataclass(frozen=True)
 class Plot:
