@@ -5,6 +5,7 @@ import importlib.resources
 import logging
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 from urllib.parse import quote
 
@@ -50,7 +51,9 @@ def static(name: str) -> tuple[bytes, str, str]:
     return content, kind, f'"{hashlib.sha256(content).hexdigest()[:32]}"'
 
 
+@cache
 def page_environment() -> Environment:
+    """Compiling the templates takes longer than rendering them."""
     made = environment()
     made.filters |= {"when": _when, "points": points, "share": _share}
     made.globals |= {"ENDED": ENDED, "OPEN": OPEN}

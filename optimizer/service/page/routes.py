@@ -111,11 +111,11 @@ def _see(router: APIRouter) -> None:
         variant: Annotated[list[VariantId] | None, Query(max_length=200)] = None,
     ) -> Response:
         """Variants beside each other."""
-        told = ops.details(who, job_id)
-        asked = study(ops, who, told)
         wanted = list(dict.fromkeys(variant or ()))
+        told = ops.details(who, job_id)
         if not 2 <= len(wanted) <= MAX_COMPARED:
             raise RequestInvalid("variant", len(wanted), f"2 to {MAX_COMPARED} variants")
+        asked = study(ops, who, told)
         by_id = {one.id: one for one in asked.found}
         if unknown := [one for one in wanted if one not in by_id]:
             raise RequestInvalid("variant", unknown[0], "variants of this job")

@@ -3,7 +3,7 @@
 import html
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -41,6 +41,30 @@ def ended(parts: Parts, study_spec: dict[str, Any]) -> str:
     job, _ = parts.operations.submit(LOCAL, study_spec)
     told.succeed(parts, told.taken(parts, job.id), met())
     return job.id
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A service with a job that has ended, of tests that change nothing."""
+
+    client: TestClient
+    job_id: str
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
+    folder = tmp_path_factory.mktemp("service")
+    settings = Settings(database=str(folder / "jobs.sqlite"), blobs=str(folder / "blobs"))
+    parts = make_parts(settings)
+    ops = parts.operations
+    slo = met().slo.to_dict()
+    spec = a_spec(uploaded(ops, "m.onnx"), uploaded(ops, "d.npz"), slo=slo)
+    job, _ = ops.submit(LOCAL, spec)
+    told.succeed(parts, told.taken(parts, job.id), met())
+    app = make_service(parts, settings)
+    with TestClient(app, base_url=URL, follow_redirects=False) as client:
+        yield Shown(client, job.id)
+    parts.database.close()
 
 
 @pytest.fixture
@@ -141,14 +165,14 @@ def test_an_ended_job_shows_answer_front_ablation_layers_and_lineage(
 ) -> None:
     page = client.get(f"/jobs/{ended}").text
     said = text_of(page)
-    for shown in (
+    for expected in (
         "keeps p99 within 50 ms at 100 requests/s (measured 13.4 ms)",
         "Latencies are both predicted. without cost per million p99 drop, points size quantization",
         "blocks.0.conv",
         "export opset 20 quantization calibration percentile",
         "TypeError: unsupported operator <aten::foo>",
     ):
-        assert shown in said or html.escape(shown) in page, shown
+        assert expected in said or html.escape(expected) in page, expected
     # Two have no latency to be drawn at.
     assert page.count('class="mark ') == 6
     assert "2 variants aren't drawn" in said
@@ -165,10 +189,10 @@ def test_a_study_of_many_variants_folds_them(
     assert page.count('name="variant"') == 98
 
 
-def test_variants_are_compared_when_two_or_more_are_chosen(client: TestClient, ended: str) -> None:
+def test_variants_are_compared_when_two_or_more_are_chosen(shown: Shown) -> None:
     chosen, other = met().variants[4], met().variants[1]
-    url = f"/jobs/{ended}/compare"
-    page = client.get(url, params={"variant": [chosen.id, other.id]}).text
+    url = f"/jobs/{shown.job_id}/compare"
+    page = shown.client.get(url, params={"variant": [chosen.id, other.id]}).text
     rows = {
         re.sub(r"\s*\(differs\)", "", text_of(row[0])): [text_of(cell) for cell in row[1:]]
         for row in (
@@ -193,9 +217,9 @@ def test_variants_are_compared_when_two_or_more_are_chosen(client: TestClient, e
     ],
 )
 def test_a_comparison_is_refused_with_a_reason_when_the_choice_is_wrong(
-    ids: list[str], message: str, client: TestClient, ended: str
+    ids: list[str], message: str, shown: Shown
 ) -> None:
-    answer = client.get(f"/jobs/{ended}/compare", params={"variant": ids})
+    answer = shown.client.get(f"/jobs/{shown.job_id}/compare", params={"variant": ids})
     assert answer.status_code == 422
     assert message in text_of(answer.text)
 
@@ -248,8 +272,8 @@ def test_hostile_words_stay_words_wherever_they_are_shown(
 @pytest.mark.parametrize(
     "path", ["/", "/login", "/jobs/0123456789abcdef", "/jobs/x", "/static/page.js", "/static/none"]
 )
-def test_every_answer_keeps_foreign_content_out(path: str, client: TestClient) -> None:
-    headers = client.get(path).headers
+def test_every_answer_keeps_foreign_content_out(path: str, shown: Shown) -> None:
+    headers = shown.client.get(path).headers
     policy = dict(
         part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";")
     )
@@ -274,20 +298,18 @@ def test_every_answer_keeps_foreign_content_out(path: str, client: TestClient) -
         ("/?after=0123456789abcdef", 404),
     ],
 )
-def test_what_isn_t_there_is_a_page_that_says_so(
-    path: str, status: int, client: TestClient
-) -> None:
-    answer = client.get(path)
+def test_what_isn_t_there_is_a_page_that_says_so(path: str, status: int, shown: Shown) -> None:
+    answer = shown.client.get(path)
     assert answer.status_code == status
     if not path.startswith(("/jobs/..", "/static/..")):
         assert answer.headers["content-type"].startswith("text/html")
         assert 'href="/"' in answer.text
 
 
-def test_a_script_isn_t_sent_again_when_the_browser_has_it(client: TestClient) -> None:
-    first = client.get("/static/page.js")
+def test_a_script_isn_t_sent_again_when_the_browser_has_it(shown: Shown) -> None:
+    first = shown.client.get("/static/page.js")
     assert first.headers["content-type"].startswith("text/javascript")
-    again = client.get("/static/page.js", headers={"If-None-Match": first.headers["etag"]})
+    again = shown.client.get("/static/page.js", headers={"If-None-Match": first.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
 
 
@@ -501,7 +523,7 @@ def test_a_session_reads_the_interface_but_changes_nothing_by_it(
 
 
 @pytest.mark.parametrize(
-    ("scopes", "shown"),
+    ("scopes", "pressed"),
     [
         pytest.param((Scope.READ,), set(), id="read"),
         pytest.param((Scope.READ, Scope.SUBMIT), set(), id="submit, another's job"),
@@ -510,7 +532,7 @@ def test_a_session_reads_the_interface_but_changes_nothing_by_it(
     ],
 )
 def test_buttons_are_there_only_when_one_may_press_them(
-    scopes: tuple[Scope, ...], shown: set[str], stranger: TestClient, guarded: Parts
+    scopes: tuple[Scope, ...], pressed: set[str], stranger: TestClient, guarded: Parts
 ) -> None:
     job = a_foreign_job(guarded)
     told.succeed(guarded, told.taken(guarded, job), met())
@@ -518,11 +540,11 @@ def test_buttons_are_there_only_when_one_may_press_them(
     log_in(stranger, a_key(guarded, "ann", *scopes))
     page = stranger.get(f"/jobs/{job}").text
     actions = set(re.findall(r'<form method="post" action="/[^"]*/([a-z-]+)"', page))
-    assert actions - {"logout"} == shown
+    assert actions - {"logout"} == pressed
     forms = {"publish": f"/jobs/{job}/publish", "retry": f"/jobs/{job}/retry"}
     for name, url in forms.items():
         answer = stranger.post(url, data={"repository": "prod"}, headers=OWN)
-        assert answer.status_code == (303 if name in shown else 403), name
+        assert answer.status_code == (303 if name in pressed else 403), name
 
 
 def test_nothing_is_shown_to_a_key_that_may_not_read(stranger: TestClient, guarded: Parts) -> None:
