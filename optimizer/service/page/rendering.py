@@ -17,7 +17,6 @@ from jinja2 import Environment
 
 from optimizer.quantities import points
 from optimizer.service.auth import Caller, Unauthenticated
-from optimizer.service.jobs import ENDED, OPEN
 from optimizer.service.status import INTERNAL, Status, status_of
 from optimizer.templating import environment
 
@@ -56,7 +55,6 @@ def page_environment() -> Environment:
     """Compiling the templates takes longer than rendering them."""
     made = environment()
     made.filters |= {"when": _when, "points": points, "share": _share}
-    made.globals |= {"ENDED": ENDED, "OPEN": OPEN}
     return made
 
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import RedirectResponse
 
 from optimizer.service.auth import Caller, Forbidden, Unauthenticated
-from optimizer.service.jobs import OPEN, Kind, State
+from optimizer.service.jobs import Kind, State
 from optimizer.service.ledger import Query as JobQuery
 from optimizer.service.operations import Operations, RequestInvalid
 from optimizer.service.page.comparison import MAX_COMPARED, comparison, recipe_lines
@@ -89,7 +89,7 @@ def _see(router: APIRouter) -> None:
         return pages.answer(
             "jobs.html", who,
             jobs=shown, budgets=budgets, counts=counts, state=state,
-            n_jobs=sum(counts.values()), is_open=any(job.state in OPEN for job in shown),
+            n_jobs=sum(counts.values()),
             next=shown[-1].id if len(found) > PAGE_SIZE else None,
         )  # fmt: skip
 

@@ -48,14 +48,10 @@ export function follow(main, setUp) {
   });
 }
 
-/** The list of jobs, for as long as one of them is open. */
+/** The list of jobs, which others submit as well. */
 export function poll(main, setUp) {
   const refresh = refresher(main, setUp);
-  const timer = setInterval(async () => {
-    if (document.hidden) return;
-    const fresh = await refresh();
-    if (fresh && !("poll" in fresh.dataset)) clearInterval(timer);
-  }, POLL_MS);
+  setInterval(() => document.hidden || refresh(), POLL_MS);
 }
 
 function spend(budget) {
@@ -65,7 +61,7 @@ function spend(budget) {
 }
 
 /** A function that draws the page's parts anew, at most once in QUIET_MS; one that is asked for
- * meanwhile follows. It gives the fresh page, or null where it couldn't be had. */
+ * meanwhile follows. */
 function refresher(main, setUp) {
   const drawn = new Map();
   let running = null;
@@ -74,20 +70,19 @@ function refresher(main, setUp) {
   async function once() {
     try {
       const answer = await fetch(location.href, { headers: { Accept: "text/html" } });
-      if (!answer.ok || answer.redirected) return null;
+      if (!answer.ok || answer.redirected) return;
       const fresh = new DOMParser().parseFromString(await answer.text(), "text/html").querySelector("main");
       main.toggleAttribute("data-open", "open" in fresh.dataset);
       if (replace(main, fresh, drawn)) setUp();
-      return fresh;
     } catch {
-      return null; // the service is away: the next time, then
+      // The service is away: the next time, then.
     }
   }
 
   return function refresh() {
     if (running) {
       wanted = true;
-      return running;
+      return;
     }
     running = once();
     setTimeout(async () => {
@@ -97,7 +92,6 @@ function refresher(main, setUp) {
       wanted = false;
       if (again) refresh();
     }, QUIET_MS);
-    return running;
   };
 }
 
