@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from optimizer.choice import busy_cores
 from optimizer.observer import Standing
 from optimizer.result import Variant, variant_to_dict
 from optimizer.wording import explain, slo_latency_s
@@ -92,6 +93,7 @@ def summary(variant: Variant) -> dict[str, Any]:
         "size_bytes": variant.size_bytes,
         "memory_bytes": variant.memory_bytes,
         "joules": variant.joules,
+        "busy_cores": busy_cores(variant),
         "build_s": variant.build_s,
         "speedup": variant.speedup.estimate if variant.speedup else None,
     }

@@ -4,16 +4,20 @@ Both come as the summaries of `optimizer.service.reporting`, so a page looks the
 after a study's end.
 """
 
+import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
+
+from optimizer.choice import EQUAL, EQUALLY_BUSY, LATENCY_MARGIN
 
 MOVABLE = frozenset({"latency", "rate", "outclassed"})
 """Constraints that depend on the latency allowed; a variant that breaks another one can't win,
 wherever that limit is. Who was outclassed breaks nothing."""
 _VALUES: Mapping[str, str] = {
     "cost": "cost_per_million",
-    "latency": "latency_s",
+    "latency": "predicted_latency_s",
     "size": "size_bytes",
     "energy": "joules",
 }
@@ -46,18 +50,18 @@ class Finding:
     size_bytes: float | None = None
     memory_bytes: float | None = None
     joules: float | None = None
+    busy_cores: float | None = None
     speedup: float | None = None
 
     @property
     def decisive_latency_s(self) -> float | None:
-        """What a limit is compared with: the upper bound of what was measured under load, where
-        that was, else the prediction."""
-        for value in (
-            self.measured_latency_bound_s, self.measured_latency_s, self.predicted_latency_s
-        ):  # fmt: skip
+        """What a limit is compared with, as the study does: the upper bound of what was measured
+        under load, where that was, else the prediction with the study's margin."""
+        for value in (self.measured_latency_bound_s, self.measured_latency_s):
             if value is not None:
                 return value
-        return self.latency_s
+        predicted_s = self.predicted_latency_s
+        return None if predicted_s is None else predicted_s / (1 - LATENCY_MARGIN)
 
     @property
     def can_win(self) -> bool:
@@ -87,23 +91,35 @@ def findings(summaries: Iterable[Mapping[str, Any]], objective: str) -> list[Fin
 
 
 def ranked(of: Iterable[Finding], objective: str) -> list[Finding]:
-    """Those that can win, the best first, whatever latency is allowed."""
-    able = [
-        one
-        for one in of
-        if one.can_win and one.value(objective) is not None and one.decisive_latency_s is not None
-    ]
-    return sorted(able, key=lambda one: _rank(one, objective))
+    """Those that can win, the best first, whatever latency is allowed; in the order in which the
+    study prefers them (`optimizer.choice.ranked`)."""
+    able = [one for one in of if one.can_win and one.decisive_latency_s is not None]
+    left = [one for one in able if one.value(objective) is not None]
+    left.sort(key=lambda one: _rank(one, objective))
+    order = []
+    while left:
+        best = _rank(left[0], objective)[0]
+        n_equal = bisect_right(left, best * (1 + EQUAL), key=lambda one: _rank(one, objective)[0])
+        order.append(left.pop(_best_of_equals(left[:n_equal])))
+    return order
+
+
+def _best_of_equals(equal: Sequence[Finding]) -> int:
+    """The place of the one that keeps fewer cores busy, then of the smaller drop."""
+    busy = [math.inf if one.busy_cores is None else one.busy_cores for one in equal]
+    least = min(busy) * (1 + EQUALLY_BUSY)
+    places = [place for place, cores in enumerate(busy) if cores <= least]
+    return min(places, key=lambda place: (equal[place].drop or 0.0, equal[place].id))
 
 
 def winner(of_ranked: Sequence[Finding], limit_s: float) -> Finding | None:
-    """The best of `ranked` that keeps the limit."""
+    """The first of `ranked` that keeps the limit."""
     return next((one for one in of_ranked if (one.decisive_latency_s or 0.0) <= limit_s), None)
 
 
 def _rank(one: Finding, objective: str) -> tuple[float, float]:
     value, latency_s = one.value(objective), one.decisive_latency_s
     return (
-        float("inf") if value is None else value,
-        float("inf") if latency_s is None else latency_s,
+        math.inf if value is None else value,
+        math.inf if latency_s is None else latency_s,
     )

@@ -233,14 +233,14 @@ def test_keys_move_the_slo_line_and_another_variant_wins(site: Site, chromium: A
             now = line.get_attribute("aria-valuetext")
             if now.split(": ")[1] != said[-1].split(": ")[1]:
                 said.append(now)
-        # Its measured bound is 14.9 ms; the next by cost is predicted at 12.6 ms.
+        # Its measured bound is 14.9 ms; the next is predicted at 12.6 ms, 14 with the margin.
         assert [re.sub(r".*: ", "", one) for one in said] == [
             "openvino int8 (percentile) wins",
             "openvino int8 (entropy) wins",
             "no variant keeps it",
         ]
         limits = [float(one.split(" ")[2]) for one in said]
-        assert limits[0] > 14.9 > limits[1] > 12.5 > limits[2]
+        assert limits[0] > 14.9 > limits[1] > 13.9 > limits[2]
         expect(answer).to_contain_text("no variant keeps it")
         assert (
             page.locator("#mark-" + met().variants[4].id[:16])
