@@ -44,6 +44,8 @@ class Mark:
     win, None where it can't; `tone` its cost, 0 to N_TONES - 1."""
 
     finding: Finding
+    order: int
+    """From left to right, from 0."""
     x: float
     y: float
     y_low: float | None
@@ -61,6 +63,11 @@ class Mark:
     @property
     def is_named(self) -> bool:
         return self.shape == "chosen" or self.is_baseline
+
+    @property
+    def rank_from_top(self) -> float:
+        """Whoever is preferred lies above."""
+        return -math.inf if self.rank is None else -self.rank
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,7 @@ def plot(
         marks.append(
             Mark(
                 finding=one,
+                order=len(marks),
                 x=x.share(latency_s * 1e3),
                 y=1 - y.share(value),
                 y_low=None if low is None else 1 - y.share(low),

@@ -9,7 +9,7 @@ export function setUpFront(main, kept) {
   const plot = main.querySelector(".plot");
   if (!plot || plot.dataset.ready) return kept;
   plot.dataset.ready = "1";
-  const marks = [...plot.querySelectorAll(".mark")];
+  const marks = [...plot.querySelectorAll(".mark")].sort((a, b) => a.dataset.order - b.dataset.order);
   showRecipes(plot, marks);
   return standLine(plot, marks, kept);
 }
