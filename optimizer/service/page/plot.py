@@ -6,7 +6,7 @@ comes from there.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -104,38 +104,23 @@ def plot(
     x = _x_axis(drawn, slo)
     floor = _floor(found, slo) if judged else None
     y = _quality_axis(drawn, floor) if judged else _cost_axis(drawn)
-    quantile = f"p{slo.latency.quantile * 100:g}"
-    order = {one.id: index for index, one in enumerate(ranked(drawn, objective))}
-    costs = sorted(one.cost_per_million for one in drawn if one.cost_per_million is not None)
-    marks = []
-    for one in sorted(drawn, key=lambda one: (one.predicted_latency_s or 0.0, one.id)):
-        value, latency_s = _y(one, judged), one.predicted_latency_s
-        if value is None or latency_s is None:
-            continue
-        low, high = _interval(one) if judged else (None, None)
-        marks.append(
-            Mark(
-                finding=one,
-                order=len(marks),
-                x=x.share(latency_s * 1e3),
-                y=1 - y.share(value),
-                y_low=None if low is None else 1 - y.share(low),
-                y_high=None if high is None else 1 - y.share(high),
-                measured_x=None
-                if one.measured_latency_s is None
-                else x.share(one.measured_latency_s * 1e3),
-                shape=_shape(one),
-                on_front=one.id in front,
-                is_baseline=one.id == baseline_id,
-                rank=order.get(one.id),
-                tone=_tone(one.cost_per_million, costs),
-                said=_said(one, quantile, one.id in front),
-            )
-        )
+    plane = _Plane(
+        x=x,
+        y=y,
+        judged=judged,
+        quantile=f"p{slo.latency.quantile * 100:g}",
+        order={one.id: place for place, one in enumerate(ranked(drawn, objective))},
+        costs=sorted(one.cost_per_million for one in drawn if one.cost_per_million is not None),
+        front=front,
+        baseline_id=baseline_id,
+    )
+    from_left = sorted(drawn, key=lambda one: (one.predicted_latency_s or 0.0, one.id))
+    marks = [_mark(one, place, plane) for place, one in enumerate(from_left)]
+    costs = plane.costs
     return Plot(
         x=x,
         y=y,
-        x_title=f"{quantile} at the SLO's rate, ms (predicted)",
+        x_title=f"{plane.quantile} at the SLO's rate, ms (predicted)",
         y_title=f"{_metric(drawn)}, %" if judged else "cost per million",
         marks=tuple(marks),
         steps=_steps([mark for mark in marks if mark.on_front]),
@@ -144,6 +129,43 @@ def plot(
         floor_y=None if floor is None else 1 - y.share(floor),
         costs=(costs[0], costs[-1]) if costs else None,
         n_undrawn=len(found) - len(marks),
+    )
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """What all marks of a plot have in common."""
+
+    x: Axis
+    y: Axis
+    judged: bool
+    quantile: str
+    order: Mapping[str, int]
+    costs: Sequence[float]
+    front: Collection[str]
+    baseline_id: str | None
+
+
+def _mark(one: Finding, order: int, plane: _Plane) -> Mark:
+    """Of one of `_drawn`, which have both values."""
+    value, measured_s = _y(one, plane.judged), one.measured_latency_s
+    assert value is not None
+    assert one.predicted_latency_s is not None
+    low, high = _interval(one) if plane.judged else (None, None)
+    return Mark(
+        finding=one,
+        order=order,
+        x=plane.x.share(one.predicted_latency_s * 1e3),
+        y=1 - plane.y.share(value),
+        y_low=None if low is None else 1 - plane.y.share(low),
+        y_high=None if high is None else 1 - plane.y.share(high),
+        measured_x=None if measured_s is None else plane.x.share(measured_s * 1e3),
+        shape=_shape(one),
+        on_front=one.id in plane.front,
+        is_baseline=one.id == plane.baseline_id,
+        rank=plane.order.get(one.id),
+        tone=_tone(one.cost_per_million, plane.costs),
+        said=_said(one, plane.quantile, one.id in plane.front),
     )
 
 
