@@ -47,6 +47,12 @@ class Published:
     publication: Publication
     load_tests: tuple[Job, ...]
 
+    @property
+    def once(self) -> str:
+        """The key of the next load test: a form that is sent twice starts one."""
+        after = self.load_tests[0].id if self.load_tests else "first"
+        return f"page-{self.publication.id}-{after}"
+
 
 @dataclass(frozen=True)
 class Actions:

@@ -2,7 +2,6 @@
 redirect; it goes through the operations, as REST does, and so through scopes and audit."""
 
 import re
-import secrets
 from typing import Annotated
 from urllib.parse import parse_qs, urlsplit
 
@@ -99,7 +98,6 @@ def _see(router: APIRouter) -> None:
         return pages.answer(
             "job.html", who,
             view=view, spec_text=spec_text(view.spec), max_compared=MAX_COMPARED,
-            once=secrets.token_hex(8),
         )  # fmt: skip
 
     @router.get("/jobs/{job_id}/compare", name="page_compare")

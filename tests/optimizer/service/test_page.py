@@ -97,6 +97,12 @@ def text_of(page: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", text)).split())
 
 
+def once(page: str) -> str:
+    """What makes a form for a load test one request, however often it is sent."""
+    (found,) = re.findall(r'name="once" value="([^"]+)"', page)
+    return str(found)
+
+
 def elements(page: str) -> list[tuple[str, dict[str, str | None]]]:
     """As a browser reads them: tag and attributes."""
     found: list[tuple[str, dict[str, str | None]]] = []
@@ -332,10 +338,12 @@ def test_buttons_cancel_retry_publish_and_load_test(
     (published,) = parts.operations.publications(LOCAL, ended)
     assert (published.repository, published.version, published.state) == ("prod", "1", "done")
 
-    once = {"once": "form-1"}
     url = f"/publications/{published.id}/load-test"
-    places = {client.post(url, data=once, headers=OWN).headers["location"] for _ in range(2)}
+    key = once(client.get(f"/jobs/{ended}").text)
+    sent = {"once": key}
+    places = {client.post(url, data=sent, headers=OWN).headers["location"] for _ in range(2)}
     (place,) = places
+    assert once(client.get(f"/jobs/{ended}").text) != key
     test_id = place.removeprefix("/jobs/")
     claim = told.taken(parts, test_id)
     told.tell(parts, claim, [("load_test", told.LOAD_TEST)])
