@@ -183,12 +183,12 @@ def _accuracy_reasons(accuracy: AccuracyObjective, quality: Quality) -> list[Rea
 def _best_of_equals(variants: Sequence[Variant]) -> Variant:
     """The one that keeps fewer cores busy: what it leaves free is headroom. Then the smaller
     drop, then the id."""
-    least = min(_busy_cores(variant) for variant in variants)
-    equal = [one for one in variants if _busy_cores(one) <= least * (1 + EQUALLY_BUSY)]
+    least = min(busy_cores(variant) for variant in variants)
+    equal = [one for one in variants if busy_cores(one) <= least * (1 + EQUALLY_BUSY)]
     return min(equal, key=lambda one: (one.quality.drop if one.quality else 0.0, one.id))
 
 
-def _busy_cores(variant: Variant) -> float:
+def busy_cores(variant: Variant) -> float:
     """Cores that the engine occupies at the SLO's rate, in the mean."""
     serving = variant.serving
     if serving is None:

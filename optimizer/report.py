@@ -10,7 +10,6 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from rich.console import Console
@@ -30,8 +29,9 @@ from optimizer.figures import latency_by_batch_size, predicted_against_measured
 from optimizer.fusion_rows import fusion_rows, fusion_summary
 from optimizer.parallel import parallel_coordinates
 from optimizer.pareto import drawn_points, pareto_front, pareto_views
-from optimizer.quantities import bytes_, duration, milliseconds, number, percent, points, shape
+from optimizer.quantities import milliseconds, number, percent, points
 from optimizer.result import Outcome, Status, StudyResult, Variant
+from optimizer.templating import environment
 from optimizer.wording import (
     details,
     explain,
@@ -135,41 +135,35 @@ def remark(variant: Variant) -> str:
 
 def render_html(result: StudyResult) -> str:
     """The report as one HTML page with everything in it."""
-    environment = Environment(
-        loader=PackageLoader("optimizer"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for filter_ in (bytes_, duration, explain, guarantee, milliseconds, number, percent, shape):
-        environment.filters[filter_.__name__.rstrip("_")] = filter_
     drawn = {point.variant.id for point in drawn_points(result)}
     variants = sorted_variants(result)
-    return environment.get_template(TEMPLATE).render(
-        result=result,
-        headline=headline(result),
-        details=details(result),
-        title=TITLES[result.outcome],
-        variants=variants,
-        first=_first(result, variants, MAX_PAGE_ROWS),
-        front=pareto_front(result.variants),
-        latency_of=slo_latency_s,
-        undrawn=[variant for variant in variants if variant.id not in drawn],
-        offers=[offer(result, one) for one in result.relaxations],
-        contributions=contributions(result),
-        layers=layer_rows(result.layers),
-        slowest=slowest_layers(result.layers),
-        max_layers=MAX_LAYERS,
-        layers_summary=layers_summary(result.layers),
-        fusions=fusion_rows(result.fusions)[:MAX_FUSIONS],
-        fusion_summary=fusion_summary(result.fusions),
-        architectures=result.architectures[:MAX_ARCHITECTURES],
-        command=shlex.join(result.command),
-        views=pareto_views(result),
-        figures=_figures(result),
-        script_json=script_json,
-        plotly=Markup(get_plotlyjs()),  # noqa: S704 - Plotly's own script, nothing of a result
+    return (
+        environment()
+        .get_template(TEMPLATE)
+        .render(
+            result=result,
+            headline=headline(result),
+            details=details(result),
+            title=TITLES[result.outcome],
+            variants=variants,
+            first=_first(result, variants, MAX_PAGE_ROWS),
+            front=pareto_front(result.variants),
+            undrawn=[variant for variant in variants if variant.id not in drawn],
+            offers=[offer(result, one) for one in result.relaxations],
+            contributions=contributions(result),
+            layers=layer_rows(result.layers),
+            slowest=slowest_layers(result.layers),
+            max_layers=MAX_LAYERS,
+            layers_summary=layers_summary(result.layers),
+            fusions=fusion_rows(result.fusions)[:MAX_FUSIONS],
+            fusion_summary=fusion_summary(result.fusions),
+            architectures=result.architectures[:MAX_ARCHITECTURES],
+            command=shlex.join(result.command),
+            views=pareto_views(result),
+            figures=_figures(result),
+            script_json=script_json,
+            plotly=Markup(get_plotlyjs()),  # noqa: S704 - Plotly's own script, nothing of a result
+        )
     )
 
 

@@ -19,6 +19,7 @@ from optimizer.service.metrics import ServiceMetrics
 from optimizer.service.operations import Operations, Quotas
 from optimizer.service.publishing import Publisher
 from optimizer.service.rest import make_app
+from optimizer.service.sessions import Sessions
 from optimizer.service.submitted import Policy
 from optimizer.service.uploads import Limits, Uploads
 
@@ -55,6 +56,8 @@ class Parts:
     blobs: Blobs
     operations: Operations
     authenticator: Authenticator
+    sessions: Sessions | None
+    """None where nobody has a key to log in with."""
 
 
 def make_parts(settings: Settings) -> Parts:
@@ -69,13 +72,16 @@ def make_parts(settings: Settings) -> Parts:
         ledger, uploads, blobs, publisher, Audit(database), settings.policy, settings.quotas
     )
     keys = Keys(database) if settings.keys else None
-    return Parts(database, ledger, uploads, blobs, operations, Authenticator(keys, settings.oidc))
+    return Parts(
+        database, ledger, uploads, blobs, operations, Authenticator(keys, settings.oidc),
+        Sessions(database, keys) if keys is not None else None,
+    )  # fmt: skip
 
 
 def make_service(parts: Parts, settings: Settings) -> FastAPI:
     """The application; its lifespan starts the feed of events and the sweeping."""
     metrics = ServiceMetrics(parts.ledger)
-    app = make_app(parts.operations, parts.authenticator, metrics, settings.hosts)
+    app = make_app(parts.operations, parts.authenticator, metrics, settings.hosts, parts.sessions)
 
     @contextlib.asynccontextmanager
     async def lifespan(started: FastAPI) -> AsyncIterator[None]:

@@ -127,22 +127,39 @@ class Keys:
 
     def caller(self, text: str) -> Caller:
         """Whose key it is. Raises Unauthenticated."""
-        match = _KEY.fullmatch(text)
-        if match is None:
-            raise Unauthenticated("this is no API key")
+        return self.caller_of_id(self._known_id(text))
+
+    def caller_of_id(self, key_id: str) -> Caller:
+        """Whose key it is, for who has shown the key before. Raises Unauthenticated."""
         with self._database.reading() as connection:
             now_s = self._database.now_s(connection)
-            row = connection.execute(
-                select(schema.keys).where(schema.keys.c.id == match[1])
-            ).first()
-        known = row.hash if row is not None else _hash("")
-        if not hmac.compare_digest(known, _hash(match[2])) or row is None:
+            row = connection.execute(select(schema.keys).where(schema.keys.c.id == key_id)).first()
+        if row is None:
             raise Unauthenticated("this API key isn't known")
         if row.revoked_s is not None:
             raise Unauthenticated("this API key was revoked")
         if row.expires_s is not None and row.expires_s <= now_s:
             raise Unauthenticated("this API key has expired")
         return Caller(f"key:{row.name}", frozenset(Scope(one) for one in row.scopes.split()))
+
+    def checked_id(self, text: str) -> str:
+        """The id of a key that is good. Raises Unauthenticated."""
+        key_id = self._known_id(text)
+        self.caller_of_id(key_id)
+        return key_id
+
+    def _known_id(self, text: str) -> str:
+        match = _KEY.fullmatch(text)
+        if match is None:
+            raise Unauthenticated("this is no API key")
+        with self._database.reading() as connection:
+            held = connection.execute(
+                select(schema.keys.c.hash).where(schema.keys.c.id == match[1])
+            ).scalar_one_or_none()
+        known = held if held is not None else _hash("")
+        if not hmac.compare_digest(known, _hash(match[2])) or held is None:
+            raise Unauthenticated("this API key isn't known")
+        return match[1]
 
     def all(self) -> list[Key]:
         with self._database.reading() as connection:

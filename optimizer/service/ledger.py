@@ -109,7 +109,8 @@ class Submission:
 @dataclass(frozen=True)
 class Query:
     """Which jobs to list, the newest first: those of an owner, in states, of a kind, with all of
-    the labels; from after `after` (a job's id) on, at most `limit`."""
+    the labels, made from the job `parent_id`; from after `after` (a job's id) on, at most
+    `limit`."""
 
     owner: str | None = None
     states: tuple[State, ...] = ()
@@ -117,6 +118,7 @@ class Query:
     labels: Mapping[str, str] | None = None
     after: str | None = None
     limit: int = 50
+    parent_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,8 @@ class Ledger:
             statement = statement.where(schema.jobs.c.state.in_(query.states))
         if query.kind is not None:
             statement = statement.where(schema.jobs.c.kind == query.kind)
+        if query.parent_id is not None:
+            statement = statement.where(schema.jobs.c.parent_id == query.parent_id)
         for name, value in (query.labels or {}).items():
             # Labels are JSON with sorted keys and no spaces, and names have no quotes.
             part = f"{json.dumps(name)}:{json.dumps(value)}"
@@ -255,8 +259,10 @@ class Ledger:
 
     # --- what happened
 
-    def events(self, job_id: str, after: int = 0, limit: int = MAX_PAGE) -> list[Event]:
-        """Those with numbers above `after`, in their order."""
+    def events(
+        self, job_id: str, after: int = 0, limit: int = MAX_PAGE, kind: str | None = None
+    ) -> list[Event]:
+        """Those with numbers above `after`, in their order; of one kind, where it is given."""
         table = schema.events
         statement = (
             select(table.c.number, table.c.at_s, table.c.kind, table.c.payload)
@@ -264,9 +270,24 @@ class Ledger:
             .order_by(table.c.number)
             .limit(limit)
         )
+        if kind is not None:
+            statement = statement.where(table.c.kind == kind)
         with self.database.reading() as connection:
             rows = connection.execute(statement).all()
         return [Event(row[0], row[1], row[2], json.loads(row[3])) for row in rows]
+
+    def last_event(self, job_id: str, kind: str) -> Event | None:
+        """The newest of a kind."""
+        table = schema.events
+        statement = (
+            select(table.c.number, table.c.at_s, table.c.kind, table.c.payload)
+            .where(table.c.job_id == job_id, table.c.kind == kind)
+            .order_by(table.c.number.desc())
+            .limit(1)
+        )
+        with self.database.reading() as connection:
+            row = connection.execute(statement).first()
+        return None if row is None else Event(row[0], row[1], row[2], json.loads(row[3]))
 
     def logs(self, job_id: str, after: int = 0, limit: int = MAX_PAGE) -> list[Piece]:
         table = schema.logs

@@ -134,9 +134,20 @@ class Operations:
             job, self.ledger.spec(job_id), self.ledger.progress(job_id), tuple(publications)
         )
 
-    def events(self, caller: Caller, job_id: str, after: int, limit: int) -> list[Event]:
+    def events(
+        self, caller: Caller, job_id: str, after: int, limit: int, kind: str | None = None
+    ) -> list[Event]:
         self.job(caller, job_id)
-        return self.ledger.events(job_id, after, limit)
+        return self.ledger.events(job_id, after, limit, kind)
+
+    def last_event(self, caller: Caller, job_id: str, kind: str) -> Event | None:
+        self.job(caller, job_id)
+        return self.ledger.last_event(job_id, kind)
+
+    def counts(self, caller: Caller) -> dict[State, int]:
+        """Jobs by state."""
+        caller.check(Scope.READ)
+        return self.ledger.counts()
 
     def logs(self, caller: Caller, job_id: str, after: int, limit: int) -> list[Piece]:
         self.job(caller, job_id)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from optimizer.choice import busy_cores
 from optimizer.observer import Standing
 from optimizer.result import Variant, variant_to_dict
 from optimizer.telling import Seldom
@@ -85,14 +86,22 @@ def summary(variant: Variant) -> dict[str, Any]:
     """A row as lists, charts and events have it: what isn't known, or not finite, is None."""
     serving, quality = variant.serving, variant.quality
     told: dict[str, Any] = variant_to_dict(variant)
+    loaded = variant.verification
     figures = {
         "cost_per_million": serving.cost_per_million if serving else None,
         "max_rate_per_s": serving.max_rate_per_s if serving else None,
         "latency_s": slo_latency_s(variant),
+        "predicted_latency_s": serving.prediction.slo_latency_s if serving else None,
+        "measured_latency_s": loaded.slo_latency_s if loaded else None,
+        "measured_latency_bound_s": loaded.slo_latency_bound_s if loaded else None,
         "quality": quality.value if quality else None,
         "drop": quality.drop if quality else None,
+        "drop_lower": quality.drop_lower if quality else None,
+        "drop_upper": quality.drop_upper if quality else None,
         "size_bytes": variant.size_bytes,
         "memory_bytes": variant.memory_bytes,
+        "joules": variant.joules,
+        "busy_cores": busy_cores(variant),
         "build_s": variant.build_s,
         "speedup": variant.speedup.estimate if variant.speedup else None,
     }
@@ -104,6 +113,8 @@ def summary(variant: Variant) -> dict[str, Any]:
         "precision": variant.precision,
         "recipe": told["recipe"],
         "reasons": [explain(reason) for reason in variant.reasons],
+        "constraints": [reason.constraint for reason in variant.reasons],
+        "metric": quality.metric if quality else None,
         **{name: _finite(value) for name, value in figures.items()},
     }
 

@@ -33,8 +33,11 @@ from optimizer.service.ledger import MAX_PAGE, QuotaExceeded
 from optimizer.service.ledger import Query as JobQuery
 from optimizer.service.metrics import ServiceMetrics
 from optimizer.service.operations import Operations, RequestInvalid
+from optimizer.service.page.rendering import Pages
+from optimizer.service.page.routes import page_router
+from optimizer.service.requests import caller_of, is_own_origin, read_body
+from optimizer.service.sessions import Sessions
 from optimizer.service.status import (
-    PayloadTooLarge,
     UnsupportedMedia,
     status_of,
 )
@@ -143,6 +146,7 @@ def make_app(
     authenticator: Authenticator,
     metrics: ServiceMetrics,
     hosts: frozenset[str] | None = None,
+    sessions: Sessions | None = None,
 ) -> FastAPI:
     """The application; its lifespan must be entered on the loop that it runs on.
 
@@ -159,10 +163,12 @@ def make_app(
     )
     app.state.operations, app.state.authenticator = operations, authenticator
     app.state.metrics, app.state.feed = metrics, None
+    app.state.pages, app.state.sessions = Pages(), sessions
     app.include_router(_health())
     app.include_router(_jobs())
     app.include_router(_uploads())
     app.include_router(_rest())
+    app.include_router(page_router())
     _handle_errors(app)
 
     @app.middleware("http")
@@ -191,10 +197,7 @@ def _refusal(request: Request, hosts: frozenset[str] | None) -> Response | None:
     if hosts is not None and name not in hosts:
         return _problem(403, "Another host", f"Host: got {name!r}, want one of this service")
     origin = request.headers.get("origin")
-    if request.method not in ("GET", "HEAD", "OPTIONS") and origin not in (
-        None,
-        f"{request.url.scheme}://{request.headers.get('host')}",
-    ):
+    if request.method not in ("GET", "HEAD", "OPTIONS") and not is_own_origin(request):
         return _problem(403, "Another origin", f"Origin: got {origin!r}, want this service's own")
     return None
 
@@ -202,17 +205,12 @@ def _refusal(request: Request, hosts: frozenset[str] | None) -> Response | None:
 # --- who calls
 
 
-def _caller(request: Request) -> Caller:
-    authenticator: Authenticator = request.app.state.authenticator
-    return authenticator.caller(request.headers.get("authorization"))
-
-
 def _operations(request: Request) -> Operations:
     operations: Operations = request.app.state.operations
     return operations
 
 
-Who = Annotated[Caller, Depends(_caller)]
+Who = Annotated[Caller, Depends(caller_of)]
 Ops = Annotated[Operations, Depends(_operations)]
 
 
@@ -257,7 +255,7 @@ def _jobs() -> APIRouter:
         request: Request, response: Response, who: Who, ops: Ops, key: IdempotencyKey = None
     ) -> d.JobDocument:
         """Submit a job: JSON, or the spec alone as YAML. 200 where the key was known."""
-        body = await _body(request, MAX_BODY_BYTES)
+        body = await read_body(request, MAX_BODY_BYTES)
         asked = _submission(body, request.headers.get("content-type", ""))
         spec = _with_parsed_slo(asked.spec)
         job, is_new = await run_in_threadpool(
@@ -449,7 +447,7 @@ def _uploads() -> APIRouter:
     ) -> d.UploadDocument:
         """Add a chunk at `Upload-Offset`. The last one is answered when the digest is right; a
         file whose digest is wrong is deleted."""
-        content = await _body(request, ops.uploads.limits.chunk_bytes)
+        content = await read_body(request, ops.uploads.limits.chunk_bytes)
         upload = await run_in_threadpool(ops.append_upload, who, upload_id, offset, content)
         return d.upload_document(upload)
 
@@ -520,20 +518,6 @@ def _followed(job_id: JobId, who: Who, ops: Ops) -> str:
 
 
 # --- bodies
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    """Raises PayloadTooLarge as soon as that is known."""
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > limit:
-        raise PayloadTooLarge(limit)
-    pieces, size = [], 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size > limit:
-            raise PayloadTooLarge(limit)
-        pieces.append(piece)
-    return b"".join(pieces)
 
 
 def _submission(body: bytes, content_type: str) -> Submission:

@@ -117,6 +117,17 @@ keys = Table(
     Column("revoked_s", Float),
 )
 
+# Of browsers; the hash is of what their cookie holds.
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("hash", String(64), primary_key=True),
+    Column("key_id", ForeignKey("keys.id"), nullable=False),
+    Column("created_s", Float, nullable=False),
+    Column("expires_s", Float, nullable=False),
+    Index(None, "expires_s"),
+)
+
 audit = Table(
     "audit",
     metadata,
