@@ -71,6 +71,7 @@ def site(parts: Parts, settings: Settings) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
+    expect.set_options(timeout=WAIT_MS)
     program = shutil.which("chromium")
     if program is None:
         message = "want Debian's package chromium (.ci/packages)"
@@ -316,6 +317,8 @@ def test_progress_arrives_and_leaves_alone_what_the_reader_did(site: Site, chrom
 
         told.tell(site.parts, claim, [("phase", {"name": "something else"})])
         expect(page.locator("#now")).to_have_text("something else")
+        told.tell(site.parts, claim, [("step", {"message": "epoch 3.4 of 20, loss 0.52"})])
+        expect(page.locator("#now")).to_have_text("something else: epoch 3.4 of 20, loss 0.52")
         told.tell(site.parts, claim, events[7:16], "epoch 2\n")
         expect(page.locator(".mark")).to_have_count(5)
         expect(page.locator("#spent")).to_contain_text("5 of 60 trials")
@@ -413,6 +416,7 @@ def test_a_browser_logs_in_with_the_keyboard_and_out(settings: Settings, chromiu
         page.keyboard.type("ts_wrong")
         page.keyboard.press("Enter")
         expect(page.get_by_role("alert")).to_have_text("this is no API key")
+        expect(page.locator("#key")).to_be_focused()
         page.keyboard.type(key)
         page.keyboard.press("Enter")
         expect(page.locator("h1")).to_have_text("running")

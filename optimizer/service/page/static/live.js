@@ -22,6 +22,7 @@ export function follow(main, setUp) {
     phase: (payload) => (doing = payload.name),
     trial_began: (payload) => (doing = payload.label),
     trial_climbed: (payload) => `${doing}: ${payload.name}`,
+    step: (payload) => `${doing}: ${payload.message}`,
     trial_ended: (payload) => spend(payload.budget),
     verification: (payload) => `load test of ${payload.label}, ${payload.window_s} s`,
     note: () => "",
@@ -32,7 +33,7 @@ export function follow(main, setUp) {
   for (const [kind, tell] of Object.entries(told))
     source.addEventListener(kind, (event) => {
       say(tell(JSON.parse(event.data).payload));
-      if (!["phase", "trial_began", "trial_climbed"].includes(kind)) refresh();
+      if (!["phase", "trial_began", "trial_climbed", "step"].includes(kind)) refresh();
     });
   // The log is no event.
   const timer = setInterval(refresh, LATER_MS);
