@@ -11,8 +11,9 @@ PIP_INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet
 UV_INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(VENV)
 
 # Workers share the tests by file, since what is dear to make is shared within one; in the order of
-# their names, so that what takes long comes early. The full tests load servers: one at a time.
+# their names, so that what takes long comes early. Tests that load servers run one at a time.
 TEST_WORKERS ?= 2
+SHARED := $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Image -> its extras; each gets a lock file with hashes.
 IMAGES := serve=cpu+openvino+image+text+s3 serve-gpu=gpu+image+text+s3 \
@@ -47,11 +48,12 @@ check: $(STAMP) ## Lint, format, types, generated code
 	$(BIN)/python proto/generate.py --check
 
 test: $(STAMP) ## The tests that pip's packages suffice for, under 10 minutes
-	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m 'not full'
+	$(SHARED) -m 'not full'
 
 test-full: $(STAMP) ## Also those that need Debian's packages (installed here) or minutes
 	./.ci/packages
-	$(BIN)/pytest -m full
+	$(SHARED) -m full --ignore tests/loadtest --ignore tests/full
+	$(BIN)/pytest -m full tests/loadtest tests/full
 
 format: $(STAMP) ## Format and sort imports
 	$(BIN)/ruff check --fix .
