@@ -77,10 +77,13 @@ VGG_FACTORY = Importable("vgg", "vgg7", CIFAR)
 VGG_TRAINING = TrainingSpec(
     epochs=10, learning_rate=0.1, alphas=(1.0,), augmentation="flip_and_crop"
 )
-VGG_RECOVERY = TrainingSpec(epochs=5, alphas=(0.1,), augmentation="flip_and_crop")
+VGG_RECOVERY = TrainingSpec(epochs=6, learning_rate=0.01, alphas=(0.1,), augmentation="flip")
 VGG_RANKS: Mapping[str, Mapping[str, Value]] = {
     "evbmf": {"rank_by": "evbmf"},
-    **{f"share {share}": {"rank_by": "share", "share": share} for share in (0.5, 0.375, 0.25)},
+    **{
+        f"share {share}": {"rank_by": "share", "share": share}
+        for share in (0.625, 0.5, 0.375, 0.25)
+    },
 }
 MASKS_ROWS = 5000
 MASKS_TRAINING = TrainingSpec(epochs=2, batch_size=64, alphas=(0.1,), augmentation="flip_and_crop")
@@ -91,7 +94,7 @@ ROUNDS: Mapping[str, Mapping[str, object]] = {
     "at once": {"epochs": 4.0},
     "three": {"epochs": 2.0, "pruning_rounds": 3, "pruning_round_epochs": 1.0},
 }
-VGG_RECOVERED = "share 0.5"
+VGG_RECOVERED = "share 0.625"
 
 
 @dataclass(frozen=True, eq=False)
