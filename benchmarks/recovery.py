@@ -80,10 +80,7 @@ VGG_TRAINING = TrainingSpec(
 VGG_RECOVERY = TrainingSpec(epochs=6, learning_rate=0.01, alphas=(0.1,), augmentation="flip")
 VGG_RANKS: Mapping[str, Mapping[str, Value]] = {
     "evbmf": {"rank_by": "evbmf"},
-    **{
-        f"share {share}": {"rank_by": "share", "share": share}
-        for share in (0.625, 0.5, 0.375, 0.25)
-    },
+    **{f"share {share}": {"rank_by": "share", "share": share} for share in (0.5, 0.375, 0.25)},
 }
 MASKS_ROWS = 5000
 MASKS_TRAINING = TrainingSpec(epochs=2, batch_size=64, alphas=(0.1,), augmentation="flip_and_crop")
@@ -94,7 +91,7 @@ ROUNDS: Mapping[str, Mapping[str, object]] = {
     "at once": {"epochs": 4.0},
     "three": {"epochs": 2.0, "pruning_rounds": 3, "pruning_round_epochs": 1.0},
 }
-VGG_RECOVERED = "share 0.625"
+VGG_RECOVERED = "share 0.5"
 
 
 @dataclass(frozen=True, eq=False)
