@@ -198,6 +198,23 @@ def test_web_interface_of_locust_shows_the_requests_when_it_is_asked_for(
             assert command.wait(LIMIT_S) == 0
 
 
+@pytest.mark.full
+def test_loadtest_is_interrupted_when_somebody_stops_it_in_the_web_interface(
+    start_stub: Callable[..., Any], slo_file: Path, tmp_path: Path
+) -> None:
+    ports, web = start_stub("--edge-s", "0.1"), f"127.0.0.1:{free_port()}"
+    report = tmp_path / "report.json"
+    given = arguments(slo_file, ports, report, "--web", web)
+    given[given.index("6")] = "60"
+    with running([sys.executable, "-m", "loadtest.cli", *given]) as command:
+        wait_until(lambda: shown_requests(web) > 200)
+        stop = urllib.request.Request(f"http://{web}/stop", method="POST")
+        with urllib.request.urlopen(stop, timeout=30) as answer:
+            assert json.load(answer)["success"]
+        assert command.wait(LIMIT_S) == 130
+    assert not report.exists()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
