@@ -123,6 +123,32 @@ def test_study_proposes_the_same_when_its_trials_run_in_processes_as_one_by_one(
     assert [row.id for row in theirs.variants] == [row.id for row in ours.variants]
 
 
+class Impatient(Diary):
+    """Ends the study while the second and the third trial are under way."""
+
+    def trial_climbed(self, rung: int, name: str) -> None:
+        if len(self.began) == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.full  # takes a while
+def test_interrupted_study_logs_no_trial_that_failed_of_the_interruption(
+    path: Path, tmp_path: Path
+) -> None:
+    store, diary = tmp_path / "store.sqlite", Diary()
+    given = Options(store=store, verify=False, effort=QUICK, observer=Impatient(), trials_at_once=2)
+    with pytest.raises(KeyboardInterrupt):
+        optimize(path, tmp_path / "models", given)
+    before = logged(store)
+    assert 1 in before
+    assert len(before) < 3
+    assert all(entry["row"]["service_times"] for entry in before.values())
+
+    result = optimize(path, tmp_path / "models", replace(given, observer=diary))
+    assert len(diary.ended) == len(result.variants) == 3
+    assert len(diary.began) == 3 - len(before)
+
+
 # --- what a trial of a batch meets
 
 
