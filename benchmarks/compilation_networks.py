@@ -12,17 +12,17 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn import functional
 
+from optimizer.importable import Importable
 from optimizer.spec import InputSpec, ModuleSource, OutputSpec
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 N_TOKENS = 32
 N_IMAGES = 1000
 N_SENTENCES = 256
@@ -40,13 +40,7 @@ class Network:
 def resnet56() -> Network:
     from safetensors.torch import load_file
 
-    path = Path(__file__).parent.parent / "examples" / "cifar10" / "resnet.py"
-    spec = importlib.util.spec_from_file_location("resnet", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    network = module.resnet56()
+    network = Importable("resnet", "resnet56", EXAMPLES / "cifar10").call()
     network.load_state_dict(
         load_file(Path(os.environ["TRIMSERVE_WEIGHTS"]) / "resnet56-cifar10.safetensors")
     )
@@ -70,9 +64,8 @@ def efficientnet_lite0() -> Network:
 def minilm() -> Network:
     from safetensors.torch import load_file
 
-    network = Sentences()
-    weights = load_file(_minilm_files() / "model.safetensors")
-    network.load_state_dict({k: weights[k] for k in network.state_dict()})
+    network = Importable("minilm", "minilm", EXAMPLES / "minilm").call()
+    network.load_state_dict(load_file(_minilm_files() / "model.safetensors"))
     inputs = sentence_tokens("wordnet-test.parquet", N_SENTENCES)
     specs = tuple(InputSpec(name=name, datatype="INT64", shape=(N_TOKENS,)) for name in inputs)
     source = ModuleSource(
@@ -108,67 +101,6 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "efficientnet-lite0": efficientnet_lite0,
     "minilm": minilm,
 }
-
-
-class Sentences(nn.Module):
-    """all-MiniLM-L6-v2: a BERT (Devlin et al. 2019) of 6 layers of width 384, the mean over its
-    tokens at length 1. Names are those of its weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embeddings = nn.Module()
-        self.embeddings.word_embeddings = nn.Embedding(30522, 384)
-        self.embeddings.position_embeddings = nn.Embedding(512, 384)
-        self.embeddings.token_type_embeddings = nn.Embedding(2, 384)
-        self.embeddings.LayerNorm = nn.LayerNorm(384, eps=1e-12)
-        self.encoder = nn.Module()
-        self.encoder.layer = nn.ModuleList(Layer() for _ in range(6))
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        parts: Any = self.embeddings
-        positions = torch.arange(input_ids.shape[1])
-        hidden = parts.word_embeddings(input_ids) + parts.position_embeddings(positions)
-        hidden = parts.LayerNorm(hidden + parts.token_type_embeddings.weight[0])
-        mask = (1.0 - attention_mask[:, None, None, :].float()) * -1e9  # [n, 1, 1, tokens]
-        for layer in self.encoder.layer:
-            hidden = layer(hidden, mask)
-        kept = attention_mask.unsqueeze(-1).float()
-        return functional.normalize((hidden * kept).sum(1) / kept.sum(1).clamp(min=1e-9), dim=1)
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.Module()
-        self.attention.self = nn.Module()
-        for name in ("query", "key", "value"):
-            setattr(self.attention.self, name, nn.Linear(384, 384))
-        self.attention.output = _dense(384)
-        self.intermediate = nn.Module()
-        self.intermediate.dense = nn.Linear(384, 1536)
-        self.output = _dense(1536)
-
-    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        own: Any = self.attention.self
-        attention_output: Any = self.attention.output
-        output: Any = self.output
-        n, tokens, _ = hidden.shape
-        query, key, value = (
-            part(hidden).view(n, tokens, 12, 32).transpose(1, 2)
-            for part in (own.query, own.key, own.value)
-        )
-        weights = (query @ key.transpose(2, 3) / 32**0.5 + mask).softmax(-1)
-        mixed = (weights @ value).transpose(1, 2).reshape(n, tokens, 384)
-        hidden = attention_output.LayerNorm(attention_output.dense(mixed) + hidden)
-        wide = functional.gelu(self.intermediate.dense(hidden))
-        return output.LayerNorm(output.dense(wide) + hidden)
-
-
-def _dense(n_in: int) -> nn.Module:
-    part = nn.Module()
-    part.dense = nn.Linear(n_in, 384)
-    part.LayerNorm = nn.LayerNorm(384, eps=1e-12)
-    return part
 
 
 def _source(module: nn.Module, name: str, shape: tuple[int, ...], output: str) -> ModuleSource:
