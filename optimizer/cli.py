@@ -92,6 +92,16 @@ def optimize_command(
             "PostgreSQL.",
         ),
     ] = None,
+    trials_at_once: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=64,
+            metavar="N",
+            help="Trials that are proposed together and run at the same time, as far as there are "
+            "cores; before the spec's budget.trials_at_once.",
+        ),
+    ] = None,
     from_report: Annotated[
         Path | None,
         typer.Option(
@@ -120,7 +130,9 @@ def optimize_command(
         _usage(f"--from-report: {from_report} is no file, want the JSON report of a load test")
     console = Console(stderr=True)
     with _interrupted_by_sigterm():
-        result = _run(spec, repository, store, artifacts, from_report, verify, console)
+        result = _run(
+            spec, repository, store, artifacts, trials_at_once, from_report, verify, console
+        )
     _write(result, json_file, html_file)
     _print(result, repository, json_file, html_file)
     raise typer.Exit(EXIT_CODES[result.outcome])
@@ -153,6 +165,7 @@ def _run(
     repository: Path,
     store: str,
     artifacts: Path | None,
+    trials_at_once: int | None,
     from_report: Path | None,
     verify: bool,
     console: Console,
@@ -165,6 +178,7 @@ def _run(
     command = ["trimserve", "optimize", str(spec), "--repository", str(repository)]
     command += ["--store", without_password(store)] if store != _DEFAULT_STORE else []
     command += ["--artifacts", str(artifacts)] if artifacts is not None else []
+    command += ["--trials-at-once", str(trials_at_once)] if trials_at_once is not None else []
     command += ["--from-report", str(from_report)] if from_report is not None else []
     command += [] if verify else ["--no-verify"]
     with Progress(console) as progress:
@@ -174,6 +188,7 @@ def _run(
             verify=verify,
             observer=progress,
             command=tuple(command),
+            trials_at_once=trials_at_once,
             from_report=from_report,
         )
         try:

@@ -162,9 +162,10 @@ class Estimates:
         """Time the blocks that neither this study nor the store knows."""
         for block in found:
             if (engine, block.key) not in self._timed_blocks:
-                self._timed_blocks.add((engine, block.key))
                 for size, seconds in self._timed(block, engine).items():
                     self._times[engine, block.key, int(size)] = float(seconds)
+                # Last, or a trial beside this one would go without what isn't there yet.
+                self._timed_blocks.add((engine, block.key))
 
     def _is_known(self, block: Block) -> bool:
         key = time_key(block, self.measurer.machine, TABLE_ENGINE, self.cores)

@@ -361,6 +361,8 @@ class Budget(Strict):
     training_epochs: float | None = Field(default=None, ge=0)
     """Passes over the train split that techniques may spend on training. Without it as many as
     the time allows."""
+    trials_at_once: int = Field(default=1, ge=1, le=64)
+    """That are proposed together and run at the same time, as far as there are places."""
 
 
 class TrainingSpec(Strict):

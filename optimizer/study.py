@@ -8,26 +8,31 @@ started again continues, and the same records end in the same choice.
 
 import os
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from optimizer.architectures import architectures
+from optimizer.ascent import Surroundings as Met
 from optimizer.choice import nearest_miss, ranked
 from optimizer.data.generated import NOTE as GENERATED
 from optimizer.data.splits import DataSplits
 from optimizer.errors import SpecInvalid, TechniqueFailed
 from optimizer.estimates import Estimates
 from optimizer.evaluator import Evaluator
+from optimizer.execution import Executor
 from optimizer.execution.delegation import DelegatingBuilder
 from optimizer.execution.inline import InlineExecutor
-from optimizer.execution.processes import ProcessExecutor, setup_of
+from optimizer.execution.processes import MAX_BUILD_S, ProcessExecutor, setup_of
 from optimizer.execution.setup import (
     MAX_BATCH_SIZE,
     Surroundings,
@@ -35,6 +40,7 @@ from optimizer.execution.setup import (
     first,
     read_data,
 )
+from optimizer.execution.slots import Slots
 from optimizer.finals import Finals
 from optimizer.findings import Findings
 from optimizer.front_end import front_end_from, measured_front_end
@@ -43,6 +49,7 @@ from optimizer.judgement import Judgement
 from optimizer.measuring import Measurer
 from optimizer.measuring.bearer import TokenInvalid, read_token
 from optimizer.measuring.child import ChildMeasurer
+from optimizer.measuring.cores import MAX_WAIT_S
 from optimizer.measuring.local import LocalMeasurer
 from optimizer.measuring.remote import RemoteMeasurer
 from optimizer.observer import Observer, Silent, Standing
@@ -60,9 +67,11 @@ from optimizer.tasks import make_task
 from optimizer.techniques import Technique
 from optimizer.timing import Effort
 from optimizer.trials import Trials
+from optimizer.turns import Relay, Turns, at_once
 from optimizer.variant import STRUCTURAL
 from optimizer.verify import ServerVerifier, Verifier
 from optimizer.warm_start import first_decisions
+from serve.machine import allowed_cpus
 from serve.tensor import Array
 
 N_GOLDEN = 3
@@ -83,7 +92,7 @@ class Options:
     beside it. `verifier` None means the real server and load test of this machine; `verify` False
     leaves the answer unverified. `techniques` are those of the table without it. With `isolate`,
     building and measuring are done in processes of their own, which a study can have that was
-    given as a file, with techniques that the spec names.
+    given as a file, with techniques that the spec names. `trials_at_once` goes before the spec's.
     """
 
     store: Path | str = DEFAULT_PATH
@@ -96,6 +105,7 @@ class Options:
     command: tuple[str, ...] = ()
     clock: Callable[[], float] = time.monotonic
     isolate: bool = True
+    trials_at_once: int | None = None
     from_report: Path | None = None
     """A load test's violated report, from which the model of the overheads is corrected."""
 
@@ -135,9 +145,14 @@ class _Study:
         self._scratch = scratch
         self._start_s = options.clock()
         self._notes: list[str] = []
+        self._n_at_once = options.trials_at_once or spec.budget.trials_at_once
+        self._turns, self._relay = Turns(), Relay()
+        self._stops: list[Callable[[], None]] = []
+        """What ends what is under way, from another thread."""
+        self._is_stopped = threading.Event()
 
     def run(self) -> StudyResult:
-        with _measurer(self._spec, self._options.isolate) as measurer:
+        with self._opened_measurer() as measurer:
             self._measurer = measurer
             self._machine = measurer.machine
             self._cores = self._spec.target.cores or self._machine.cores
@@ -170,16 +185,24 @@ class _Study:
             return self._conclude(trials, splits, complete)
 
     @contextmanager
+    def _opened_measurer(self) -> Iterator[Measurer]:
+        """Of the target that the spec names: another machine by its agent, or this one."""
+        agent = self._spec.target.agent
+        if agent is not None:
+            yield RemoteMeasurer(agent, _token(self._spec))
+        elif self._options.isolate:
+            with ChildMeasurer(max_wait_s=self._patience_s) as child:
+                self._stops.append(child.stop)
+                yield child
+        else:
+            yield LocalMeasurer()
+
+    @contextmanager
     def _builder(self, store: Store, splits: DataSplits) -> Iterator[DelegatingBuilder]:
         spec, options = self._spec, self._options
         techniques = options.techniques or enabled_techniques(spec)
         shared = Surroundings(spec, splits, self._machine, techniques)
-        executor: InlineExecutor | ProcessExecutor
-        if options.isolate:
-            setup = setup_of(spec.source, options.store, options.artifacts, self._machine)
-            executor = ProcessExecutor(setup, self._measurer, self._observer.step_told)
-        else:
-            executor = InlineExecutor(shared, store, self._measurer, self._observer.step_told)
+        executor = self._executor(shared, store)
         try:
             executor.start()
             yield DelegatingBuilder(
@@ -187,6 +210,38 @@ class _Study:
             )
         finally:
             executor.close()
+
+    def _executor(self, shared: Surroundings, store: Store) -> Executor:
+        options = self._options
+        if not options.isolate:
+            return InlineExecutor(shared, store, self._measurer, self._observer.step_told)
+        cpus, n = allowed_cpus(), self._n_places
+        setup = setup_of(
+            self._spec.source, options.store, options.artifacts, self._machine, self._patience_s
+        )
+        if n == 1:
+            return ProcessExecutor(setup, self._measurer, self._observer.step_told)
+        threads = max(1, len(cpus) // n)
+        slots = Slots(
+            [ProcessExecutor(setup, self._measurer, self._step_told, threads) for _ in range(n)],
+            self._turns,
+        )
+        self._stops.append(slots.stop)
+        return slots
+
+    @property
+    def _n_places(self) -> int:
+        """Trials that run at the same time: objects that are given in Python do so one by one."""
+        return min(self._n_at_once, len(allowed_cpus())) if self._options.isolate else 1
+
+    @property
+    def _patience_s(self) -> float:
+        """Seconds to wait for the cores. Where trials run at once, a build of one can hold them for
+        as long as builds may take."""
+        return MAX_WAIT_S if self._n_places == 1 else MAX_BUILD_S
+
+    def _step_told(self, message: str) -> None:
+        self._relay(lambda: self._observer.step_told(message))
 
     def _trials(self, store: Store, splits: DataSplits, builder: DelegatingBuilder) -> Trials:
         spec = self._spec
@@ -276,33 +331,93 @@ class _Study:
         def has_budget() -> bool:
             return len(trials.rows) < budget.trials and self._spent_s() < budget.wall_clock_s
 
-        for trial in coordinator.trials(has_budget):
+        def size() -> int:
+            if trials.baseline is None:  # nothing can be compared yet
+                return 1
+            return min(self._n_at_once, budget.trials - len(trials.rows))
+
+        for batch in coordinator.batches(size, has_budget):
             if not has_budget():
-                return not trial.is_baseline
+                return not batch[0].is_baseline
             n_before = len(trials.rows)
-            coordinator.tell(trial, self._answer(trial, trials))
-            n_ruled_out = 0 if len(trials.rows) > n_before else n_ruled_out + 1
+            for trial, answer in self._answers(batch, trials):
+                coordinator.tell(trial, answer)
+                n_ruled_out = 0 if len(trials.rows) > n_before else n_ruled_out + 1
+                n_before = len(trials.rows)
             if n_ruled_out >= MAX_RULED_OUT:
                 self._note(f"the last {n_ruled_out} recipes were ruled out by estimate")
                 return True
         return True
 
-    def _answer(self, trial: Trial, trials: Trials) -> Answer:
-        """Of the log where it has the trial, else by running it."""
-        entry = trials.logged(trial)
+    def _answers(self, batch: Sequence[Trial], trials: Trials) -> Iterator[tuple[Trial, Answer]]:
+        """Of the log where it has the trials, else by running them; in their order."""
+        entries = {one.number: trials.logged(one) for one in batch}
+        ended: Iterator[Answer]
+        if len(batch) == 1:
+            ended = (self._answer(one, entries[one.number], trials) for one in batch)
+        else:
+            ended = self._answers_at_once(batch, entries, trials)
+        n_before = len(trials.rows)
+        for trial, answer in zip(batch, ended, strict=True):
+            if len(trials.rows) > n_before:
+                self._observer.trial_ended(trials.rows[-1], self._standing(trials))
+            n_before = len(trials.rows)
+            yield trial, answer
+
+    def _answer(self, trial: Trial, entry: Mapping[str, Any] | None, trials: Trials) -> Answer:
         if entry is not None:
             answer = trials.replay(entry)
-            self._start_s = self._options.clock() - entry["spent_s"]
+            self._go_on_at(entry["spent_s"])
+            return answer
+        self._began(trial, trials)
+        return trials.run(trial, self._climbed, self._spent_s)
+
+    def _answers_at_once(
+        self,
+        batch: Sequence[Trial],
+        entries: dict[int, Mapping[str, Any] | None],
+        trials: Trials,
+    ) -> Iterator[Answer]:
+        spent_s = [entry["spent_s"] for entry in entries.values() if entry is not None]
+        if spent_s:
+            self._go_on_at(max(spent_s))
+        given = trials.surroundings_of(batch, self._climbed)
+        todo = [
+            (one, met) for one, met in zip(batch, given, strict=True) if not entries[one.number]
+        ]
+
+        def run(trial: Trial, met: Met) -> Mapping[str, Any]:
+            self._relay(lambda: self._began(trial, trials))
+            ascent = trials.ascent(trial, met)
+            ended = ascent.run()
+            if self._is_stopped.is_set():
+                raise InterruptedError("the study is ending, and the trial failed of that perhaps")
+            return trials.log_end(trial, ascent, ended, self._spent_s())
+
+        jobs = [partial(run, trial, met) for trial, met in todo]
+        if self._n_places == 1:
+            made = [job() for job in jobs]
         else:
-            label = trials.builder.label(trial.recipe)
-            self._observer.trial_began(self._spec.budget.trials, label)
-            answer = trials.run(trial, self._climbed, self._spent_s)
-        if trials.climbs[-1].last is not Rung.ESTIMATED:
-            self._observer.trial_ended(trials.rows[-1], self._standing(trials))
-        return answer
+            made = at_once(jobs, self._turns, self._relay, self._stop)
+        entries |= {trial.number: entry for (trial, _), entry in zip(todo, made, strict=True)}
+        for trial in batch:
+            entry = entries[trial.number]
+            assert entry is not None
+            yield trials.conclude(trial, entry, batch[-1].number)
+
+    def _began(self, trial: Trial, trials: Trials) -> None:
+        self._observer.trial_began(self._spec.budget.trials, trials.builder.label(trial.recipe))
 
     def _climbed(self, rung: Rung) -> None:
-        self._observer.trial_climbed(rung.number, rung.title)
+        self._relay(lambda: self._observer.trial_climbed(rung.number, rung.title))
+
+    def _stop(self) -> None:
+        self._is_stopped.set()
+        for stop in self._stops:
+            stop()
+
+    def _go_on_at(self, spent_s: float) -> None:
+        self._start_s = self._options.clock() - spent_s
 
     def _standing(self, trials: Trials) -> Standing:
         rows = trials.rows
@@ -418,18 +533,6 @@ class _Study:
     def _note(self, message: str) -> None:
         self._notes.append(message)
         self._observer.note(message)
-
-
-@contextmanager
-def _measurer(spec: Spec, isolate: bool) -> Iterator[Measurer]:
-    """Of the target that the spec names: another machine by its agent, or this one."""
-    if spec.target.agent is not None:
-        yield RemoteMeasurer(spec.target.agent, _token(spec))
-    elif isolate:
-        with ChildMeasurer() as child:
-            yield child
-    else:
-        yield LocalMeasurer()
 
 
 def _token(spec: Spec) -> str:

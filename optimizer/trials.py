@@ -3,24 +3,26 @@ was killed goes on.
 
 The climbing is `optimizer.ascent`'s matter. A trial is written to the log when it has ended, with
 its answer, so that a study that is started again tells the search the same and decides the same,
-whatever else the store has learned in between.
+whatever else the store has learned in between. Trials of a batch all meet what there was before it,
+whichever of them ends first.
 """
 
 import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from optimizer.ascent import Ascent, Ended, Surroundings
 from optimizer.builder import Builder
 from optimizer.choice import ranked, value_of
 from optimizer.data.splits import Split
+from optimizer.errors import TechniqueFailed
 from optimizer.estimates import Estimates
 from optimizer.evaluator import Evaluator
 from optimizer.judgement import Judgement
-from optimizer.recipe import Recipe
+from optimizer.recipe import EFFORTS, Recipe
 from optimizer.result import Variant, variant_from_dict, variant_to_dict
 from optimizer.search import recovery
 from optimizer.search.coordinator import Answer, Trial
@@ -53,7 +55,8 @@ class Trials:
     epochs: float = 0.0
     trained: set[str] = field(default_factory=set)
     """Variants that trials share, whose epochs are counted."""
-    log: Sequence[Mapping[str, Any]] = ()
+    log: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    """Number of a trial → its entry."""
     baseline: StoredVariant | None = None
     """The first variant in the base's own precision that could be measured: what others are
     timed and compared with."""
@@ -65,7 +68,7 @@ class Trials:
 
     def recall(self) -> None:
         """Take this study's log from the store, and what others of the same base learned."""
-        self.log = self.builder.store.trials(self.study_id)
+        self.log = self.builder.store.numbered_trials(self.study_id)
         version = recovery.PROTOCOL_VERSION
         for _, serving, stored in self.builder.store.values(_RECOVERY, version):
             value: Any = stored
@@ -79,13 +82,42 @@ class Trials:
     ) -> Answer:
         """Build, measure and judge; returns what the search should learn from it. `spent_s` gives
         the seconds of the study so far."""
-        given = self.surroundings(climbed)
-        ascent = self.ascent(trial, given)
+        ascent = self.ascent(trial, self.surroundings(climbed))
         ended = ascent.run()
-        self._learn(trial.recipe, ascent, ended)
+        self._learn(trial.recipe, ended)
+        self.log_end(trial, ascent, ended, spent_s())
         self._take(ended, ascent.variant)
-        entry = self._entry(trial, ended, spent_s())
+        return ended.answer
+
+    def log_end(
+        self, trial: Trial, ascent: Ascent, ended: Ended, spent_s: float
+    ) -> Mapping[str, Any]:
+        """Write how a trial ended to the log; returns its entry."""
+        entry = _entry(trial, ended, _baseline_after(ascent, ended), spent_s)
         self.builder.store.log_trial(self.study_id, trial.number, entry)
+        return entry
+
+    def conclude(self, trial: Trial, entry: Mapping[str, Any], last: int) -> Answer:
+        """Learn from a trial of a batch that ended so, now or before; in the order of the trials.
+        `last` is the number of the batch's last one.
+
+        What several of them trained is counted once. One that failed at the same step as another
+        leaves no row: alone it wouldn't have been proposed.
+        """
+        ended = _ended_from(entry)
+        counted = self.trained & set(ended.trained)
+        if counted:
+            first = self.builder.epochs_first(trial.recipe)
+            twice = sum(first[variant_id] for variant_id in counted)
+            ended = replace(ended, epochs=ended.epochs - twice)
+        if ended.row is not None and ended.row.id in {row.id for row in self.rows}:
+            self.epochs += ended.epochs
+            return ended.answer
+        is_logged = entry is self.log.get(trial.number)
+        # Of the log's last batch the study may have been killed before it learned from it.
+        if not is_logged or max(self.log) <= last:
+            self._learn(trial.recipe, ended, again=is_logged)
+        self._take(ended, self._baseline_of(entry))
         return ended.answer
 
     def ascent(self, trial: Trial, given: Surroundings) -> Ascent:
@@ -100,41 +132,34 @@ class Trials:
         Where the log is of other trials from here on (the code has changed, or a file is gone),
         the study goes on under an id of its own, with the log so far.
         """
-        index = trial.number - 1
-        while index < len(self.log):
-            entry = self.log[index]
+        while (entry := self.log.get(trial.number)) is not None:
             if entry["recipe"] == recipe_key(trial.recipe) and self._has_baseline(entry):
                 return entry
-            self._fork(index)
+            self._fork(trial.number - 1)
         return None
 
     def replay(self, entry: Mapping[str, Any]) -> Answer:
         """Take a logged end instead of running the trial."""
-        row = entry["row"]
-        ended = Ended(
-            Answer(**entry["answer"]),
-            _climb_from(entry["climb"]),
-            None if row is None else variant_from_dict(row),
-            entry["epochs"],
-            trained=tuple(entry.get("trained", ())),
-        )
-        baseline = self.builder.store.find(entry["baseline"]) if entry["baseline"] else None
-        self._take(ended, baseline)
+        ended = _ended_from(entry)
+        self._take(ended, self._baseline_of(entry))
         return ended.answer
+
+    def _baseline_of(self, entry: Mapping[str, Any]) -> StoredVariant | None:
+        return self.builder.store.find(entry["baseline"]) if entry["baseline"] else None
 
     def _has_baseline(self, entry: Mapping[str, Any]) -> bool:
         """Nothing can be compared with a baseline whose files are gone."""
         return not entry["baseline"] or self.builder.store.find(entry["baseline"]) is not None
 
     def _fork(self, n_kept: int) -> None:
-        kept = self.log[:n_kept]
+        kept = {number: entry for number, entry in self.log.items() if number <= n_kept}
         content = f"{self.study_id} after {n_kept}"
         self.study_id = hashlib.sha256(content.encode()).hexdigest()
         store = self.builder.store
         # Whole even where a fork was killed while it copied: what is there already stays.
-        for number, entry in enumerate(kept, 1):
+        for number, entry in kept.items():
             store.log_trial(self.study_id, number, entry)
-        self.log = store.trials(self.study_id)
+        self.log = store.numbered_trials(self.study_id)
 
     def quality_of(self, variant: StoredVariant, split: Split) -> Quality:
         """How well it does on the split against the baseline."""
@@ -157,6 +182,32 @@ class Trials:
             trained=frozenset(self.trained),
         )
 
+    def surroundings_of(
+        self, batch: Sequence[Trial], climbed: Callable[[Rung], None] = lambda _rung: None
+    ) -> list[Surroundings]:
+        """What each trial of a batch meets. Of a budget of epochs each has what those before it in
+        the batch can't spend."""
+        given = self.surroundings(climbed)
+        found = []
+        for trial in batch:
+            found.append(given)
+            spent = given.epochs_spent + self._most_epochs(trial.recipe)
+            given = replace(given, epochs_spent=spent)
+        return found
+
+    def _most_epochs(self, recipe: Recipe) -> float:
+        """That a trial of the recipe can spend; of no interest where there is no limit."""
+        if self.spec.budget.training_epochs is None:
+            return 0.0
+        try:
+            first = self.builder.epochs_first(recipe)
+            wanted = sum(epochs for one, epochs in first.items() if one not in self.trained)
+            if recipe.trains:
+                wanted += sum(self.builder.epochs(recipe.with_effort(one)) for one in EFFORTS[1:])
+        except TechniqueFailed:
+            return 0.0
+        return wanted
+
     def _take(self, ended: Ended, variant: StoredVariant | None) -> None:
         self.climbs.append(ended.climb)
         self.epochs += ended.epochs
@@ -166,34 +217,63 @@ class Trials:
             if self.baseline is None and ended.row.service_times:
                 self.baseline = variant
 
-    def _learn(self, recipe: Recipe, ascent: Ascent, ended: Ended) -> None:
-        """Keep what later trials and studies can learn from this one."""
-        if ended.row is not None and ended.row.service_times and self.estimates is not None:
-            self.estimates.learn(recipe, ended.row)
-        if ended.recovery is None or ascent.variant is None:
+    def _learn(self, recipe: Recipe, ended: Ended, again: bool = False) -> None:
+        """Keep what later trials and studies can learn from this one; `again` where it may have
+        been kept before."""
+        if ended.row is None:
             return
-        self.recoveries.append(ended.recovery)
+        if ended.row.service_times and self.estimates is not None:
+            self.estimates.learn(recipe, ended.row)
+        if ended.recovery is None:
+            return
         serving = {"base": self.builder.base.digest}
         machine, version = self.evaluator.machine, recovery.PROTOCOL_VERSION
-        key = Key(ascent.variant.id, machine, _RECOVERY, version, serving)
-        if self.builder.store.recorded(key) is None:
+        key = Key(ended.row.id, machine, _RECOVERY, version, serving)
+        is_new = self.builder.store.recorded(key) is None
+        if is_new or not again:
+            self.recoveries.append(ended.recovery)
+        if is_new:
             self.builder.store.record(key, ended.recovery.to_dict())
 
-    def _entry(self, trial: Trial, ended: Ended, spent_s: float) -> dict[str, Any]:
-        answer = asdict(ended.answer)
-        if answer["constraints"] is not None:
-            answer["constraints"] = dict(answer["constraints"])
-        return {
-            "recipe": recipe_key(trial.recipe),
-            "decisions": dict(trial.decisions.values),
-            "answer": answer,
-            "climb": _climb_to(ended.climb),
-            "row": None if ended.row is None else variant_to_dict(ended.row),
-            "epochs": ended.epochs,
-            "trained": list(ended.trained),
-            "baseline": self.baseline.id if self.baseline else "",
-            "spent_s": spent_s,
-        }
+
+def _baseline_after(ascent: Ascent, ended: Ended) -> StoredVariant | None:
+    """The first that could be measured is the baseline."""
+    if ascent.given.baseline is None and ended.row is not None and ended.row.service_times:
+        return ascent.variant
+    return ascent.given.baseline
+
+
+def _entry(
+    trial: Trial, ended: Ended, baseline: StoredVariant | None, spent_s: float
+) -> dict[str, Any]:
+    answer = asdict(ended.answer)
+    if answer["constraints"] is not None:
+        answer["constraints"] = dict(answer["constraints"])
+    recovered = {} if ended.recovery is None else {"recovery": ended.recovery.to_dict()}
+    return {
+        "recipe": recipe_key(trial.recipe),
+        "decisions": dict(trial.decisions.values),
+        "answer": answer,
+        "climb": _climb_to(ended.climb),
+        "row": None if ended.row is None else variant_to_dict(ended.row),
+        "epochs": ended.epochs,
+        "trained": list(ended.trained),
+        "baseline": baseline.id if baseline is not None else "",
+        "spent_s": spent_s,
+        **recovered,
+    }
+
+
+def _ended_from(entry: Mapping[str, Any]) -> Ended:
+    row, recovered = entry["row"], entry.get("recovery")
+    return Ended(
+        Answer(**entry["answer"]),
+        _climb_from(entry["climb"]),
+        None if row is None else variant_from_dict(row),
+        entry["epochs"],
+        None if recovered is None else RecoveryRecord.from_dict(recovered),
+        tuple(entry.get("trained", ())),
+    )
 
 
 def recipe_key(recipe: Recipe) -> list[Any]:

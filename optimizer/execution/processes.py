@@ -23,6 +23,7 @@ from optimizer.errors import TechniqueFailed
 from optimizer.execution import Json
 from optimizer.execution.calls import error_from
 from optimizer.measuring import Measurer
+from optimizer.measuring.cores import MAX_WAIT_S
 from optimizer.telling import Tell, untold
 from serve.machine import Machine
 
@@ -42,6 +43,9 @@ class ProcessExecutor:
     measurer: Measurer
     tell: Tell = untold
     """Hears how far a long step has come, in the thread that builds."""
+    threads: int | None = None
+    """That libraries compute with, where OMP_NUM_THREADS doesn't say otherwise already; None: as
+    many as they like."""
     max_build_s: float = MAX_BUILD_S
     program: tuple[str, ...] = (sys.executable, "-P", "-m", "optimizer.execution.worker")
     _worker: "_Worker | None" = field(default=None, init=False)
@@ -50,7 +54,7 @@ class ProcessExecutor:
         """Start the worker and wait until it can build. Raises SpecInvalid where model or data
         can't be used."""
         if self._worker is None:
-            self._worker = _Worker(self.program)
+            self._worker = _Worker(self.program, self.threads)
             try:
                 self._told(self._worker, self.setup, "the model")
             except BaseException:
@@ -89,7 +93,8 @@ class WorkerLost(Exception):
 class _Worker:
     """The process, a thread that reads its answers, and the file of its standard error."""
 
-    def __init__(self, program: tuple[str, ...]) -> None:
+    def __init__(self, program: tuple[str, ...], threads: int | None) -> None:
+        limited = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         lifeline, self._lifeline = os.pipe()
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in stop
         try:
@@ -99,6 +104,7 @@ class _Worker:
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
                 text=True,
+                env={**limited, **os.environ},
                 pass_fds=[lifeline],
                 start_new_session=True,
             )
@@ -162,14 +168,20 @@ class _Worker:
 
 
 def setup_of(
-    spec: Path, store: str | Path, artifacts: Path | None, machine: Machine
+    spec: Path,
+    store: str | Path,
+    artifacts: Path | None,
+    machine: Machine,
+    max_wait_s: float = MAX_WAIT_S,
 ) -> Mapping[str, Json]:
-    """What a worker is told first; `machine` is the target."""
+    """What a worker is told first; `machine` is the target, `max_wait_s` how long it waits for the
+    cores."""
     return {
         "spec": str(spec),
         "store": str(store),
         "artifacts": None if artifacts is None else str(artifacts),
         "machine": machine.to_dict(),
+        "max_wait_s": max_wait_s,
     }
 
 

@@ -42,7 +42,8 @@ def main(lifeline: int) -> int:
 def _serve(requests: TextIO, answers: TextIO) -> int:
     tell = Seldom(lambda message: _say(answers, {"told": message}), TELL_EVERY_S)
     try:
-        builder = _builder(json.loads(next(requests)), tell)
+        given = json.loads(next(requests))
+        builder = _builder(given, tell)
     except StopIteration:
         return 0
     except Exception as error:  # noqa: BLE001 - the process boundary: told to whoever asked
@@ -50,13 +51,13 @@ def _serve(requests: TextIO, answers: TextIO) -> int:
         return 1
     _say(answers, {"answer": "ready"})
     for line in requests:
-        _say(answers, _answered(builder, json.loads(line)))
+        _say(answers, _answered(builder, json.loads(line), given["max_wait_s"]))
     return 0
 
 
-def _answered(builder: Any, request: Mapping[str, Any]) -> Mapping[str, Any]:
+def _answered(builder: Any, request: Mapping[str, Any], max_wait_s: float) -> Mapping[str, Any]:
     try:
-        with building():
+        with building(max_wait_s=max_wait_s):
             return {"answer": answer(builder, request["call"], request["arguments"])}
     except Exception as error:  # noqa: BLE001 - as above
         return {"error": error_to(error)}

@@ -22,7 +22,7 @@ from typing import IO, Self
 from optimizer.errors import MeasurerUnavailable
 from optimizer.measuring import Batch, ContenderFailed
 from optimizer.measuring.calls import EXCLUSIVE, Call, Caller, Named, header_of
-from optimizer.measuring.cores import building, measuring_cores
+from optimizer.measuring.cores import MAX_WAIT_S, building, measuring_cores
 from optimizer.measuring.frames import Frame, FrameInvalid, encode, read
 from optimizer.timing import Contender
 from serve.machine import Machine, allowed_cpus, this_machine
@@ -37,10 +37,17 @@ _PIECE = 1 << 20
 
 class ChildMeasurer(Caller):
     """Close it after use. `max_call_s` is the time of one call, beyond its own `seconds`, until the
-    child is taken to hang; waiting for the cores doesn't count."""
+    child is taken to hang; waiting for the cores, for `max_wait_s` at most, doesn't count."""
 
-    def __init__(self, *, max_call_s: float = MAX_CALL_S, takes_cores: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        max_call_s: float = MAX_CALL_S,
+        takes_cores: bool = True,
+        max_wait_s: float = MAX_WAIT_S,
+    ) -> None:
         self._max_call_s = max_call_s
+        self._max_wait_s = max_wait_s
         self._takes_cores = takes_cores
         self._worker: _Worker | None = None
         self._stopped = threading.Event()
@@ -102,8 +109,8 @@ class ChildMeasurer(Caller):
             return nullcontext()
         if call.name in EXCLUSIVE:
             n = min(call.n_cores, len(allowed_cpus()))
-            return measuring_cores(n, gives_up=self._stopped.is_set)
-        return building(gives_up=self._stopped.is_set)
+            return measuring_cores(n, max_wait_s=self._max_wait_s, gives_up=self._stopped.is_set)
+        return building(max_wait_s=self._max_wait_s, gives_up=self._stopped.is_set)
 
 
 class _Worker:

@@ -3,12 +3,14 @@
 The guide proposes, or one of Optuna's samplers, which is used by ask and tell in this one place.
 Constraints are soft for both, so what breaks one is filtered by whoever chooses, too. Nothing is
 kept of either: given the same seed and the same answers they propose the same again, which is how a
-study resumes.
+study resumes. Trials come in batches, whose members are proposed before any of them is answered:
+what they are depends on the answers before the batch, not on who is done first.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import optuna
@@ -78,19 +80,33 @@ class Coordinator:
         self._constraints: set[str] = set()
         self._answers: dict[str, Answer] = {}
         self._failed: set[str] = set()
+        self._open: dict[str, list[Any]] = {}
+        """Trials that aren't told yet → Optuna's trials that were found to be the same."""
         self._n_trials = 0
 
     def trials(self, goes_on: Callable[[], bool] = lambda: True) -> Iterator[Trial]:
-        """The trials, one after the other; each must be told before the next is drawn. Ends when
-        the space is exhausted, and after the baselines when `goes_on` says no: to draw a proposal
-        may mean to build what its last choices depend on, which takes minutes."""
+        """As `batches` of one."""
+        for [trial] in self.batches(lambda: 1, goes_on):
+            yield trial
+
+    def batches(
+        self, size: Callable[[], int], goes_on: Callable[[], bool] = lambda: True
+    ) -> Iterator[Sequence[Trial]]:
+        """The trials, up to `size` at once, at least one; all of a batch must be told, in their
+        order, before the next is drawn. No proposal is in a batch with baselines: it is to know
+        them all. Ends when the space is exhausted, and after the baselines when `goes_on` says no:
+        to draw a proposal may mean to build what its last choices depend on, which takes
+        minutes."""
+        for phase in (self._baselines(), self._while(goes_on, self._proposals())):
+            while batch := list(islice(phase, max(1, size()))):
+                yield batch
+
+    def _baselines(self) -> Iterator[Trial]:
         for decisions in baselines(self._landscape, self._starts_from):
             yield from self._enqueued(decisions.values, is_baseline=True)
-        proposals = self._proposals()
-        while goes_on():
-            trial = next(proposals, None)
-            if trial is None:
-                return
+
+    def _while(self, goes_on: Callable[[], bool], trials: Iterator[Trial]) -> Iterator[Trial]:
+        while goes_on() and (trial := next(trials, None)) is not None:
             yield trial
 
     def _proposals(self) -> Iterator[Trial]:
@@ -105,20 +121,22 @@ class Coordinator:
             yield from self._proposed()
 
     def tell(self, trial: Trial, answer: Answer) -> None:
-        self._answers[self._key(trial.decisions)] = answer
+        key = self._key(trial.decisions)
+        self._answers[key] = answer
         if answer.failed_id:
             self._failed.add(answer.failed_id)
         self._constraints |= set(answer.constraints or ())
         if self._guide is not None:
             self._guide.tell(trial.decisions.values, answer.value, answer.constraints or {})
-        self._tell(trial.handle, answer)
+        for handle in (trial.handle, *self._open.pop(key, ())):
+            self._tell(handle, answer)
 
     def _guided(self, guide: Guide) -> Iterator[Trial]:
         """The guide's proposals, as long as it finds any that weren't tried."""
         n_trials = -1
         while n_trials < self._n_trials:
             n_trials = self._n_trials
-            found = guide.proposal(lambda one: self._known(one) is not None)
+            found = guide.proposal(self._is_taken)
             if found is not None:
                 yield from self._enqueued(found.values)
 
@@ -137,15 +155,26 @@ class Coordinator:
             yield trial
 
     def _ask(self, is_baseline: bool) -> Trial | None:
-        """The next trial, or None where its recipe was tried: then Optuna gets the same answer."""
+        """The next trial, or None where its recipe was tried, or is under way: then Optuna gets
+        the same answer."""
         handle = self._study.ask()
         decisions = walk(self._landscape, self._starts_from, _by_optuna(handle))
         known = self._known(decisions)
         if known is not None:
             self._tell(handle, known)
             return None
+        key = self._key(decisions)
+        if key in self._open:
+            self._open[key].append(handle)
+            return None
+        self._open[key] = []
+        if self._guide is not None:
+            self._guide.begin(decisions.values)
         self._n_trials += 1
         return Trial(self._n_trials, decisions, is_baseline, handle)
+
+    def _is_taken(self, decisions: Decisions) -> bool:
+        return self._known(decisions) is not None or self._key(decisions) in self._open
 
     def _known(self, decisions: Decisions) -> Answer | None:
         if not self._failed.isdisjoint(self._identify(decisions.recipe)):

@@ -3,8 +3,10 @@
 One surrogate predicts the logarithm of the objective, one more each constraint; of a pool of
 recipes that weren't tried, random ones and neighbours of the best, it takes the one with the
 highest expected improvement times the chance to keep all constraints (Gardner et al. 2014,
-"Bayesian Optimization with Inequality Constraints"). It holds no randomness of its own: equal
-seed and answers give equal proposals.
+"Bayesian Optimization with Inequality Constraints"). What was proposed and isn't answered yet
+counts as it is predicted (Ginsbourger et al. 2010, "Kriging is well-suited to parallelize
+optimization", the kriging believer), so that several can be tried at once. It holds no randomness
+of its own: equal seed, answers and open proposals give equal proposals.
 """
 
 import math
@@ -55,6 +57,8 @@ class Guide:
     starts_from: Kind
     seed: int
     _seen: list[Seen] = field(default_factory=list)
+    _open: list[Mapping[str, Value]] = field(default_factory=list)
+    """Decisions of trials that are under way, in their order."""
     _scales: dict[str, Distribution] = field(default_factory=dict)
     """Decision → its distribution, as walks come by it."""
 
@@ -66,15 +70,40 @@ class Guide:
         known = objective if objective is not None and 0 < objective < math.inf else None
         limited = {name: float(np.clip(v, -1.0, WORST)) for name, v in constraints.items()}
         self._seen.append(Seen(values, known, limited))
+        if values in self._open:
+            self._open.remove(values)
+
+    def begin(self, values: Mapping[str, Value]) -> None:
+        """A trial of these decisions is under way: until it is told, its prediction counts."""
+        self._open.append(values)
 
     def proposal(self, is_known: Callable[[Decisions], bool]) -> Decisions | None:
         """The best of the pool; None where all of it was tried, or failed to be built so far."""
-        rng = np.random.default_rng([self.seed, len(self._seen)])
+        rng = np.random.default_rng([self.seed, len(self._seen) + len(self._open)])
         pool = self._pool(rng, is_known)
         if not pool:
             return None
-        scores = self._scores([self._point(decisions.values) for decisions in pool])
+        seen = [*self._seen, *self.believed()]
+        scores = self._scores([self._point(decisions.values) for decisions in pool], seen)
         return pool[int(np.argmax(scores))]
+
+    def believed(self) -> list[Seen]:
+        """What is predicted of the open trials, from what was seen."""
+        if not self._open:
+            return []
+        points = [self._point(values) for values in self._open]
+        objectives: list[float | None] = [None] * len(points)
+        objective = self._objective(self._seen)
+        if objective is not None:
+            objectives = [math.exp(mean) for mean in objective.predict(points)[0]]
+        constraints = {
+            name: surrogate.predict(points)[0]
+            for name, surrogate in self._constraints(self._seen).items()
+        }
+        return [
+            Seen(values, objectives[i], {name: float(one[i]) for name, one in constraints.items()})
+            for i, values in enumerate(self._open)
+        ]
 
     # --- the pool
 
@@ -82,7 +111,8 @@ class Guide:
         self, rng: np.random.Generator, is_known: Callable[[Decisions], bool]
     ) -> list[Decisions]:
         found: dict[tuple[tuple[str, Value], ...], Decisions] = {}
-        best = sorted(self._complete(), key=lambda seen: (seen.excess, seen.objective or 0.0))
+        measured = [seen for seen in self._seen if seen.objective is not None]
+        best = sorted(measured, key=lambda seen: (seen.excess, seen.objective or 0.0))
         parents = islice(cycle(best[:N_PARENTS]), N_NEIGHBOURS)
         for choose in (
             *(self._random(rng) for _ in range(N_RANDOM)),
@@ -93,9 +123,6 @@ class Guide:
             if key not in found and not is_known(decisions):
                 found[key] = decisions
         return list(found.values())
-
-    def _complete(self) -> list[Seen]:
-        return [seen for seen in self._seen if seen.objective is not None]
 
     def _random(self, rng: np.random.Generator) -> Chooser:
         def choose(name: str, distribution: Distribution) -> Value:
@@ -120,31 +147,51 @@ class Guide:
 
     # --- the scores
 
-    def _scores(self, points: Sequence[Point]) -> Floats:
+    def _scores(self, points: Sequence[Point], seen: Sequence[Seen]) -> Floats:
         """Logarithm of the expected improvement, plus that of the chance to keep everything."""
-        complete = self._complete()[-MAX_FITTED:]
-        feasible = [seen.objective for seen in complete if seen.excess <= 0 and seen.objective]
         scores = np.zeros(len(points))
-        if complete:
-            logs = [math.log(seen.objective or 1.0) for seen in complete]
-            surrogate = fitted([self._point(seen.values) for seen in complete], logs)
-            best = math.log(min(feasible)) if feasible else max(logs)
-            scores += _log_improvement(surrogate, points, best)
-        for name in sorted({name for seen in self._seen for name in seen.constraints}):
-            told = [seen for seen in self._seen if name in seen.constraints][-MAX_FITTED:]
-            excesses = [seen.constraints[name] for seen in told]
-            if max(excesses) <= 0:
-                continue  # nothing says that it can be broken
-            surrogate = fitted([self._point(seen.values) for seen in told], excesses)
+        objective = self._objective(seen)
+        if objective is not None:
+            scores += _log_improvement(objective, points, _best(_complete(seen)))
+        for surrogate in self._constraints(seen).values():
             mean, spread = surrogate.predict(points)
             scores += log_ndtr(-mean / spread)
         return scores
+
+    def _objective(self, seen: Sequence[Seen]) -> Surrogate | None:
+        """Of the objective's logarithm; None while nothing is known of it."""
+        complete = _complete(seen)
+        if not complete:
+            return None
+        logs = [math.log(one.objective or 1.0) for one in complete]
+        return fitted([self._point(one.values) for one in complete], logs)
+
+    def _constraints(self, seen: Sequence[Seen]) -> dict[str, Surrogate]:
+        """Of those that can be broken, for all that was seen: others say nothing."""
+        found = {}
+        for name in sorted({name for one in seen for name in one.constraints}):
+            told = [one for one in seen if name in one.constraints][-MAX_FITTED:]
+            excesses = [one.constraints[name] for one in told]
+            if max(excesses) > 0:
+                found[name] = fitted([self._point(one.values) for one in told], excesses)
+        return found
 
     def _point(self, values: Mapping[str, Value]) -> Point:
         return {
             name: _scaled(self._scales[name], value) if name in self._scales else str(value)
             for name, value in values.items()
         }
+
+
+def _complete(seen: Sequence[Seen]) -> list[Seen]:
+    """The latest of which the objective is known."""
+    return [one for one in seen if one.objective is not None][-MAX_FITTED:]
+
+
+def _best(complete: Sequence[Seen]) -> float:
+    """The logarithm to improve on: the lowest that keeps all constraints, else the highest."""
+    kept = [math.log(one.objective) for one in complete if one.excess <= 0 and one.objective]
+    return min(kept) if kept else max(math.log(one.objective or 1.0) for one in complete)
 
 
 def _log_improvement(surrogate: Surrogate, points: Sequence[Point], best: float) -> Floats:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -33,7 +33,7 @@ _HEX = frozenset("0123456789abcdef")
 
 
 class Store:
-    """Used from one thread; several processes may have it open.
+    """Used from one thread at a time; several processes may have it open.
 
     Every method raises StoreInvalid where the database fails (disk full, server gone). What was
     written when a method returns survives the process.
@@ -221,14 +221,19 @@ class Store:
 
     def trials(self, study_id: str) -> tuple[Mapping[str, Any], ...]:
         """The entries of a study's trials from 1 up to where the first one is missing."""
+        found = self.numbered_trials(study_id)
+        return tuple(found[number] for number in takewhile(found.__contains__, count(1)))
+
+    def numbered_trials(self, study_id: str) -> Mapping[int, Mapping[str, Any]]:
+        """The entries of all of a study's trials, by their numbers and in their order. Of trials
+        that ran at once when the study was killed, some may be missing."""
         query = (
             select(trials.c.number, trials.c.entry)
             .where(trials.c.study_id == study_id)
             .order_by(trials.c.number)
         )
         with self._database.connected() as connection:
-            numbered = zip(count(1), connection.execute(query), strict=False)
-            return tuple(json.loads(row.entry) for n, row in numbered if row.number == n)
+            return {row.number: json.loads(row.entry) for row in connection.execute(query)}
 
     def _trial(self, study_id: str, number: int) -> str | None:
         row = self._first(

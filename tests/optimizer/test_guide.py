@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import check_grad
 
 from optimizer.recipe import Recipe, Traits
-from optimizer.search.guide import Guide
+from optimizer.search.guide import Guide, _drawn
 from optimizer.search.landscape import Decisions, Option, walk
 from optimizer.search.surrogate import Point, _parts, _Posterior, fitted
 from optimizer.space import Categorical, Number, Value
@@ -157,4 +157,70 @@ def test_guide_proposes_nothing_when_all_was_tried() -> None:
 def test_guide_goes_on_when_nothing_could_be_measured_yet() -> None:
     guide = Guide(landscape, Kind.TORCH, 0)
     guide.tell({"narrow": "none"}, None, {})
+    assert guide.proposal(lambda _decisions: False) is not None
+
+
+def told(guide: Guide, n: int) -> list[Decisions]:
+    """Random trials that the guide is told."""
+    rng = np.random.default_rng(7)
+    tried = []
+    for _ in range(n):
+        one = walk(landscape, Kind.TORCH, lambda _name, given: _drawn(given, rng))
+        guide.tell(one.values, cost(one), {"drop": drop(one)})
+        tried.append(one)
+    return tried
+
+
+def proposed(guide: Guide, taken: list[Decisions]) -> Decisions:
+    values = [one.values for one in taken]
+    found = guide.proposal(lambda one: one.values in values)
+    assert found is not None
+    return found
+
+
+def test_trial_under_way_counts_as_the_guide_predicts_it() -> None:
+    open_one, answered, ignorant = (Guide(landscape, Kind.TORCH, 0) for _ in range(3))
+    for guide in (open_one, answered, ignorant):
+        tried = told(guide, 30)
+    dear = walk(landscape, Kind.TORCH, lambda _name, given: given.default)
+    open_one.begin(dear.values)
+    [belief] = open_one.believed()
+    answered.tell(dear.values, belief.objective, belief.constraints)
+    ignorant.tell(dear.values, 1e-3, {"drop": -1.0})
+
+    taken = [*tried, dear]
+    ours, theirs, others = (
+        proposed(guide, taken).values for guide in (open_one, answered, ignorant)
+    )
+    assert ours == theirs != others
+
+
+def test_belief_is_near_the_truth_where_much_was_seen() -> None:
+    guide = Guide(landscape, Kind.TORCH, 0)
+    tried = told(guide, 60)
+    one = proposed(guide, tried)
+    guide.begin(one.values)
+    [believed] = guide.believed()
+    assert believed.objective == pytest.approx(cost(one), rel=0.3)
+    assert believed.constraints["drop"] == pytest.approx(drop(one), abs=0.3)
+
+
+def test_belief_ends_with_the_answer() -> None:
+    began, plain = (Guide(landscape, Kind.TORCH, 0) for _ in range(2))
+    tried = told(began, 12)
+    told(plain, 12)
+    first = proposed(began, tried)
+    began.begin(first.values)
+    for guide in (began, plain):
+        guide.tell(first.values, 0.2, {"drop": -0.5})
+    assert began.believed() == []
+    taken = [*tried, first]
+    assert proposed(began, taken).values == proposed(plain, taken).values
+
+
+def test_guide_believes_nothing_of_figures_that_nobody_has_seen() -> None:
+    guide = Guide(landscape, Kind.TORCH, 0)
+    guide.begin({"narrow": "none"})
+    [believed] = guide.believed()
+    assert (believed.objective, believed.constraints) == (None, {})
     assert guide.proposal(lambda _decisions: False) is not None

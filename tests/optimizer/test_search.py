@@ -403,3 +403,79 @@ def test_export_is_left_out_only_when_an_engine_takes_what_there_is() -> None:
     exported = [str(decisions.recipe) for decisions in baselines(landscape, Kind.TORCH)]
     assert set(found) == {*exported, "torch_compilation (engine torch)"}
     assert found[0] == exported[0]
+
+
+# --- batches
+
+
+def in_batches(
+    n_trials: int, size: int, sampler: str = "gp", given: Landscape = structural
+) -> list[list[Trial]]:
+    """Trials in batches, told in their order when all of a batch are drawn."""
+    coordinator = Coordinator(given, Kind.TORCH, identify, 0, sampler)
+    batches: list[list[Trial]] = []
+
+    def room() -> int:
+        return min(size, n_trials - sum(map(len, batches)))
+
+    for batch in coordinator.batches(room, lambda: room() > 0):
+        batches.append(list(batch))
+        for trial in batch:
+            coordinator.tell(trial, Answer(cost_of(trial)))
+    return batches
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe", "random", "nsga2", "grid"])
+def test_batches_are_distinct_recipes_and_the_same_again(sampler: str) -> None:
+    first, again = (in_batches(29, 4, sampler) for _ in range(2))
+    recipes = [trial.recipe for batch in first for trial in batch]
+    assert recipes == [trial.recipe for batch in again for trial in batch]
+    assert [len(batch) for batch in first] == [4, 1, *[4] * 6]
+    assert len(set(recipes)) == 29
+    assert [trial.number for batch in first for trial in batch] == list(range(1, 30))
+
+
+def test_batch_has_baselines_or_proposals_but_not_both() -> None:
+    kinds = [{trial.is_baseline for trial in batch} for batch in in_batches(29, 4)]
+    assert kinds == [{True}, {True}, *[{False}] * 6]
+
+
+def test_batches_of_one_are_the_trials_one_after_the_other() -> None:
+    singles = [trial.recipe for [trial] in in_batches(20, 1, given=landscape)]
+    assert singles == [trial.recipe for trial in run(20)]
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe", "random", "nsga2", "grid"])
+def test_larger_batch_begins_with_the_smaller_one_after_the_same_answers(sampler: str) -> None:
+    """So a study whose budget cut a batch short goes on with the rest of it."""
+    short, long = (in_batches(n, 6, sampler) for n in (13, 16))
+    assert [len(batch) for batch in (*short, *long)] == [5, 6, 2, 5, 6, 5]
+    begun = [trial.recipe for trial in short[-1]]
+    assert begun == [trial.recipe for trial in long[-1]][:2]
+
+
+def test_proposals_of_a_batch_know_of_each_other() -> None:
+    """Without belief in what is under way, it would be the neighbours of one point."""
+    alone = [trial.recipe for trial in run(12, given=structural)]
+    [_, *proposals] = in_batches(12, 7)
+    assert proposals[0][0].recipe == alone[5]
+    assert proposals[0][1].recipe not in alone[5:6]
+
+
+def test_search_in_batches_comes_near_the_optimum_as_well() -> None:
+    trials = [trial for batch in in_batches(45, 4, given=landscape) for trial in batch]
+    assert min(cost_of(trial) for trial in trials) < 1.1
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_sampler_learns_an_answer_once_for_all_that_it_proposed_meanwhile(sampler: str) -> None:
+    """In a space that is nearly spent, most of a batch's proposals are under way already."""
+
+    def small(recipe: Recipe) -> Sequence[Option]:
+        return [
+            Option(o.traits, {k: v for k, v in o.space.items() if isinstance(v, Categorical)})
+            for o in landscape(recipe)
+        ]
+
+    trials = [trial for batch in in_batches(40, 5, sampler, small) for trial in batch]
+    assert len({trial.recipe for trial in trials}) == len(trials) == 7

@@ -143,7 +143,7 @@ def test_fork_is_whole_when_it_was_killed_while_it_was_made(
 
         assert again.study_id == whole.study_id
         assert store.trials(again.study_id) == kept
-        assert again.log == kept
+        assert again.log == dict(enumerate(kept, 1))
 
 
 def test_study_is_forked_when_the_baseline_of_the_log_is_gone(
@@ -154,7 +154,7 @@ def test_study_is_forked_when_the_baseline_of_the_log_is_gone(
         again = recalled(lived, spec, store)
         assert again.logged(trial_of(1, lived.recipes[0])) is None
         assert again.study_id != "study"
-        assert again.log == ()
+        assert again.log == {}
 
 
 def test_row_with_infinite_values_survives_the_log(lived: Lived, tmp_path: Path) -> None:
