@@ -385,6 +385,8 @@ class TrainingSpec(Strict):
     patience: int = Field(default=0, ge=0, le=1000)
     """Epochs without a better loss on a held-out part of train after which training ends, with the
     best epoch's weights; 0 for all epochs."""
+    reconstruction_samples: int = Field(default=512, ge=0, le=1_000_000)
+    """Of train, to which recovery fits layers that read less than before; 0 for none."""
     losses: Annotated[
         tuple[Literal["answers", "dist", "attention", "feature", "relational"], ...],
         BeforeValidator(listed),

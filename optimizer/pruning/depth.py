@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from optimizer.pruning.graph import Trace, layers_of, operator, shape_of
-from optimizer.pruning.importance import first_output
+from optimizer.pruning.outputs import first_output
 
 _LISTS = (nn.Sequential, nn.ModuleList)
 _MIXING = ("conv", "linear", "matmul", "bmm", "mm", "scaled_dot", "embedding")

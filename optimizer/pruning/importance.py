@@ -8,7 +8,6 @@ What is done with scores is for `optimizer.pruning.allocation`.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,9 @@ from torch import nn
 
 from optimizer.pruning.graph import named_tensors
 from optimizer.pruning.groups import Group, Place
+from optimizer.pruning.outputs import first_output
 from optimizer.pruning.scales import norm_scales
+from optimizer.pruning.surgeon import costs_of_going
 
 Scores = NDArray[np.float64]
 """[unit] of a group, in its order: at least 0, the least important first to go."""
@@ -139,6 +140,13 @@ def taylor(module: nn.Module, groups: Sequence[Group], samples: Samples) -> list
     return [total / max(1, n_batches) for total in sums]
 
 
+def surgeon(module: nn.Module, groups: Sequence[Group], samples: Samples) -> list[Scores]:
+    """What the squared error of the outputs grows by when the units that stay make up for it
+    (Kurtic et al. 2023, "ZipLM"; `optimizer.pruning.surgeon`)."""
+    batches = [one.inputs for one in _batches(samples)]
+    return costs_of_going(module, groups, batches, samples.seed)
+
+
 def chance(module: nn.Module, groups: Sequence[Group], samples: Samples) -> list[Scores]:
     """Uniform numbers, by the seed: a control."""
     rng = np.random.default_rng(samples.seed)
@@ -152,6 +160,7 @@ CRITERIA: Mapping[str, Criterion] = {
     "bn_scale": batch_norm_scale,
     "lamp": lamp,
     "fpgm": geometric_median,
+    "obs": surgeon,
     "random": chance,
 }
 
@@ -229,11 +238,3 @@ def _loss(module: nn.Module, batch: Samples) -> torch.Tensor:
     if int(labels.max()) >= outputs.shape[1]:
         return outputs.square().sum() / 2
     return nn.functional.cross_entropy(outputs, labels)
-
-
-def first_output(outputs: Any) -> torch.Tensor:
-    """The first of what `forward` returned."""
-    while not isinstance(outputs, torch.Tensor):
-        values = outputs.values() if isinstance(outputs, Mapping) else outputs
-        outputs = next(iter(values))
-    return outputs

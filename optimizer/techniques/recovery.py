@@ -1,7 +1,8 @@
-"""Recovery: a changed network's accuracy won back, by recalibration and then by training.
+"""Recovery: a changed network's accuracy won back, by solving what can be solved, then by training.
 
-Batch normalization's statistics are taken anew, then the network is trained with the study's base
-as teacher. How it learns is `optimizer.training.lesson`'s.
+Layers that read less than before are fitted to what they gave, batch normalization's statistics are
+taken anew, then the network is trained with the study's base as teacher. How it learns is
+`optimizer.training.lesson`'s.
 """
 
 # ruff: noqa: ARG002  every technique takes what the contract passes
@@ -9,17 +10,19 @@ as teacher. How it learns is `optimizer.training.lesson`'s.
 from pathlib import Path
 
 from optimizer.recipe import Needs, Traits
-from optimizer.space import Parameters, Space
+from optimizer.space import Categorical, Parameters, Space
 from optimizer.techniques import Context
 from optimizer.torch_variant import torch_model
 from optimizer.training.lesson import described, epochs_of, lesson_of, reason_against, space_of
 from optimizer.variant import Kind, Model, Stage, TorchModel, TorchVariant
 
+_SAMPLES = "reconstruction_samples"
+
 
 class Recovery:
     traits = Traits(
         name="recovery",
-        version="2",
+        version="3",
         stage=Stage.RECOVER,
         accepts=Kind.TORCH,
         gives=Kind.TORCH,
@@ -35,13 +38,14 @@ class Recovery:
 
     def space(self, model: Model, context: Context) -> Space:
         assert isinstance(model, TorchModel)
-        return space_of(model, context)
+        n = context.training.reconstruction_samples
+        return {**space_of(model, context), _SAMPLES: Categorical((n,))}
 
     def describe(self, parameters: Parameters) -> str:
         return described(parameters)
 
     def epochs(self, parameters: Parameters, context: Context) -> float:
-        """Of training; recalibration takes a part of one, which isn't counted."""
+        """Of training; what comes before it takes parts of one, which aren't counted."""
         return epochs_of(parameters)
 
     def apply(
@@ -50,6 +54,9 @@ class Recovery:
         assert isinstance(model, TorchModel)
         lesson = lesson_of(model, parameters, context)
         lesson.recalibrate()
+        if n := int(parameters[_SAMPLES]):  # it fits what statistics as they now are give
+            lesson.reconstruct(n)
+            lesson.recalibrate()
         if epochs_of(parameters):
             checkpoint = lesson.checkpoint(self.traits)
             lesson.train(lesson.settings(), checkpoint)
