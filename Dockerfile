@@ -38,6 +38,8 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 COPY --from=wheel /wheels /wheels
 RUN ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/python", "install", \
      "--no-deps", "--no-index", "--find-links", "/wheels", "trimserve"]
+# A step of its own: the layer is no part of the image.
+# hadolint ignore=DL3059
 RUN ["/opt/trimserve/bin/python", "slim.py"]
 
 # The lock holds no CUDA: BASE_IMAGE of this target has to bring CUDA 13 and cuDNN 9.
@@ -49,6 +51,8 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 COPY --from=wheel /wheels /wheels
 RUN ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/python", "install", \
      "--no-deps", "--no-index", "--find-links", "/wheels", "trimserve"]
+# A step of its own: the layer is no part of the image.
+# hadolint ignore=DL3059
 RUN ["/opt/trimserve/bin/python", "slim.py"]
 
 FROM environment AS optimizer-environment
