@@ -42,7 +42,7 @@ RUN ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/pytho
 # hadolint ignore=DL3059
 RUN ["/opt/trimserve/bin/python", "slim.py"]
 
-# The lock holds no CUDA: BASE_IMAGE of this target has to bring CUDA 13 and cuDNN 9.
+# CUDA 13 and cuDNN 9 come by the lock, as NVIDIA's wheels; the driver comes from the node.
 FROM environment AS serve-gpu-environment
 COPY locks/serve-gpu.txt locks/serve-gpu.txt
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
