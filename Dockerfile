@@ -25,7 +25,8 @@ COPY optimizer optimizer
 RUN ["/opt/build/bin/python", "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", \
      "--wheel-dir", "/wheels", "."]
 
-# An environment for each image, without pip: what its lock names, by hash, and the wheel.
+# An environment for each image, without pip: what its lock names, by hash, the wheel, and the list of both
+# in the format CycloneDX.
 FROM build AS environment
 RUN ["python3", "-m", "venv", "--without-pip", "/opt/trimserve"]
 COPY images/slim.py slim.py
@@ -41,6 +42,9 @@ RUN ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/pytho
 # A step of its own: the layer is no part of the image.
 # hadolint ignore=DL3059
 RUN ["/opt/trimserve/bin/python", "slim.py"]
+# hadolint ignore=DL3059
+RUN ["/opt/build/bin/python", "-m", "cyclonedx_py", "environment", "--output-reproducible", \
+     "--output-file", "/opt/trimserve/sbom.cdx.json", "/opt/trimserve/bin/python"]
 
 # CUDA 13 and cuDNN 9 come by the lock, as NVIDIA's wheels; the driver comes from the node.
 FROM environment AS serve-gpu-environment
@@ -54,6 +58,9 @@ RUN ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/pytho
 # A step of its own: the layer is no part of the image.
 # hadolint ignore=DL3059
 RUN ["/opt/trimserve/bin/python", "slim.py"]
+# hadolint ignore=DL3059
+RUN ["/opt/build/bin/python", "-m", "cyclonedx_py", "environment", "--output-reproducible", \
+     "--output-file", "/opt/trimserve/sbom.cdx.json", "/opt/trimserve/bin/python"]
 
 FROM environment AS optimizer-environment
 COPY locks/optimizer.txt locks/optimizer.txt
@@ -63,6 +70,9 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 COPY --from=wheel /wheels /wheels
 RUN ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/python", "install", \
      "--no-deps", "--no-index", "--find-links", "/wheels", "trimserve"]
+# hadolint ignore=DL3059
+RUN ["/opt/build/bin/python", "-m", "cyclonedx_py", "environment", "--output-reproducible", \
+     "--output-file", "/opt/trimserve/sbom.cdx.json", "/opt/trimserve/bin/python"]
 
 FROM environment AS loadtest-environment
 COPY locks/loadtest.txt locks/loadtest.txt
@@ -72,6 +82,9 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 COPY --from=wheel /wheels /wheels
 RUN ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/python", "install", \
      "--no-deps", "--no-index", "--find-links", "/wheels", "trimserve"]
+# hadolint ignore=DL3059
+RUN ["/opt/build/bin/python", "-m", "cyclonedx_py", "environment", "--output-reproducible", \
+     "--output-file", "/opt/trimserve/sbom.cdx.json", "/opt/trimserve/bin/python"]
 
 # What all images share when they run: user 10001 owns nothing, and only /tmp need be writable.
 FROM ${BASE_IMAGE} AS runtime
@@ -79,7 +92,8 @@ ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.revision="${REVISION}" \
+      dev.trimserve.sbom="/opt/trimserve/sbom.cdx.json"
 ENV PATH=/opt/trimserve/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

@@ -1,5 +1,6 @@
 """The image of the server as a node runs it: built, started without rights, asked, ended."""
 
+import json
 import re
 import subprocess
 from collections.abc import Iterator
@@ -7,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.utils import canonicalize_name
 
 from serve import oip_pb2 as pb
 from serve.engines import EngineSpec
 from serve.storage.digest import version_digest
-from tests.images.podman import Podman, built
+from tests.images.podman import IMAGE, Podman, built
+from tests.images.test_sbom import LABEL
 from tests.k8s.kustomizations import K8S
 from tests.k8s.resolved import resolved
 from tests.k8s.test_manifests import server
@@ -126,6 +129,25 @@ def test_only_tmp_can_be_written(podman: Podman) -> None:
         [*program, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
+
+
+def test_list_of_packages_at_the_labels_path_is_what_is_installed(podman: Podman) -> None:
+    told = podman.run("inspect", "--format={{json .Config.Labels}}", IMAGE)
+    script = (
+        "import importlib.metadata as m, json, pathlib as p, sys; "
+        "print(json.dumps([json.loads(p.Path(sys.argv[1]).read_text())['components'], "
+        "[[one.name, one.version] for one in m.distributions()]]))"
+    )
+    program = podman.program("--entrypoint=/opt/trimserve/bin/python")
+    ended = subprocess.run(
+        [*program, "-c", script, json.loads(told)[LABEL]],
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    listed, installed = json.loads(ended.stdout)
+    names = {(canonicalize_name(one["name"]), one["version"]) for one in listed}
+    assert names == {(canonicalize_name(name), version) for name, version in installed}
+    assert "trimserve" in dict(names)
 
 
 def test_image_holds_neither_pip_nor_the_builders_settings(podman: Podman) -> None:
