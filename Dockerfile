@@ -2,17 +2,22 @@
 #
 #   docker build --target serve --tag trimserve-serve:0.1.0 .
 #
-# BASE_IMAGE is any glibc image with Python 3.11 or later as python3, pip and venv in it; build and
+# BASE_IMAGE is any glibc image with Python 3.11 or later as python3, its venv, and libstdc++; build and
 # run share it, so that the environment's interpreter is where it was. Pin it by digest in CI.
 ARG BASE_IMAGE=python:3.12-slim-bookworm
 
-# The package itself, as a wheel, made with the locked build tool.
-FROM ${BASE_IMAGE} AS wheel
+# What makes the images and stays out of them. Settings of pip, such as an index of one's own, come by
+# `--secret id=pip,src=pip.conf`.
+FROM ${BASE_IMAGE} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 WORKDIR /src
 RUN ["python3", "-m", "venv", "/opt/build"]
 COPY locks/build.txt locks/build.txt
-RUN ["/opt/build/bin/python", "-m", "pip", "install", "--require-hashes", "-r", "locks/build.txt"]
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    ["/opt/build/bin/python", "-m", "pip", "install", "--require-hashes", "-r", "locks/build.txt"]
+
+# The package itself, as a wheel.
+FROM build AS wheel
 COPY pyproject.toml README.md LICENSE trimserve.py ./
 COPY serve serve
 COPY loadtest loadtest
@@ -20,39 +25,66 @@ COPY optimizer optimizer
 RUN ["/opt/build/bin/python", "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", \
      "--wheel-dir", "/wheels", "."]
 
-# An environment for each image: what its lock names, by hash, and the wheel.
-FROM ${BASE_IMAGE} AS environment
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
-RUN ["python3", "-m", "venv", "/opt/trimserve"]
+# An environment for each image, without pip: what its lock names, by hash, the wheel, and the list of both
+# in the format CycloneDX.
+FROM build AS environment
+RUN ["python3", "-m", "venv", "--without-pip", "/opt/trimserve"]
+COPY images/slim.py slim.py
 
 FROM environment AS serve-environment
-COPY locks/serve.txt /locks/serve.txt
-RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--require-hashes", "-r", "/locks/serve.txt"]
+COPY locks/serve.txt locks/serve.txt
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/python", "install", \
+     "--require-hashes", "-r", "locks/serve.txt"]
 COPY --from=wheel /wheels /wheels
-RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--no-deps", "--no-index", \
-     "--find-links", "/wheels", "trimserve"]
+RUN ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/python", "install", \
+     "--no-deps", "--no-index", "--find-links", "/wheels", "trimserve"]
+# A step of its own: the layer is no part of the image.
+# hadolint ignore=DL3059
+RUN ["/opt/trimserve/bin/python", "slim.py"]
+# hadolint ignore=DL3059
+RUN ["/opt/build/bin/python", "-m", "cyclonedx_py", "environment", "--output-reproducible", \
+     "--output-file", "/opt/trimserve/sbom.cdx.json", "/opt/trimserve/bin/python"]
 
-# The lock holds no CUDA: BASE_IMAGE of this target has to bring CUDA 13 and cuDNN 9.
+# CUDA 13 and cuDNN 9 come by the lock, as NVIDIA's wheels; the driver comes from the node.
 FROM environment AS serve-gpu-environment
-COPY locks/serve-gpu.txt /locks/serve-gpu.txt
-RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--require-hashes", "-r", "/locks/serve-gpu.txt"]
+COPY locks/serve-gpu.txt locks/serve-gpu.txt
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/python", "install", \
+     "--require-hashes", "-r", "locks/serve-gpu.txt"]
 COPY --from=wheel /wheels /wheels
-RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--no-deps", "--no-index", \
-     "--find-links", "/wheels", "trimserve"]
+RUN ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/python", "install", \
+     "--no-deps", "--no-index", "--find-links", "/wheels", "trimserve"]
+# A step of its own: the layer is no part of the image.
+# hadolint ignore=DL3059
+RUN ["/opt/trimserve/bin/python", "slim.py"]
+# hadolint ignore=DL3059
+RUN ["/opt/build/bin/python", "-m", "cyclonedx_py", "environment", "--output-reproducible", \
+     "--output-file", "/opt/trimserve/sbom.cdx.json", "/opt/trimserve/bin/python"]
 
 FROM environment AS optimizer-environment
-COPY locks/optimizer.txt /locks/optimizer.txt
-RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--require-hashes", "-r", "/locks/optimizer.txt"]
+COPY locks/optimizer.txt locks/optimizer.txt
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/python", "install", \
+     "--require-hashes", "-r", "locks/optimizer.txt"]
 COPY --from=wheel /wheels /wheels
-RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--no-deps", "--no-index", \
-     "--find-links", "/wheels", "trimserve"]
+RUN ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/python", "install", \
+     "--no-deps", "--no-index", "--find-links", "/wheels", "trimserve"]
+# hadolint ignore=DL3059
+RUN ["/opt/build/bin/python", "-m", "cyclonedx_py", "environment", "--output-reproducible", \
+     "--output-file", "/opt/trimserve/sbom.cdx.json", "/opt/trimserve/bin/python"]
 
 FROM environment AS loadtest-environment
-COPY locks/loadtest.txt /locks/loadtest.txt
-RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--require-hashes", "-r", "/locks/loadtest.txt"]
+COPY locks/loadtest.txt locks/loadtest.txt
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/python", "install", \
+     "--require-hashes", "-r", "locks/loadtest.txt"]
 COPY --from=wheel /wheels /wheels
-RUN ["/opt/trimserve/bin/python", "-m", "pip", "install", "--no-deps", "--no-index", \
-     "--find-links", "/wheels", "trimserve"]
+RUN ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/python", "install", \
+     "--no-deps", "--no-index", "--find-links", "/wheels", "trimserve"]
+# hadolint ignore=DL3059
+RUN ["/opt/build/bin/python", "-m", "cyclonedx_py", "environment", "--output-reproducible", \
+     "--output-file", "/opt/trimserve/sbom.cdx.json", "/opt/trimserve/bin/python"]
 
 # What all images share when they run: user 10001 owns nothing, and only /tmp need be writable.
 FROM ${BASE_IMAGE} AS runtime
@@ -60,7 +92,8 @@ ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.revision="${REVISION}" \
+      dev.trimserve.sbom="/opt/trimserve/sbom.cdx.json"
 ENV PATH=/opt/trimserve/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

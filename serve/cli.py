@@ -358,8 +358,9 @@ def _run(settings: Settings) -> bool:
         return runner.run(serve(settings, _announce))
 
 
-def _announce(ports: Ports) -> None:
-    sys.stdout.write(json.dumps({"event": "ready", **asdict(ports)}) + "\n")
+def _announce(ports: Ports, is_ready: bool) -> None:
+    event = "ready" if is_ready else "not_ready"
+    sys.stdout.write(json.dumps({"event": event, **asdict(ports)}) + "\n")
     sys.stdout.flush()
 
 

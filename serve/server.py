@@ -6,7 +6,7 @@ import functools
 import gc
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from serve.control import ControlOptions, ModelControl
@@ -29,10 +29,12 @@ _log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CONTROL_HOST = "127.0.0.1"  # whatever the data port listens on
+READINESS_INTERVAL_S = 0.2
 
 
-async def serve(settings: Settings, announce: Callable[[Ports], None]) -> bool:
-    """Serve until SIGTERM or SIGINT, then drain. `announce` is called once models are ready.
+async def serve(settings: Settings, announce: Callable[[Ports, bool], None]) -> bool:
+    """Serve until SIGTERM or SIGINT, then drain. `announce` is called once the start is over, with
+    whether models answer: where some can be loaded later, none need have loaded yet.
 
     Returns whether everything admitted was answered in time. Raises ArtifactInvalid where there
     is nothing to serve, OSError where a port is taken.
@@ -71,9 +73,10 @@ async def serve(settings: Settings, announce: Callable[[Ports], None]) -> bool:
         # What is loaded now stays: out of the collector's way, whose pauses requests would feel.
         gc.collect()
         gc.freeze()
-        await grpc_server.set_ready(service.is_ready)
-        announce(Ports(http_port, grpc_port, metrics_server.port, control_port))
-        watching = asyncio.create_task(_watch(settings, control, service, grpc_server))
+        readiness = _Readiness(service, grpc_server)
+        is_ready = await readiness.update()
+        announce(Ports(http_port, grpc_port, metrics_server.port, control_port), is_ready)
+        watching = asyncio.create_task(_watch(settings, control, readiness))
         await stop.wait()
         watching.cancel()
         control.stop_changing()
@@ -96,25 +99,45 @@ async def _started(control: ModelControl, stop: asyncio.Event) -> bool:
     return False
 
 
-async def _watch(
-    settings: Settings,
-    control: ModelControl,
-    service: InferenceService,
-    grpc_server: GrpcServer,
-) -> None:
-    """Poll the repository where the mode says so, and keep gRPC's health service in step with
-    what is loaded and unloaded."""
+class _Readiness:
+    """Tells gRPC's health service whether models answer, and the log each time that it changes."""
+
+    def __init__(self, service: InferenceService, grpc_server: GrpcServer) -> None:
+        self._service = service
+        self._grpc_server = grpc_server
+        self._told: bool | None = None
+
+    async def update(self) -> bool:
+        """Whether models answer."""
+        is_ready = self._service.is_ready
+        await self._grpc_server.set_ready(is_ready)
+        if is_ready and not self._told:
+            _log.info("ready to serve")
+        elif not is_ready and self._told is not False:
+            _log.warning("not ready to serve: %s", "; ".join(self._missing()))
+        self._told = is_ready
+        return is_ready
+
+    async def follow(self) -> None:
+        while True:
+            await asyncio.sleep(READINESS_INTERVAL_S)
+            await self.update()
+
+    def _missing(self) -> Iterator[str]:
+        """What was asked for and doesn't answer, each with its reason."""
+        for slot in self._service.repository.slots():
+            if slot.wanted and slot.model is None:
+                name = f"{slot.name}:{slot.version}" if slot.version else slot.name
+                yield f"{name}: {slot.reason or slot.state}"
+
+
+async def _watch(settings: Settings, control: ModelControl, readiness: _Readiness) -> None:
+    """Poll the repository where the mode says so, and follow what is loaded and unloaded."""
     async with asyncio.TaskGroup() as tasks:
         if settings.model_control == "poll":
             tasks.create_task(control.poll(settings.poll_interval_s))
         if settings.model_control != "none":
-            tasks.create_task(_follow_readiness(service, grpc_server))
-
-
-async def _follow_readiness(service: InferenceService, grpc_server: GrpcServer) -> None:
-    while True:
-        await asyncio.sleep(0.2)
-        await grpc_server.set_ready(service.is_ready)
+            tasks.create_task(readiness.follow())
 
 
 @contextlib.asynccontextmanager

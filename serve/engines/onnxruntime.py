@@ -5,9 +5,11 @@ a new batch size. The GPU's providers haven't been run yet by who wrote them: th
 where there is no NVIDIA GPU.
 """
 
+import contextlib
 import ctypes
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -209,6 +211,8 @@ def _session(
             f"engine.options.provider: {provider!r} needs {wanted}, this build of ONNX Runtime "
             f"has {', '.join(onnxruntime.get_available_providers())}",
         )
+    if provider != "cpu":
+        _load_cuda()
     providers = {wanted: _provider_options(provider, spec), PROVIDERS["cpu"]: {}}
     # Convolutions in blocks of channels are what its fast fp32 kernels work on.
     off = ["NchwcTransformer"] if spec.options.get("layout") == "plain" else []
@@ -221,6 +225,13 @@ def _session(
     if session.get_providers()[0] != wanted:
         raise ArtifactInvalid(str(path), f"ONNX Runtime fell back to {session.get_providers()}")
     return session
+
+
+def _load_cuda() -> None:
+    """CUDA's and cuDNN's libraries, from the packages that pip installed or from where the system
+    has them. ONNX Runtime says on stdout what it can't find, which is no place for it here."""
+    with contextlib.redirect_stdout(sys.stderr):
+        onnxruntime.preload_dlls(directory="")
 
 
 def _provider_options(provider: str, spec: EngineSpec) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What kubectl's kustomize makes of the manifests, beside what resolved.py reads them as."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.k8s.kustomizations import APPLIED, COMPONENTS, written
+from tests.k8s.kustomizations import APPLIED, COMPONENTS, K8S, written
 from tests.k8s.resolved import Document, containers, pods, resolved
 from tests.k8s.test_schemas import NEWEST, validated
 
@@ -69,6 +70,21 @@ def test_kustomize_makes_what_is_read_here(name: str, tmp_path: Path) -> None:
     assert_same(built, resolved(folder))
     for one in built:
         validated(json.dumps(one, sort_keys=True), NEWEST)
+
+
+def test_images_are_pinned_by_the_documentations_kustomization(tmp_path: Path) -> None:
+    text = (K8S.parent / "docs/kubernetes.md").read_text()
+    (block,) = (
+        one for one in re.findall(r"^```yaml\n(.+?)^```$", text, re.M | re.S) if "digest:" in one
+    )
+    digest = "0123456789abcdef" * 4
+    service = os.path.relpath(K8S / "service", tmp_path)
+    block = block.replace("[../service]", f"[{service}]").replace("DIGEST", digest)
+    (tmp_path / "kustomization.yaml").write_text(block)
+    images = {c["image"] for _, pod in pods(kustomize(tmp_path)) for c in containers(pod)}
+    tag = {c["image"] for _, pod in pods(resolved(K8S / "service")) for c in containers(pod)}
+    (postgres,) = (one for one in tag if one.startswith("postgres:"))
+    assert images == tag - {postgres} | {f"{postgres}@sha256:{digest}"}
 
 
 @pytest.mark.parametrize("name", APPLIED)

@@ -17,7 +17,8 @@ from tests.k8s.resolved import Document, containers, found, pods, resolved
 ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "k8s"
 SERVERS = ("overlays/dev", "overlays/cpu", "overlays/gpu")
-ALL = ("base", *SERVERS, "service", "jobs/loadtest", "jobs/optimize")
+LOAD_TESTS = ("jobs/loadtest", "jobs/loadtest-distributed")
+ALL = ("base", *SERVERS, "service", *LOAD_TESTS, "jobs/optimize")
 QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
 SCALE = {"": 1, "m": Decimal("0.001"), "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
          "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}  # fmt: skip
@@ -276,23 +277,87 @@ def test_everything_is_denied_but_what_is_named() -> None:
     assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
 
 
-def test_load_test_may_reach_the_port_that_it_is_told_to() -> None:
+@pytest.mark.parametrize("sender", ["loadtest", "loadtest-worker"])
+def test_load_test_may_reach_the_port_that_it_is_told_to(sender: str) -> None:
     _, container = server(resolved(K8S / "base"))
-    job = resolved(K8S / "jobs/loadtest")
-    ((_, pod),) = pods(job)
-    target = option(containers(pod)[0], "--target")
+    job = resolved(K8S / "jobs/loadtest-distributed")
+    (asker,) = found(job, "Job", "loadtest")["spec"]["template"]["spec"]["containers"]
+    pod = found(job, "Job", sender)["spec"]["template"]
+    target = option(asker, "--target")  # the plan has it, which workers get
     service, _, port = target.removeprefix("http://").partition(":")
     (told,) = [
         one
         for one in found(resolved(K8S / "base"), "Service", service)["spec"]["ports"]
         if one["port"] == int(port)
     ]
-    leaves = found(job, "NetworkPolicy", "loadtest")["spec"]
+    leaves = found(job, "NetworkPolicy", sender)["spec"]
     assert labels_meet(leaves["podSelector"]["matchLabels"], pod["metadata"]["labels"])
     assert told["targetPort"] in {one["port"] for one in leaves["egress"][0]["ports"]}
     enters = found(resolved(K8S / "base"), "NetworkPolicy", "serve")["spec"]["ingress"][0]
     assert labels_meet(enters["from"][0]["podSelector"]["matchLabels"], pod["metadata"]["labels"])
     assert told["targetPort"] in {one["port"] for one in enters["ports"]} <= set(ports(container))
+
+
+def test_workers_alone_reach_the_master_where_it_listens() -> None:
+    documents = resolved(K8S / "jobs/loadtest-distributed")
+    master, worker = (
+        found(documents, "Job", name)["spec"]["template"]
+        for name in ("loadtest", "loadtest-worker")
+    )
+    (listener,), (caller,) = containers(master), containers(worker)
+    service, _, port = option(caller, "--master").partition(":")
+    spec = found(documents, "Service", service)["spec"]
+    assert labels_meet(spec["selector"], master["metadata"]["labels"])
+    assert not labels_meet(spec["selector"], worker["metadata"]["labels"])
+    (way,) = spec["ports"]
+    assert way["port"] == int(port)
+    address, _, bound = option(listener, "--bind").partition(":")
+    assert (address, ports(listener)[way["targetPort"]]) == ("0.0.0.0", int(bound))
+    policies = [one["spec"] for one in documents if one["kind"] == "NetworkPolicy"]
+    enters = [
+        rule
+        for one in policies
+        if labels_meet(one["podSelector"]["matchLabels"], master["metadata"]["labels"])
+        for rule in one.get("ingress", ())
+    ]
+    named = {"matchLabels": {"app.kubernetes.io/name": "loadtest-worker"}}
+    assert enters == [
+        {
+            "from": [{"podSelector": named}],
+            "ports": [{"port": way["targetPort"], "protocol": "TCP"}],
+        }
+    ]
+    assert labels_meet(named["matchLabels"], worker["metadata"]["labels"])
+    leaves = found(documents, "NetworkPolicy", "loadtest-worker")["spec"]["egress"]
+    (out,) = [
+        one for one in leaves if {"port": way["targetPort"], "protocol": "TCP"} in one["ports"]
+    ]
+    (to,) = out["to"]
+    assert labels_meet(to["podSelector"]["matchLabels"], master["metadata"]["labels"])
+
+
+def test_as_many_workers_run_as_the_master_awaits_and_each_plays_once() -> None:
+    documents = resolved(K8S / "jobs/loadtest-distributed")
+    master, worker = (
+        found(documents, "Job", name)["spec"] for name in ("loadtest", "loadtest-worker")
+    )
+    (listener,), (caller,) = containers(master["template"]), containers(worker["template"])
+    n = int(option(listener, "--expect-workers"))
+    assert (worker["completions"], worker["parallelism"]) == (n, n)
+    assert worker["backoffLimit"] >= n  # none is out of tries when all come before the master
+    assert "--once" in caller["args"]  # or they would outlive the test
+    assert worker["activeDeadlineSeconds"] == master["activeDeadlineSeconds"]
+
+
+def test_distributed_load_test_is_the_other_ones_but_for_its_workers() -> None:
+    one, shared = (
+        found(resolved(K8S / name), "Job", "loadtest")["spec"]["template"]["spec"]["containers"]
+        for name in LOAD_TESTS
+    )
+    workers = {"--expect-workers", "--bind"}
+    left = [a for a in shared[0]["args"] if a.partition("=")[0] not in workers]
+    assert left == one[0]["args"]
+    assert {**shared[0], "args": [], "ports": []} == {**one[0], "args": [], "ports": []}
 
 
 @pytest.mark.parametrize("name", ["overlays/cpu", "overlays/gpu"])
@@ -328,15 +393,16 @@ def test_component_slo_is_what_the_command_writes_for_the_slo(tmp_path: Path) ->
 
 def test_jobs_read_the_servers_slo_and_have_time_for_its_window() -> None:
     slo = found(resolved(K8S / "base"), "ConfigMap", "slo")
-    for name in ("jobs/loadtest", "jobs/optimize"):
+    for name in (*LOAD_TESTS, "jobs/optimize"):
         assert found(resolved(K8S / name), "ConfigMap", "slo")["data"] == slo["data"]
     job = found(resolved(K8S / "jobs/loadtest"), "Job", "loadtest")
     assert job["spec"]["activeDeadlineSeconds"] > 2 * read_slo(K8S / "config/slo.yaml").window_s
 
 
-@pytest.mark.parametrize("name", ["loadtest", "optimize"])
-def test_a_verdict_is_not_asked_for_again(name: str) -> None:
-    spec = found(resolved(K8S / "jobs" / name), "Job", name)["spec"]
+@pytest.mark.parametrize("path", [*LOAD_TESTS, "jobs/optimize"])
+def test_a_verdict_is_not_asked_for_again(path: str) -> None:
+    name = "optimize" if path.endswith("optimize") else "loadtest"
+    spec = found(resolved(K8S / path), "Job", name)["spec"]
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
     codes = [
         one["onExitCodes"] for one in spec["podFailurePolicy"]["rules"] if "onExitCodes" in one

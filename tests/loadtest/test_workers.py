@@ -25,6 +25,8 @@ from loadtest.plan import ClosedLoop, Payload, Plan
 from loadtest.profile import simple_profile
 from loadtest.samples import HTTP_OK, Samples
 from loadtest.target import Target
+from tests.k8s.kustomizations import K8S
+from tests.k8s.resolved import containers, found, resolved
 
 SLO_TEXT = """\
 apiVersion: trimserve/v1
@@ -159,6 +161,34 @@ def test_loadtest_waits_for_workers_when_they_are_started_elsewhere(
     found = json.loads(report.read_text())
     assert found["run"]["workers"] == 2
     assert found["requests"]["n"] == found["requests"]["n_sent"]
+
+
+@pytest.mark.full
+def test_commands_of_the_manifests_give_a_verdict_and_workers_that_end_well(
+    start_stub: Callable[..., Any], slo_file: Path, tmp_path: Path
+) -> None:
+    """With addresses of this machine, and a window of 6 s."""
+    ports, address = start_stub("--edge-s", "0.1"), f"127.0.0.1:{free_port()}"
+    documents = resolved(K8S / "jobs/loadtest-distributed")
+    jobs = {name: found(documents, "Job", name)["spec"] for name in ("loadtest", "loadtest-worker")}
+    (master,), (caller,) = (containers(one["template"]) for one in jobs.values())
+    here = {"--target": ports.rest_url, "--bind": address, "--master": address}
+    told, (_, *played) = (
+        [
+            f"{option}={here[option]}" if (option := one.partition("=")[0]) in here else one
+            for one in container["args"][1:]
+        ]
+        for container in (master, caller)
+    )
+    told = [one.replace("/etc/trimserve/slo.yaml", str(slo_file)) for one in told]
+    told = [one.replace("$(MODEL_NAME)", "stub") for one in told]
+    with ExitStack() as stack:
+        workers = [
+            stack.enter_context(worker(address, tmp_path / f"{index}.log", *played))
+            for index in range(jobs["loadtest-worker"]["completions"])
+        ]
+        assert main([*told, "--duration-s=6", "--warmup-s=1"]) == 0
+        assert [one.wait(LIMIT_S) for one in workers] == [0] * len(workers)
 
 
 @pytest.mark.full

@@ -22,10 +22,16 @@ PROGRAM = (sys.executable, "-W", "error", "-m", "trimserve")
 
 
 class RunningServer:
-    """`trimserve serve` with `arguments`, or another `program` with them; ready when the
-    constructor returns."""
+    """`trimserve serve` with `arguments`, or another `program` with them; has announced `event`
+    when the constructor returns."""
 
-    def __init__(self, log: Path, *arguments: str, program: Sequence[str] = PROGRAM) -> None:
+    def __init__(
+        self,
+        log: Path,
+        *arguments: str,
+        program: Sequence[str] = PROGRAM,
+        event: str = "ready",
+    ) -> None:
         self.log = log
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
@@ -37,12 +43,12 @@ class RunningServer:
         line = self.process.stdout.readline()
         killer.cancel()
         assert line, f"the server ended: {log.read_text()}"
-        ready = json.loads(line)
-        assert ready.pop("event") == "ready"
-        self.http_port: int = ready["http_port"]
-        self.grpc_port: int = ready["grpc_port"]
-        self.metrics_port: int = ready["metrics_port"]
-        self.control_port: int | None = ready["control_port"]
+        announced = json.loads(line)
+        assert announced.pop("event") == event
+        self.http_port: int = announced["http_port"]
+        self.grpc_port: int = announced["grpc_port"]
+        self.metrics_port: int = announced["metrics_port"]
+        self.control_port: int | None = announced["control_port"]
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -81,9 +87,9 @@ def command(*arguments: str, program: Sequence[str] = PROGRAM) -> list[str]:
 
 @contextlib.contextmanager
 def running(
-    log: Path, *arguments: str, program: Sequence[str] = PROGRAM
+    log: Path, *arguments: str, program: Sequence[str] = PROGRAM, event: str = "ready"
 ) -> Iterator[RunningServer]:
-    server = RunningServer(log, *arguments, program=program)
+    server = RunningServer(log, *arguments, program=program, event=event)
     try:
         yield server
     finally:

@@ -1,5 +1,6 @@
 """The contract that every engine keeps, and what is particular to each."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +169,38 @@ def test_onnxruntime_refuses_when(options: Mapping[str, Any], field: str, tmp_pa
         pytest.skip("this build has the CUDA provider")
     with pytest.raises(ArtifactInvalid, match=rf"engine\.options\.{field}"):
         load_engine(tmp_path, spec_of("onnxruntime", path, options=options))
+
+
+@pytest.mark.parametrize(("provider", "is_loaded"), [("cpu", False), ("cuda", True)])
+def test_onnxruntime_loads_cudas_libraries_before_a_session_that_needs_them(
+    provider: str,
+    is_loaded: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With a build that says that it has the provider, and no GPU."""
+
+    class Stopped(Exception):
+        pass
+
+    def preload(directory: str) -> None:
+        assert directory == ""  # the packages of pip, then the system's folders
+        sys.stdout.write("loaded\n")
+
+    def session(*arguments: object, **options: object) -> None:
+        sys.stderr.write("session\n")
+        raise Stopped
+
+    path = onnx_models.linear(tmp_path / "model.onnx")
+    names = ["CPUExecutionProvider", "CUDAExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    with pytest.raises(ArtifactInvalid, match="can't load it"):
+        load_engine(tmp_path, spec_of("onnxruntime", path, options={"provider": provider}))
+    said = capsys.readouterr()
+    assert (said.out, said.err.split()) == ("", [*["loaded"] * is_loaded, "session"])
 
 
 def test_onnxruntime_keeps_numbers_when_options_change(tmp_path: Path) -> None:

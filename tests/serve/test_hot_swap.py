@@ -209,6 +209,42 @@ def test_server_starts_with_the_pinned_version_when_a_digest_is_given(tmp_path: 
         assert answer.json["model_version"] == "1"
 
 
+def test_server_says_that_it_is_not_ready_until_the_pinned_version_is_there(tmp_path: Path) -> None:
+    root, later = tmp_path / "models", tmp_path / "later"
+    publish_linear(root, tmp_path, 1)
+    publish_linear(later, tmp_path, 2)
+    manifest = (later / "linear" / "2" / "manifest.json").read_bytes()
+    pin = f"--load-model=linear@sha256:{hashlib.sha256(manifest).hexdigest()}"
+    arguments = ["--repository", str(root), "--model-control=explicit", "--control-port=0"]
+    log = tmp_path / "log"
+    with running(log, *arguments, "--log-format=json", pin, event="not_ready") as server:
+        assert fetch(server.http_port, "GET", "/v2/health/ready").status == 503
+        assert messages(log, "info", "ready to serve") == []
+        [warning] = messages(log, "warning", "not ready to serve: linear: ")
+        assert "no version has sha256:" in warning
+        shutil.copytree(later / "linear" / "2", root / "linear" / "2")
+        control = server.control_port
+        assert control is not None
+        post(control, "/v2/repository/models/linear/load")
+        until(lambda: len(messages(log, "info", "ready to serve")) == 1)
+        assert fetch(server.http_port, "GET", "/v2/health/ready").status == 200
+        post(control, "/v2/repository/models/linear/unload")
+        assert server.stop() == 0
+    assert (
+        len(messages(log, "warning", "not ready to serve")) == 1
+    )  # nothing was asked for any more
+
+
+def messages(log: Path, level: str, begin: str) -> list[str]:
+    """Those of the server's log with that level and beginning."""
+    entries = (json.loads(line) for line in log.read_text().splitlines())
+    return [
+        one["message"]
+        for one in entries
+        if one["level"] == level and one["message"].startswith(begin)
+    ]
+
+
 # --- repositories elsewhere
 
 

@@ -1,0 +1,127 @@
+"""The image of the server, built from the Dockerfile by podman; needs Debian's packages `podman`,
+`runc` and `mmdebstrap`, and root.
+
+What stands in for what: a Debian of this machine's release, from where its apt gets packages, for
+the base image of a registry; podman with runc on the network of the machine for a node's runtime.
+"""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE, IMAGE = "localhost/base:test", "localhost/trimserve-serve:test"
+CERTIFICATES = Path("/etc/ssl/certs")
+LIMITS = ("--ulimit=nofile=4096:4096", "--ulimit=nproc=4096:4096")
+"""podman's own are above what root may set where it lacks CAP_SYS_RESOURCE."""
+WITHOUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*")
+_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Podman:
+    """Images and containers of its own, in `folder`."""
+
+    folder: Path
+
+    @property
+    def command(self) -> list[str]:
+        places = [f"--{name}={self.folder / name}" for name in ("root", "runroot", "tmpdir")]
+        return ["podman", *places, "--runtime=runc", "--cgroup-manager=cgroupfs",
+                "--events-backend=none"]  # fmt: skip
+
+    def run(self, *arguments: str, given: bytes | None = None) -> str:
+        return run([*self.command, *arguments], given).decode()
+
+    def program(self, *options: str, image: str = IMAGE) -> list[str]:
+        """Starts a container as the pods of the manifests run it: user, capabilities, files."""
+        return [
+            *self.command, "run", "--rm", "--pull=never", "--network=host", *LIMITS,
+            "--user=10001:10001", "--cap-drop=all", "--security-opt=no-new-privileges",
+            "--read-only", "--read-only-tmpfs=false", "--tmpfs=/tmp:rw,mode=1777,size=256m",
+            *options, image,
+        ]  # fmt: skip
+
+    def build(self) -> None:
+        settings = self.folder / "pip.conf"
+        settings.write_text(pip_settings())
+        self.run("import", "--quiet", "-", BASE, given=base(self.folder))
+        self.run(
+            "build", "--pull=never", "--network=host", *LIMITS, "--target=serve",
+            f"--secret=id=pip,src={settings}", f"--volume={CERTIFICATES}:{CERTIFICATES}:ro",
+            f"--build-arg=BASE_IMAGE={BASE}", f"--tag={IMAGE}", str(ROOT),
+        )  # fmt: skip
+
+
+def run(command: Sequence[str], given: bytes | None = None) -> bytes:
+    ended = subprocess.run(
+        command, input=given, capture_output=True, timeout=_TIMEOUT_S, check=False
+    )
+    assert ended.returncode == 0, f"{command}: {ended.stdout[-2000:]!r} {ended.stderr[-4000:]!r}"
+    return ended.stdout
+
+
+def base(folder: Path) -> bytes:
+    """A tar of a small Debian with Python, from the sources of this machine's apt."""
+    form = "deb $(REPO_URI) $(RELEASE) $(COMPONENT)"
+    asked = ["apt-get", "indextargets", "--format", form, "Identifier: Packages", "Origin: Debian"]
+    sources = run(asked)
+    assert sources, "apt has no sources: apt-get update"
+    options = folder / "apt.conf"
+    told = run(["apt-config", "dump", "Acquire"]).decode().splitlines()
+    wanted = ("::Check-Valid-Until ", "::Check-Date ", "::http::Proxy ", "::https::Proxy ")
+    options.write_text("\n".join(line for line in told if any(one in line for one in wanted)))
+    codename = run(["sh", "-c", '. /etc/os-release; printf %s "$VERSION_CODENAME"']).decode()
+    return run(
+        [
+            "mmdebstrap", "--quiet", "--mode=root", "--variant=essential",
+            "--include=python3,python3-venv,ca-certificates,libstdc++6", f"--aptopt={options}",
+            *(f"--dpkgopt=path-exclude={one}" for one in WITHOUT),
+            "--customize-hook=rm \"$1/etc/apt/sources.list\"", codename, "-",
+        ],
+        given=sources,
+    )  # fmt: skip
+
+
+def pip_settings() -> str:
+    """Where this machine's pip gets packages, but for folders that a build can't see."""
+    lines = [f"cert = {CERTIFICATES / 'ca-certificates.crt'}"]
+    for line in run(["python3", "-m", "pip", "config", "list"]).decode().splitlines():
+        name, _, value = line.partition("=")
+        address = value.strip("'")
+        if name.endswith((".index-url", ".extra-index-url")) and "file:" not in address:
+            lines.append(f"{name.rpartition('.')[2]} = {address}")
+    return "\n".join(["[global]", *lines, ""])
+
+
+@contextmanager
+def built() -> Iterator[Podman]:
+    """With the server's image; all of it is gone afterwards."""
+    _require()
+    with tempfile.TemporaryDirectory(prefix="trimserve-image-") as name:
+        podman = Podman(Path(name))
+        try:
+            podman.build()
+            yield podman
+        finally:
+            subprocess.run(["umount", str(podman.folder / "root/overlay")],
+                           capture_output=True, check=False)  # fmt: skip
+
+
+def _require() -> None:
+    missing = [one for one in ("podman", "runc", "mmdebstrap") if shutil.which(one) is None]
+    if missing:
+        message = f"{', '.join(missing)} missing: apt-get install podman runc mmdebstrap"
+        assert not os.environ.get("CI"), message
+        pytest.skip(message)
+    asked = subprocess.run(["unshare", "--mount", "--pid", "--fork", "mount", "-t", "tmpfs",
+                            "none", "/mnt"], capture_output=True, check=False)  # fmt: skip
+    if os.geteuid() != 0 or asked.returncode:
+        pytest.skip("images can't be built: this user may not make namespaces and mount in them")
