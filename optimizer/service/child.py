@@ -19,9 +19,12 @@ import subprocess
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from optimizer.service.reporting import Lines, Reporter
 
@@ -178,6 +181,9 @@ def _end_with_worker(lifeline: int) -> None:
     """The pipe closes when the worker dies, however it dies: running on would keep the cores from
     the next, and a result that nobody waits for."""
     os.read(lifeline, 1)
+    for process in psutil.Process().children(recursive=True):  # servers have sessions of their own
+        with suppress(psutil.Error):
+            process.kill()
     os.killpg(0, signal.SIGKILL)
 
 

@@ -119,13 +119,16 @@ class Uploads:
 
     def append(self, upload_id: str, owner: str, offset: int, content: bytes) -> Upload:
         """Add a chunk. The last one completes the upload, if its digest is right; if not, it is
-        deleted. A chunk that came before is taken as it was.
+        deleted. A chunk that came before is taken as it was; an empty one at the end completes
+        what is all there, where whoever received the last one has died.
 
         Raises UploadNotFound, OffsetWrong, UploadRefused."""
         upload = self.get(upload_id, owner)
         end = offset + len(content)
         if end <= upload.received_bytes and content:
             return upload
+        if not content and offset == upload.received_bytes == upload.size_bytes:
+            return upload if upload.complete else self._completed(upload_id)
         if offset != upload.received_bytes or upload.complete:
             raise OffsetWrong(offset, upload.received_bytes)
         if not content or len(content) > self.limits.chunk_bytes:

@@ -10,17 +10,18 @@ from sqlalchemy import inspect, update
 
 from optimizer.service import schema
 from optimizer.service.app import Parts
+from optimizer.service.audit import Audit, Note
 from optimizer.service.database import Database
-from optimizer.service.jobs import LeaseLost, State
+from optimizer.service.jobs import LeaseLost, NotAllowed, State
 from optimizer.service.ledger import (
     MAX_LOG_BYTES,
     JobNotFound,
-    KeyReused,
     Ledger,
     Query,
     QuotaExceeded,
     Submission,
 )
+from optimizer.service.repeats import KeyReused
 from tests.optimizer.conftest import Place
 
 
@@ -128,6 +129,44 @@ def test_events_have_numbers_without_a_gap_and_tell_each_state(ledger: Ledger) -
     assert [event.number for event in ledger.events(job.id, after=3)] == [4, 5]
     assert ledger.progress(job.id) == {"phase": {"name": "b"}}
     assert ledger.job(job.id).n_events == 5
+
+
+def test_a_batch_that_is_told_again_is_there_once(ledger: Ledger) -> None:
+    job, _ = ledger.submit(submission())
+    claim = ledger.claim("w", 10.0)
+    assert claim is not None
+    for batch, name in ((1, "a"), (1, "a"), (2, "b"), (1, "a")):
+        ledger.tell(job.id, claim.lease.token, [("phase", {"name": name})], f"{name}\n", batch)
+    told = [event.payload["name"] for event in ledger.events(job.id, kind="phase")]
+    assert told == ["a", "b"]
+    assert [piece.text for piece in ledger.logs(job.id)] == ["a\n", "b\n"]
+
+
+def test_trials_that_are_new_forgive_the_workers_lost_before(ledger: Ledger) -> None:
+    job, _ = ledger.submit(submission())
+    for trials in (1, 2, 2, 2, 2):
+        claim = ledger.claim("w", 10.0)
+        if claim is None:
+            break
+        ended = ("trial_ended", {"budget": {"trials": trials}})
+        ledger.tell(job.id, claim.lease.token, [ended], batch=1)
+        with ledger.database.writing() as connection:
+            connection.execute(update(schema.jobs).values(lease_until_s=1.0))
+        ledger.expire()
+    failed = ledger.job(job.id)
+    assert (failed.state, failed.attempt, failed.lost) == (State.FAILED, 4, 3)
+
+
+def test_the_audit_knows_what_was_done_and_nothing_else(ledger: Ledger) -> None:
+    note = Note("me", "submit", {"name": "m"})
+    job, _ = ledger.submit(submission(), max_open=1, note=note)
+    with pytest.raises(QuotaExceeded):
+        ledger.submit(submission(), max_open=1, note=note)
+    ledger.cancel(job.id, Note("me", "cancel"))
+    with pytest.raises(NotAllowed):
+        ledger.cancel(job.id, Note("me", "cancel"))
+    entries = Audit(ledger.database).entries()
+    assert [(one.action, one.target) for one in entries] == [("cancel", job.id), ("submit", job.id)]
 
 
 def test_logs_are_kept_in_order_and_end_where_they_are_full(ledger: Ledger) -> None:
