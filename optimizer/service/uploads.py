@@ -147,8 +147,11 @@ class Uploads:
                 .where(schema.uploads.c.id == upload_id, schema.uploads.c.received_bytes == offset)
                 .values(received_bytes=end, used_s=now_s)
             )
-        if moved.rowcount != 1:
-            raise OffsetWrong(offset, self.get(upload_id, owner).received_bytes)
+        if moved.rowcount != 1:  # by another client of the owner's, which sends the same file
+            now = self.get(upload_id, owner)
+            if now.received_bytes >= end:
+                return now
+            raise OffsetWrong(offset, now.received_bytes)
         return self._completed(upload_id) if end == upload.size_bytes else self.get(upload_id)
 
     def delete(self, upload_id: str, owner: str | None) -> None:
