@@ -197,7 +197,7 @@ class Attempt:
     def _prepared(self) -> Order:
         options = self._options
         self._untold.append(("phase", {"name": "fetching files"}))
-        self._tell()
+        self._patiently(self._tell)
         if self._job.kind is Kind.LOAD_TEST:
             return self._load_test()
         (self._folder / "inputs").mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sqlalchemy import inspect, update
+from sqlalchemy import Connection, inspect, update
 
 from optimizer.service import schema
 from optimizer.service.app import Parts
@@ -155,6 +155,39 @@ def test_trials_that_are_new_forgive_the_workers_lost_before(ledger: Ledger) -> 
         ledger.expire()
     failed = ledger.job(job.id)
     assert (failed.state, failed.attempt, failed.lost) == (State.FAILED, 4, 3)
+
+
+class Restarted(Database):
+    """Says that its server was started at another time."""
+
+    def __init__(self, location: str, started_s: float) -> None:
+        super().__init__(location)
+        self._started_s = started_s
+
+    def started_s(self, connection: Connection) -> float:
+        return self._started_s
+
+
+def test_workers_that_couldnt_renew_since_the_database_was_away_arent_counted(
+    place: Place, ledger: Ledger
+) -> None:
+    job, _ = ledger.submit(submission(max_attempts=2))
+    for started_s, lost in ((1e12, 0), (1e12, 0), (1.0, 1), (1e12, 1), (1.0, 2)):
+        assert ledger.claim("w", 10.0) is not None
+        restarted = Restarted(place.location, started_s)
+        with restarted.writing() as connection:
+            connection.execute(update(schema.jobs).values(lease_until_s=1.0))
+        assert Ledger(restarted).expire() == 1
+        restarted.close()
+        assert ledger.job(job.id).lost == lost
+    assert ledger.job(job.id).state is State.FAILED
+
+
+def test_a_database_knows_since_when_it_is_there(ledger: Ledger) -> None:
+    database = ledger.database
+    with database.reading() as connection:
+        assert 0.0 <= database.started_s(connection) < database.now_s(connection)
+        assert database.is_sqlite == (database.started_s(connection) == 0.0)
 
 
 def test_the_audit_knows_what_was_done_and_nothing_else(ledger: Ledger) -> None:
