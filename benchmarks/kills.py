@@ -1,6 +1,6 @@
 """Kills of the service, its workers and its database at random moments, and what is left of it.
 
-    python -m benchmarks.kills [--kills 50] [--seed 0]
+    python -m benchmarks.kills [--kills 50] [--seed 0] [--clients 3]
 
 PostgreSQL (Debian's package), the service and two workers run as processes. Clients submit studies
 of a tiny network, and publish what each has found. Meanwhile one of the four is killed (SIGKILL; of
@@ -23,9 +23,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,7 +44,6 @@ LEASE_S = 5.0
 MAX_AFTER_S = 8.0
 MAX_DOWN_S = 2.0
 PATIENCE_S = 240.0
-N_OPEN = 3
 WORKERS = ("worker-1", "worker-2")
 
 
@@ -84,9 +84,8 @@ class World:
 
     def kill(self, name: str) -> None:
         if name == "database":
-            kill_all(
-                psutil.Process(int((self.cluster.folder / "data/postmaster.pid").open().readline()))
-            )
+            pid_file = self.cluster.folder / "data" / "postmaster.pid"
+            kill_all(psutil.Process(int(pid_file.read_text().split()[0])))
             if self.ready() == 200:
                 self.problems.append("the service says it is ready without its database")
             return
@@ -121,13 +120,14 @@ class World:
         return found
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    parser.add_argument("--clients", type=int, default=3, help="each has one job open at a time")
+    given = parser.parse_args(arguments)
     with (
         tempfile.TemporaryDirectory(prefix="trimserve-kills-") as scratch,
         running_cluster() as cluster,
@@ -137,7 +137,7 @@ def main() -> int:
         try:
             for name in ("service", *WORKERS):
                 world.start(name)
-            jobs = played(world, given.kills, random.Random(given.seed))
+            jobs = played(world, given.clients, given.kills, random.Random(given.seed))
             look_at(world, jobs)
         finally:
             world.is_over.set()
@@ -152,12 +152,12 @@ def main() -> int:
     return 1 if world.problems else 0
 
 
-def played(world: World, n_kills: int, draw: random.Random) -> list[dict[str, Any]]:
+def played(world: World, n_clients: int, n_kills: int, draw: random.Random) -> list[dict[str, Any]]:
     """Kill while clients submit, follow and publish; what became of each submission."""
     began_s = time.monotonic()
     until(world, lambda: world.ready() == 200, "the service is ready")
-    with ThreadPoolExecutor(N_OPEN) as pool:
-        clients = [pool.submit(client, world, number) for number in range(N_OPEN)]
+    with ThreadPoolExecutor(n_clients) as pool:
+        clients = [pool.submit(client, world, number) for number in range(n_clients)]
         for index, name in enumerate(victims(n_kills, draw)):
             time.sleep(draw.uniform(0.5, MAX_AFTER_S))
             print(f"{time.monotonic() - began_s:6.1f} s: kill {index + 1}, {name}", flush=True)
@@ -178,10 +178,10 @@ def victims(n: int, draw: random.Random) -> list[str]:
 
 def client(world: World, number: int) -> list[dict[str, Any]]:
     """One job after the other, until the kills are over."""
-    jobs = []
+    jobs: list[dict[str, Any]] = []
     with Client(world.url) as calls:
         files = {
-            name: patiently(world, lambda name=name: calls.upload(world.folder / name))
+            name: patiently(world, partial(calls.upload, world.folder / name))
             for name in ("tiny.safetensors", "train.npz", "validation.npz", "test.npz")
         }
         while not jobs or not world.is_over.is_set():
@@ -244,7 +244,10 @@ def look_at(world: World, jobs: list[dict[str, Any]]) -> None:
     """While everything runs."""
     with Client(world.url) as calls:
         wishes = [one for job in jobs for one in calls.publications(job["id"])]
-        states = lambda: [one["state"] for job in jobs for one in calls.publications(job["id"])]  # noqa: E731
+
+        def states() -> list[str]:
+            return [one["state"] for job in jobs for one in calls.publications(job["id"])]
+
         until(world, lambda: set(states()) <= {"done"}, "every publication is done")
         here = list(calls.jobs(limit=100))
         if sorted(one["id"] for one in here) != sorted(one["id"] for one in jobs):
