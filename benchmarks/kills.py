@@ -274,7 +274,9 @@ def look_at(world: World, jobs: list[dict[str, Any]]) -> None:
 def of_job(calls: Client, job: dict[str, Any]) -> Iterator[str]:
     found = calls.job(job["id"])["job"]
     if found["state"] != "succeeded":
-        yield f"{found['state']}: {found['error']}"
+        told = [[event["at"], event["kind"], event["payload"]] for event in calls.follow(job["id"])]
+        yield f"{found['state']}: {found['error']}; its events: {json.dumps(told)[:20_000]}"
+        return
     if job["numbers"] != list(range(1, found["n_events"] + 1)):
         yield f"its follower saw {job['numbers']} of {found['n_events']}"
     states = [e["payload"]["state"] for e in calls.follow(job["id"]) if e["kind"] == "state"]
