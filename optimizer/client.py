@@ -170,9 +170,20 @@ class Client:
         """The report as an HTML page."""
         return self._answered("GET", f"/v1/jobs/{job_id}/report")
 
-    def publish(self, job_id: str, repository: str, model: str | None = None) -> Document:
+    def publish(
+        self, job_id: str, repository: str, model: str | None = None, key: str | None = None
+    ) -> Document:
+        """Make what the job found the next version of `model`, its own name without.
+
+        With an idempotency `key` it can be sent again without a second version; what that gives
+        may be `writing` still: see `publications`."""
         body = {"repository": repository, "model": model}
-        return self._call("POST", f"/v1/jobs/{job_id}/publications", body)
+        return self._call("POST", f"/v1/jobs/{job_id}/publications", body, key)
+
+    def publications(self, job_id: str) -> list[Document]:
+        """What was published of it, the oldest first."""
+        found: list[Document] = json.loads(self._answered("GET", f"/v1/jobs/{job_id}/publications"))
+        return found
 
     def load_test(self, publication_id: str, key: str | None = None) -> Document:
         """Put a published version under the load of its SLO; returns the job."""

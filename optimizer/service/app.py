@@ -30,11 +30,13 @@ SWEEP_S = 5.0
 
 @dataclass(frozen=True)
 class Settings:
-    """Where things lie and what is allowed. `repositories`: name -> folder. Without `keys` and
-    `oidc` nobody has to say who they are."""
+    """Where things lie and what is allowed. `repositories`: name -> folder; `scratch` is a folder
+    of this machine for what is under way. Without `keys` and `oidc` nobody has to say who they
+    are."""
 
     database: str
     blobs: str
+    scratch: Path
     repositories: Mapping[str, Path] = field(default_factory=dict)
     policy: Policy = field(default_factory=Policy)
     quotas: Quotas = field(default_factory=Quotas)
@@ -67,7 +69,7 @@ def make_parts(settings: Settings) -> Parts:
     blobs = Blobs(settings.blobs)
     ledger = Ledger(database)
     uploads = Uploads(database, blobs, settings.upload_limits)
-    publisher = Publisher(database, blobs, settings.repositories)
+    publisher = Publisher(database, blobs, settings.repositories, settings.scratch)
     operations = Operations(
         ledger, uploads, blobs, publisher, Audit(database), settings.policy, settings.quotas
     )

@@ -114,6 +114,13 @@ class Blobs:
         target.parent.mkdir(parents=True, exist_ok=True)
         self._fs.get_file(path, str(target))
 
+    def keep_only(self, job_id: str, claim: str) -> None:
+        """Delete what other claims of the job have stored. It may be there: what counts is."""
+        root = f"{self._root}/jobs/{job_id}"
+        for path in self._fs.ls(root, detail=False):
+            if str(path).rstrip("/").rpartition("/")[2] != claim:
+                self._delete(str(path))
+
     def delete_job(self, job_id: str) -> None:
         self._delete(f"{self._root}/jobs/{job_id}")
 

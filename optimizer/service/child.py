@@ -19,9 +19,12 @@ import subprocess
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from optimizer.service.reporting import Lines, Reporter
 
@@ -62,7 +65,7 @@ class Order:
 
 def main(order_file: str) -> int:
     order = Order.read(Path(order_file))
-    threading.Thread(target=_end_with_worker, args=(order.lifeline,), daemon=True).start()
+    threading.Thread(target=end_with_worker, args=(order.lifeline,), daemon=True).start()
     signal.signal(signal.SIGTERM, _interrupted)
     _confine(order)
     os.environ["TMPDIR"] = str(Path(order.out).parent / "tmp")
@@ -174,10 +177,15 @@ def _confine(order: Order) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order.max_file_bytes, order.max_file_bytes))
 
 
-def _end_with_worker(lifeline: int) -> None:
-    """The pipe closes when the worker dies, however it dies: running on would keep the cores from
+def end_with_worker(lifeline: int) -> None:
+    """Wait for the worker's death, then end this process with all that it started.
+
+    The pipe closes when the worker dies, however it dies: running on would keep the cores from
     the next, and a result that nobody waits for."""
     os.read(lifeline, 1)
+    for process in psutil.Process().children(recursive=True):  # servers have sessions of their own
+        with suppress(psutil.Error):
+            process.kill()
     os.killpg(0, signal.SIGKILL)
 
 

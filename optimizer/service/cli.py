@@ -202,6 +202,7 @@ def run_command(
     settings = Settings(
         database=database or str(data / "jobs.sqlite"),
         blobs=blobs or str(data / "blobs"),
+        scratch=data / "scratch",
         repositories=_repositories(repository),
         policy=_policy(allow_store, allow_factory, allow_agent, allow_pt2, max_job_s),
         quotas=Quotas(max_open_jobs),

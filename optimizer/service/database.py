@@ -82,6 +82,14 @@ class Database:
         asked = text("SELECT extract(epoch FROM clock_timestamp())")
         return float(connection.execute(asked).scalar_one())
 
+    def started_s(self, connection: Connection) -> float:
+        """When the database's server was started, by the same clock; 0 for a file, which is never
+        away."""
+        if self.is_sqlite:
+            return 0.0
+        asked = text("SELECT extract(epoch FROM pg_postmaster_start_time())")
+        return float(connection.execute(asked).scalar_one())
+
     def migrate(self, revision: str = "head") -> None:
         """Bring the tables to `revision`: today's, or an older one, with what they hold.
 

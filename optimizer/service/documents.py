@@ -36,6 +36,8 @@ class JobDocument(BaseModel):
     run: int = Field(description="1, and 1 more for each retry.")
     attempt: int = Field(description="Workers that have begun this run.")
     max_attempts: int
+    lost: int = Field(description="Workers lost in a row while it got no further; it fails when "
+                      "they are max_attempts.")  # fmt: skip
     worker: str | None
     created_at: str
     updated_at: str
@@ -118,6 +120,7 @@ def job_document(job: Job) -> JobDocument:
         run=job.run,
         attempt=job.attempt,
         max_attempts=job.max_attempts,
+        lost=job.lost,
         worker=job.lease.worker if job.lease is not None else None,
         created_at=_when(job.created_s) or "",
         updated_at=_when(job.updated_s) or "",

@@ -35,7 +35,9 @@ ENDED: Final = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED})
 OPEN: Final = frozenset({State.QUEUED}) | ACTIVE
 """Counted by quotas."""
 DEFAULT_ATTEMPTS: Final = 3
-"""Workers that may die of a job before it counts as failed."""
+"""Workers that may be lost in a row with a job that gets no further, before it counts as failed."""
+MAX_CLAIMS: Final = 30
+"""Of one run, however far each of them came; what a worker gave back isn't counted."""
 
 
 class Kind(StrEnum):
@@ -74,8 +76,11 @@ class Job:
     """A job as it stands. Times are seconds since 1970 by the database's clock.
 
     `run` counts the times that somebody asked for it (1, and 1 more for each retry), `attempt`
-    the claims of this run. `outcome` is the study's, where one came to its end; `error` says why
-    a job failed. `n_events` is the number of the last event, `n_logs` of the last piece of log.
+    the claims of this run. `reached` is the highest number of trials that the run has come to,
+    `lost` the workers lost in a row since it got that far, of which `max_attempts` may be; `told`
+    is the number of the last batch of events from the claim's worker. `outcome` is the study's,
+    where one came to its end; `error` says why a job failed. `n_events` is the number of the last
+    event, `n_logs` of the last piece of log.
     `revision` grows by every change.
     """
 
@@ -92,6 +97,9 @@ class Job:
     run: int = 1
     attempt: int = 0
     max_attempts: int = DEFAULT_ATTEMPTS
+    reached: int = 0
+    lost: int = 0
+    told: int = 0
     started_s: float | None = None
     ended_s: float | None = None
     lease: Lease | None = None
@@ -110,6 +118,7 @@ def claim(job: Job, lease: Lease, now_s: float) -> Job:
         state=State.RUNNING,
         lease=lease,
         attempt=job.attempt + 1,
+        told=0,
         started_s=job.started_s or now_s,
         updated_s=now_s,
     )
@@ -131,19 +140,36 @@ def release(job: Job, token: str, now_s: float) -> Job:
     )
 
 
-def expire(job: Job, now_s: float) -> Job:
-    """The lease ran out: back to the queue, or failed where too many workers were lost on it.
-    A job whose lease is good is returned as it is."""
+def told(job: Job, token: str, batch: int, reached: int) -> Job:
+    """Its worker has told `batch`; the study is at `reached` trials. One that gets further than
+    all before it shows that the job isn't what workers were lost of."""
+    _held(job, token)
+    further = reached > job.reached
+    return replace(
+        job,
+        told=batch,
+        reached=max(reached, job.reached),
+        lost=0 if further else job.lost,
+    )
+
+
+def expire(job: Job, now_s: float, blameless: bool = False) -> Job:
+    """The lease ran out: back to the queue, or failed where too many workers were lost in a row
+    and it got no further. `blameless` where its worker couldn't renew, as when the database was
+    away: that worker isn't counted. A job whose lease is good is returned as it is."""
     if job.state not in ACTIVE or job.lease is None or job.lease.until_s > now_s:
         return job
     if job.state is State.CANCELLING:
         return _ended(job, State.CANCELLED, now_s)
-    if job.attempt >= job.max_attempts:
-        error = (
-            f"{job.attempt} workers were lost while they ran it, the last was {job.lease.worker}"
-        )
-        return replace(_ended(job, State.FAILED, now_s), error=error)
-    return replace(job, state=State.QUEUED, lease=None, updated_s=now_s)
+    lost = job.lost if blameless else job.lost + 1
+    worker = job.lease.worker
+    if lost >= job.max_attempts:
+        error = f"{lost} workers were lost in a row while it got no further, the last was {worker}"
+        return replace(_ended(job, State.FAILED, now_s), lost=lost, error=error)
+    if job.attempt >= MAX_CLAIMS:
+        error = f"{job.attempt} workers have begun it and were lost, the last was {worker}"
+        return replace(_ended(job, State.FAILED, now_s), lost=lost, error=error)
+    return replace(job, state=State.QUEUED, lease=None, lost=lost, updated_s=now_s)
 
 
 def ask_cancel(job: Job, now_s: float) -> Job:
@@ -183,6 +209,8 @@ def retry(job: Job, now_s: float) -> Job:
         state=State.QUEUED,
         run=job.run + 1,
         attempt=0,
+        reached=0,
+        lost=0,
         started_s=None,
         ended_s=None,
         outcome=None,

@@ -12,7 +12,7 @@ class Empty(_message.Message):
     def __init__(self) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "kind", "name", "owner", "state", "outcome", "error", "labels", "priority", "parent_id", "run", "attempt", "max_attempts", "worker", "created_s", "updated_s", "started_s", "ended_s", "n_events")
+    __slots__ = ("id", "kind", "name", "owner", "state", "outcome", "error", "labels", "priority", "parent_id", "run", "attempt", "max_attempts", "worker", "created_s", "updated_s", "started_s", "ended_s", "n_events", "lost")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class Job(_message.Message):
     STARTED_S_FIELD_NUMBER: _ClassVar[int]
     ENDED_S_FIELD_NUMBER: _ClassVar[int]
     N_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: str
     name: str
@@ -58,7 +59,8 @@ class Job(_message.Message):
     started_s: float
     ended_s: float
     n_events: int
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., name: _Optional[str] = ..., owner: _Optional[str] = ..., state: _Optional[str] = ..., outcome: _Optional[str] = ..., error: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., priority: _Optional[int] = ..., parent_id: _Optional[str] = ..., run: _Optional[int] = ..., attempt: _Optional[int] = ..., max_attempts: _Optional[int] = ..., worker: _Optional[str] = ..., created_s: _Optional[float] = ..., updated_s: _Optional[float] = ..., started_s: _Optional[float] = ..., ended_s: _Optional[float] = ..., n_events: _Optional[int] = ...) -> None: ...
+    lost: int
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., name: _Optional[str] = ..., owner: _Optional[str] = ..., state: _Optional[str] = ..., outcome: _Optional[str] = ..., error: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., priority: _Optional[int] = ..., parent_id: _Optional[str] = ..., run: _Optional[int] = ..., attempt: _Optional[int] = ..., max_attempts: _Optional[int] = ..., worker: _Optional[str] = ..., created_s: _Optional[float] = ..., updated_s: _Optional[float] = ..., started_s: _Optional[float] = ..., ended_s: _Optional[float] = ..., n_events: _Optional[int] = ..., lost: _Optional[int] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("spec", "labels", "priority", "without_verification", "idempotency_key")
@@ -177,14 +179,16 @@ class ResultResponse(_message.Message):
     def __init__(self, result_json: _Optional[str] = ...) -> None: ...
 
 class PublishRequest(_message.Message):
-    __slots__ = ("id", "repository", "model")
+    __slots__ = ("id", "repository", "model", "idempotency_key")
     ID_FIELD_NUMBER: _ClassVar[int]
     REPOSITORY_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     id: str
     repository: str
     model: str
-    def __init__(self, id: _Optional[str] = ..., repository: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
+    idempotency_key: str
+    def __init__(self, id: _Optional[str] = ..., repository: _Optional[str] = ..., model: _Optional[str] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
 
 class Publication(_message.Message):
     __slots__ = ("id", "job_id", "repository", "model", "version", "state", "error")

@@ -15,7 +15,6 @@ from sqlalchemy import (
     Connection,
     Row,
     Select,
-    Table,
     and_,
     delete,
     func,
@@ -24,12 +23,13 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 
+from optimizer.service import audit, schema
 from optimizer.service import jobs as life
-from optimizer.service import schema
+from optimizer.service.audit import Note
 from optimizer.service.database import Database
 from optimizer.service.jobs import Job, Kind, Lease, State
+from optimizer.service.repeats import INSERT, Repeatable, has_made, made_before
 
 MAX_LOG_BYTES = 4_000_000
 """Of a job's logs; what comes after is left out, and the last piece says so."""
@@ -37,24 +37,12 @@ MAX_PIECE_CHARS = 64_000
 MAX_EVENTS = 20_000
 """Of a job. Beyond it only changes of state are told."""
 MAX_PAGE = 500
-_INSERT: Mapping[str, Callable[[Table], sqlite.Insert | postgresql.Insert]] = {
-    "sqlite": sqlite.insert,
-    "postgresql": postgresql.insert,
-}
 _COLUMNS = [column for column in schema.jobs.columns if column.name not in ("spec", "progress")]
 
 
 class JobNotFound(Exception):
     def __init__(self, job_id: str) -> None:
         super().__init__(f"there is no job {job_id}")
-        self.job_id = job_id
-
-
-class KeyReused(Exception):
-    """An idempotency key that came before, with another request."""
-
-    def __init__(self, key: str, job_id: str) -> None:
-        super().__init__(f"the key {key!r} was used for job {job_id}, with another request")
         self.job_id = job_id
 
 
@@ -139,16 +127,23 @@ class Ledger:
     # --- asked for by people
 
     def submit(
-        self, submission: Submission, key: str | None = None, max_open: int | None = None
+        self,
+        submission: Submission,
+        key: str | None = None,
+        max_open: int | None = None,
+        note: Note | None = None,
     ) -> tuple[Job, bool]:
         """The job, and whether it is new: the same `key` with the same request gives the job of
-        before. Raises KeyReused, QuotaExceeded (`max_open` jobs of the owner are open)."""
+        before. Raises KeyReused, QuotaExceeded (`max_open` jobs of the owner are open).
+
+        What is done is noted in the audit, here and where else a `note` is given."""
+        request = Repeatable(submission.owner, key, submission.digest) if key is not None else None
         with self.database.writing() as connection:
             now_s = self.database.now_s(connection)
-            if key is not None:
-                known = self._requested(connection, submission, key, now_s)
+            if request is not None:
+                known = made_before(connection, request, now_s)
                 if known is not None:
-                    return known, False
+                    return self._read(connection, known), False
             if max_open is not None:
                 self._check_quota(connection, submission.owner, max_open)
             job = Job(
@@ -163,12 +158,9 @@ class Ledger:
                 parent_id=submission.parent_id,
                 max_attempts=submission.max_attempts,
             )
-            if key is not None:
-                connection.execute(
-                    update(schema.requests)
-                    .where(schema.requests.c.owner == job.owner, schema.requests.c.key == key)
-                    .values(job_id=job.id)
-                )
+            if request is not None:
+                has_made(connection, request, job.id)
+            _noted(connection, note, job, now_s)
             connection.execute(
                 insert(schema.jobs).values(
                     **_row(job), spec=json.dumps(submission.spec), progress="{}"
@@ -215,13 +207,16 @@ class Ledger:
             rows = connection.execute(select(state, func.count()).group_by(state)).all()
         return {State(name): int(n) for name, n in rows if name != State.DELETED}
 
-    def cancel(self, job_id: str) -> Job:
+    def cancel(self, job_id: str, note: Note | None = None) -> Job:
         """Raises JobNotFound, NotAllowed."""
-        return self._change(job_id, lambda job, now_s: (
-            job if job.state is State.CANCELLING else life.ask_cancel(job, now_s)
-        ))  # fmt: skip
+        with self.database.writing() as connection:
+            now_s = self.database.now_s(connection)
+            job = self._read(connection, job_id, for_update=True)
+            asked = job if job.state is State.CANCELLING else life.ask_cancel(job, now_s)
+            _noted(connection, note, job, now_s)
+            return self._kept(connection, job, asked)
 
-    def retry(self, job_id: str, max_open: int | None = None) -> Job:
+    def retry(self, job_id: str, max_open: int | None = None, note: Note | None = None) -> Job:
         """Raises JobNotFound, NotAllowed, QuotaExceeded."""
         with self.database.writing() as connection:
             now_s = self.database.now_s(connection)
@@ -230,9 +225,10 @@ class Ledger:
             if max_open is not None:
                 self._check_quota(connection, job.owner, max_open)
             connection.execute(_of(job_id).values(progress="{}"))
+            _noted(connection, note, job, now_s)
             return self._kept(connection, job, again)
 
-    def delete(self, job_id: str) -> Job:
+    def delete(self, job_id: str, note: Note | None = None) -> Job:
         """The job's row stays without what it held, so that its number is never given again.
         Raises JobNotFound, NotAllowed."""
         with self.database.writing() as connection:
@@ -243,6 +239,7 @@ class Ledger:
                 connection.execute(delete(table).where(table.c.job_id == job_id))
             connection.execute(delete(schema.requests).where(schema.requests.c.job_id == job_id))
             connection.execute(_of(job_id).values(spec="{}", progress="{}", labels="{}"))
+            _noted(connection, note, job, now_s)
             return gone
 
     def ended_before(self, age_s: float, limit: int = 100) -> list[Job]:
@@ -340,12 +337,19 @@ class Ledger:
         token: str,
         events: Sequence[tuple[str, Mapping[str, Any]]] = (),
         text: str = "",
+        batch: int | None = None,
     ) -> None:
-        """Add events (kind, payload) and a text to the log. Raises LeaseLost."""
+        """Add events (kind, payload) and a text to the log. Raises LeaseLost.
+
+        Batches of a claim are numbered from 1: one that was told before isn't told again, so that
+        a worker can repeat it that doesn't know whether it was."""
         with self.database.writing() as connection:
             now_s = self.database.now_s(connection)
             job = self._own(connection, job_id)
-            job = life.renew(job, token, job.lease.until_s if job.lease else now_s, now_s)
+            told = life.told(job, token, batch or job.told, _reached(events))
+            if batch is not None and batch <= job.told:
+                return
+            job = self._kept(connection, job, told, tell=False)
             room = max(0, MAX_EVENTS - job.n_events)
             for kind, payload in events[:room]:
                 job = self._told(connection, job, kind, payload)
@@ -375,7 +379,7 @@ class Ledger:
     def see_worker(self, worker: str, job_id: str | None) -> None:
         with self.database.writing() as connection:
             now_s = self.database.now_s(connection)
-            statement = _INSERT[connection.dialect.name](schema.workers).values(
+            statement = INSERT[connection.dialect.name](schema.workers).values(
                 name=worker, seen_s=now_s, job_id=job_id
             )
             connection.execute(
@@ -397,12 +401,6 @@ class Ledger:
         return {row[0]: row[1] for row in rows}
 
     # --- inside of a transaction
-
-    def _change(self, job_id: str, change: Callable[[Job, float], Job]) -> Job:
-        with self.database.writing() as connection:
-            now_s = self.database.now_s(connection)
-            job = self._read(connection, job_id, for_update=True)
-            return self._kept(connection, job, change(job, now_s))
 
     def _end(self, job_id: str, change: Callable[[Job, float], Job]) -> Job:
         with self.database.writing() as connection:
@@ -502,8 +500,11 @@ class Ledger:
             .with_for_update(skip_locked=True)
         )
         lost = [_job(row) for row in connection.execute(statement)]
-        for job in lost:
-            self._kept(connection, job, life.expire(job, now_s))
+        if lost:
+            started_s = self.database.started_s(connection)
+            for job in lost:  # no worker could renew while the database was away
+                expired = life.expire(job, now_s, blameless=job.updated_s < started_s)
+                self._kept(connection, job, expired)
         return len(lost)
 
     def _next(self, connection: Connection, max_running: int | None) -> Job | None:
@@ -522,31 +523,6 @@ class Ledger:
         ).limit(1)
         row = connection.execute(statement.with_for_update(skip_locked=True)).first()
         return None if row is None else _job(row)
-
-    def _requested(
-        self, connection: Connection, submission: Submission, key: str, now_s: float
-    ) -> Job | None:
-        """The job of an earlier request with the key; None, with the key now taken, if none."""
-        table = schema.requests
-        taken = connection.execute(
-            _INSERT[connection.dialect.name](table)
-            .values(
-                owner=submission.owner, key=key, digest=submission.digest, job_id="",
-                created_s=now_s,
-            )
-            .on_conflict_do_nothing()
-            .returning(table.c.key)
-        )  # fmt: skip
-        if taken.first() is not None:
-            return None
-        held = connection.execute(
-            select(table.c.digest, table.c.job_id).where(
-                table.c.owner == submission.owner, table.c.key == key
-            )
-        ).one()
-        if held.digest != submission.digest:
-            raise KeyReused(key, held.job_id)
-        return self._read(connection, held.job_id)
 
     def _check_quota(self, connection: Connection, owner: str, limit: int) -> None:
         table = schema.jobs
@@ -567,6 +543,23 @@ class Ledger:
             table.c.created_s < last.created_s,
             and_(table.c.created_s == last.created_s, table.c.id < last.id),
         )
+
+
+def _noted(connection: Connection, note: Note | None, job: Job, now_s: float) -> None:
+    if note is not None:
+        audit.write(connection, note, job.id, now_s)
+
+
+def _reached(events: Sequence[tuple[str, Mapping[str, Any]]]) -> int:
+    """The number of trials that a study says it has come to; 0 where it says nothing. User code
+    shares the process that says so: it may be anything."""
+    reached = 0
+    for kind, payload in events:
+        budget = payload.get("budget") if kind == "trial_ended" else None
+        trials = budget.get("trials") if isinstance(budget, Mapping) else None
+        if isinstance(trials, int) and reached < trials < 2**31:
+            reached = trials
+    return reached
 
 
 def _of(job_id: str) -> Any:

@@ -9,13 +9,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from optimizer.service.audit import Audit, Entry
+from optimizer.service.audit import Audit, Entry, Note
 from optimizer.service.auth import Caller, Scope
 from optimizer.service.blobs import Blobs
 from optimizer.service.child import LOAD_TEST_HTML, LOAD_TEST_JSON, REPORT, RESULT
 from optimizer.service.jobs import ENDED, Job, Kind, State
 from optimizer.service.ledger import Event, JobNotFound, Ledger, Piece, Query, Submission
-from optimizer.service.publishing import NothingToPublish, Publication, Publisher
+from optimizer.service.publishing import NothingToPublish, Publication, Publisher, Wish
 from optimizer.service.submitted import Policy, read_submitted
 from optimizer.service.uploads import Upload, UploadNotFound, Uploads
 
@@ -94,8 +94,7 @@ class Operations:
             raise RequestInvalid("priority", priority, "-100 to 100")
         if priority > 0:
             caller.check(Scope.ADMIN)
-        if key is not None and not (1 <= len(key) <= 128 and key.isascii() and key.isprintable()):
-            raise RequestInvalid("Idempotency-Key", key, "1 to 128 printable ASCII characters")
+        _check_key(key)
         submitted = read_submitted(spec, self.policy, lambda one: self._upload_name(caller, one))
         submission = Submission(
             owner=caller.subject,
@@ -110,9 +109,9 @@ class Operations:
             priority=priority,
             parent_id=parent_id,
         )
-        job, is_new = self.ledger.submit(submission, key, self._quotas.open_jobs)
+        note = Note(caller.subject, "submit", {"name": submitted.name, "parent": parent_id})
+        job, is_new = self.ledger.submit(submission, key, self._quotas.open_jobs, note)
         if is_new:
-            self._audit.note(caller.subject, "submit", job.id, name=job.name, parent=parent_id)
             used = [one.removeprefix("upload:") for one in submitted.references]
             self.uploads.touch(used)
         return job, is_new
@@ -156,15 +155,12 @@ class Operations:
     def cancel(self, caller: Caller, job_id: str) -> Job:
         """Raises JobNotFound, NotAllowed, Forbidden; so do those that follow."""
         self._own(caller, job_id)
-        job = self.ledger.cancel(job_id)
-        self._audit.note(caller.subject, "cancel", job_id)
-        return job
+        return self.ledger.cancel(job_id, Note(caller.subject, "cancel"))
 
     def retry(self, caller: Caller, job_id: str) -> Job:
         self._own(caller, job_id)
-        job = self.ledger.retry(job_id, self._quotas.open_jobs)
-        self._audit.note(caller.subject, "retry", job_id)
-        return job
+        note = Note(caller.subject, "retry")
+        return self.ledger.retry(job_id, self._quotas.open_jobs, note)
 
     def clone(
         self,
@@ -196,9 +192,8 @@ class Operations:
     def delete(self, caller: Caller, job_id: str) -> None:
         """What was published from it stays."""
         self._own(caller, job_id)
-        self.ledger.delete(job_id)
+        self.ledger.delete(job_id, Note(caller.subject, "delete"))
         self._blobs.delete_job(job_id)
-        self._audit.note(caller.subject, "delete", job_id)
 
     # --- what a job made
 
@@ -213,19 +208,23 @@ class Operations:
         return self._made(job, REPORT if job.kind is Kind.OPTIMIZATION else LOAD_TEST_HTML)
 
     def publish(
-        self, caller: Caller, job_id: str, repository: str, model: str | None = None
+        self,
+        caller: Caller,
+        job_id: str,
+        repository: str,
+        model: str | None = None,
+        key: str | None = None,
     ) -> Publication:
-        """Raises NotAllowed where the job hasn't succeeded, NothingToPublish where it found
-        nothing."""
+        """The publication; with an idempotency `key` that came before the one of then, which may
+        be `writing` still. Raises KeyReused, NothingToPublish where the job found nothing."""
         caller.check(Scope.PUBLISH)
+        _check_key(key)
         job = self.ledger.job(job_id)
         claim = self._claim(job)
         if claim is None or job.kind is not Kind.OPTIMIZATION:
             raise NothingToPublish(f"job {job_id} has found nothing that could be published")
-        done = self.publisher.publish(job_id, claim, repository, model, caller.subject)
-        target = f"{done.repository}/{done.model}/{done.version}"
-        self._audit.note(caller.subject, "publish", target, job=job_id)
-        return done
+        wish = Wish(job_id, claim, repository, model, caller.subject, key)
+        return self.publisher.publish(wish)
 
     def load_test(
         self, caller: Caller, publication_id: str, key: str | None = None
@@ -250,10 +249,8 @@ class Operations:
             kind=Kind.LOAD_TEST,
             parent_id=publication.job_id,
         )
-        job, is_new = self.ledger.submit(submission, key, self._quotas.open_jobs)
-        if is_new:
-            self._audit.note(caller.subject, "load_test", job.id, publication=publication.id)
-        return job, is_new
+        note = Note(caller.subject, "load_test", {"publication": publication.id})
+        return self.ledger.submit(submission, key, self._quotas.open_jobs, note)
 
     def publications(self, caller: Caller, job_id: str) -> list[Publication]:
         self.job(caller, job_id)
@@ -293,9 +290,10 @@ class Operations:
         return self._audit.entries(before, limit)
 
     def sweep(self, keep_s: float | None) -> None:
-        """Housekeeping: leases that ran out, publications that nobody finished, jobs older than
-        `keep_s` and uploads that nothing uses."""
+        """Housekeeping: leases that ran out, publications that nobody finished and what dead
+        processes left of them, jobs older than `keep_s` and uploads that nothing uses."""
         self.ledger.expire()
+        self.publisher.clear()
         claims: dict[str, str] = {}
         for one in self.publisher.unfinished():
             with suppress(JobNotFound):
@@ -304,9 +302,8 @@ class Operations:
         self.publisher.finish(claims)
         if keep_s is not None:
             for job in self.ledger.ended_before(keep_s):
-                self.ledger.delete(job.id)
+                self.ledger.delete(job.id, Note("retention", "delete"))
                 self._blobs.delete_job(job.id)
-                self._audit.note("retention", "delete", job.id)
         in_use = set()
         for job in self.ledger.find(
             Query(states=(State.QUEUED, State.RUNNING, State.CANCELLING), limit=500)
@@ -350,6 +347,11 @@ class Operations:
             more = "" if job.state in ENDED else f": it is {job.state}"
             raise NotThere(f"job {job.id} has no {name}{more}")
         return content
+
+
+def _check_key(key: str | None) -> None:
+    if key is not None and not (1 <= len(key) <= 128 and key.isascii() and key.isprintable()):
+        raise RequestInvalid("Idempotency-Key", key, "1 to 128 printable ASCII characters")
 
 
 def _check_labels(labels: Mapping[str, str]) -> None:

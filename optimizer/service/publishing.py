@@ -3,23 +3,31 @@
 A version is a row first and files afterwards. The row reserves the version's number; the files
 are written by `serve.artifact.write_version`, whose manifest comes last, so that a server never
 sees half of them. Whoever dies in between leaves a row that says `writing`: the next one that looks
-finishes it, and finds by the manifest whether there is anything left to do.
+finishes it, and finds by the manifest whether there is anything left to do. Files of a model are
+written by one process at a time, which holds a lock of the kernel's meanwhile (flock): so who is
+slow isn't taken for dead.
 """
 
+import fcntl
+import hashlib
+import json
 import logging
+import os
 import secrets
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Integer, Row, cast, func, insert, select, update
 
-from optimizer.service import schema
+from optimizer.service import audit, schema, scratch
+from optimizer.service.audit import Note
 from optimizer.service.blobs import Blobs
 from optimizer.service.child import REPOSITORY
 from optimizer.service.database import Database
+from optimizer.service.repeats import Repeatable, has_made, made_before
 from serve.artifact import (
     Manifest,
     check_model_name,
@@ -34,7 +42,9 @@ from serve.errors import ArtifactInvalid
 log = logging.getLogger(__name__)
 
 MANIFEST, TRITON = "manifest.json", "config.pbtxt"
-_TAKEN_OVER_S = 60.0
+LOCK = ".publishing.lock"
+"""In a model's folder, beside its versions."""
+_TAKEN_OVER_S = 10.0
 """After which a publication that nobody finished is finished by another process."""
 
 
@@ -63,27 +73,49 @@ class Publication:
     updated_s: float
 
 
-class Publisher:
-    """`repositories`: name -> folder that servers read."""
+@dataclass(frozen=True)
+class Wish:
+    """That `subject` wants a job's candidate, made under `claim`, to be the next version of
+    `model` (its own name where that is None). The same `key` with the same wish is one wish."""
 
-    def __init__(self, database: Database, blobs: Blobs, repositories: Mapping[str, Path]) -> None:
+    job_id: str
+    claim: str
+    repository: str
+    model: str | None
+    subject: str
+    key: str | None = None
+
+    @property
+    def repeatable(self) -> Repeatable | None:
+        if self.key is None:
+            return None
+        asked = json.dumps(["publish", self.job_id, self.repository, self.model])
+        return Repeatable(self.subject, self.key, hashlib.sha256(asked.encode()).hexdigest())
+
+
+class Publisher:
+    """`repositories`: name -> folder that servers read. `folder` is this machine's, for what is
+    under way."""
+
+    def __init__(
+        self, database: Database, blobs: Blobs, repositories: Mapping[str, Path], folder: Path
+    ) -> None:
         self._database = database
         self._blobs = blobs
+        self._scratch = folder
         self.repositories = dict(repositories)
 
-    def publish(
-        self, job_id: str, claim: str, repository: str, model: str | None, subject: str
-    ) -> Publication:
-        """Make the job's candidate the next version of `model` (its own name without).
+    def publish(self, wish: Wish) -> Publication:
+        """What became of the wish, or of the same one before, which may be under way.
 
-        Raises NothingToPublish, ArtifactInvalid, OSError."""
-        folder = self._folder(repository)
-        with tempfile.TemporaryDirectory(prefix="trimserve-publish-") as scratch:
-            manifest = self._fetched(job_id, claim, Path(scratch))
-            name = model or manifest.model
-            check_model_name(name)
-            publication = self._reserved(job_id, repository, folder, name, subject)
-            return self._written(publication, manifest, Path(scratch))
+        Raises NothingToPublish, ArtifactInvalid, KeyReused, OSError."""
+        self._folder(wish.repository)
+        with self._under_way() as folder:
+            manifest = self._fetch(wish.job_id, wish.claim, folder)
+            model = wish.model or manifest.model
+            check_model_name(model)
+            publication, is_new = self._reserved(wish, model)
+            return self._written(publication, folder) if is_new else publication
 
     def finish(self, claim_of: Mapping[str, str]) -> int:
         """Finish what another process began and didn't end; how many that were. `claim_of` gives
@@ -97,9 +129,12 @@ class Publisher:
         n_finished = 0
         for publication in map(_publication, rows):
             if self._taken_over(publication):
-                self._finish(publication, claim_of.get(publication.job_id))
-                n_finished += 1
+                n_finished += self._finish(publication, claim_of.get(publication.job_id))
         return n_finished
+
+    def clear(self) -> int:
+        """Remove what publishing processes of this machine left that have died."""
+        return scratch.clear(self._scratch)
 
     def unfinished(self) -> list[Publication]:
         table = schema.publications
@@ -139,13 +174,16 @@ class Publisher:
             raise NothingToPublish(f"repository: got {repository!r}, want one of: {allowed}")
         return folder
 
-    def _reserved(
-        self, job_id: str, repository: str, folder: Path, model: str, subject: str
-    ) -> Publication:
-        """The row, with the next number that neither the table nor the folder has."""
-        table = schema.publications
+    def _reserved(self, wish: Wish, model: str) -> tuple[Publication, bool]:
+        """The row, with the next number that neither the table nor the folder has; and whether it
+        is new."""
+        table, repository, request = schema.publications, wish.repository, wish.repeatable
         with self._database.writing() as connection:
             now_s = self._database.now_s(connection)
+            known = made_before(connection, request, now_s) if request is not None else None
+            if known is not None:
+                row = connection.execute(select(table).where(table.c.id == known)).one()
+                return _publication(row), False
             if not self._database.is_sqlite:  # SQLite's transaction is alone already
                 connection.exec_driver_sql("LOCK TABLE publications IN EXCLUSIVE MODE")
             highest = connection.execute(
@@ -153,37 +191,55 @@ class Publisher:
                     table.c.repository == repository, table.c.model == model
                 )
             ).scalar_one()
-            version = str(max(int(next_version(folder, model)), int(highest or 0) + 1))
+            taken = int(next_version(self._folder(repository), model))
+            version = str(max(taken, int(highest or 0) + 1))
             publication = Publication(
-                secrets.token_hex(8), job_id, repository, model, version, "writing", subject,
-                None, now_s, now_s,
+                secrets.token_hex(8), wish.job_id, repository, model, version, "writing",
+                wish.subject, None, now_s, now_s,
             )  # fmt: skip
             connection.execute(insert(table).values(**vars(publication)))
-        return publication
+            if request is not None:
+                has_made(connection, request, publication.id)
+            note = Note(wish.subject, "publish", {"job": wish.job_id})
+            audit.write(connection, note, f"{repository}/{model}/{version}", now_s)
+        return publication, True
 
-    def _written(self, publication: Publication, manifest: Manifest, source: Path) -> Publication:
-        from optimizer.publish import TRITON_BACKENDS, triton_config
+    def _directory(self, publication: Publication) -> Path:
+        """Raises NothingToPublish where its repository isn't one of the service's any more."""
+        return self._folder(publication.repository) / publication.model / publication.version
 
-        folder = self._folder(publication.repository)
-        version = replace(manifest, model=publication.model, version=publication.version)
-        files = {
-            file.relative_to(source).as_posix(): file
-            for file in sorted(source.rglob("*"))
-            if file.is_file() and file.name != MANIFEST
-        }
+    @contextmanager
+    def _under_way(self) -> Iterator[Path]:
+        with scratch.held(self._scratch, f"publish-{secrets.token_hex(8)}") as folder:
+            yield folder / "version"
+
+    def _written(self, publication: Publication, source: Path) -> Publication:
+        """The publication as done: by us, or by another process that was quicker."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_version(folder, version, files)
-            if version.engine.name in TRITON_BACKENDS:
-                config = triton_config(version).encode()
-                write_atomically(folder / publication.model / TRITON, config)
+            with alone(self._directory(publication).parent):
+                now = self.get(publication.id)
+                return now if now.state != "writing" else self._write(publication, source)
         except (ArtifactInvalid, OSError) as error:
             self._set(publication, "failed", str(error))
             raise
+
+    def _write(self, publication: Publication, source: Path) -> Publication:
+        """The files, as far as they aren't there, and the row."""
+        from optimizer.publish import TRITON_BACKENDS, triton_config
+
+        directory, folder = self._directory(publication), self._folder(publication.repository)
+        if not (directory / MANIFEST).exists():
+            manifest = replace(
+                read_manifest(source), model=publication.model, version=publication.version
+            )
+            write_version(folder, manifest, {name: source / name for name in manifest.files})
+        version = read_manifest(directory)
+        if version.engine.name in TRITON_BACKENDS and not _has_newer(directory):
+            write_atomically(directory.parent / TRITON, triton_config(version).encode())
         return self._set(publication, "done", None)
 
-    def _fetched(self, job_id: str, claim: str, target: Path) -> Manifest:
-        """The candidate's files in `target`, compared with their digests."""
+    def _fetch(self, job_id: str, claim: str, target: Path) -> Manifest:
+        """The candidate's files into `target`, compared with their digests."""
         found = self._blobs.files(job_id, claim, REPOSITORY)
         manifests = [name for name in found if name.endswith(f"/{MANIFEST}")]
         if len(manifests) != 1:
@@ -211,20 +267,24 @@ class Publisher:
             )
         return taken.rowcount == 1
 
-    def _finish(self, publication: Publication, claim: str | None) -> None:
+    def _finish(self, publication: Publication, claim: str | None) -> bool:
+        """Whether it could be: another process may be at it still."""
         try:
-            folder = self._folder(publication.repository)
-            if (folder / publication.model / publication.version / MANIFEST).exists():
-                self._set(publication, "done", None)
-                return
-            if claim is None:
-                raise NothingToPublish("its job is gone")
-            with tempfile.TemporaryDirectory(prefix="trimserve-publish-") as scratch:
-                manifest = self._fetched(publication.job_id, claim, Path(scratch))
-                self._written(publication, manifest, Path(scratch))
+            directory = self._directory(publication)
+            with alone(directory.parent, waits=False), self._under_way() as folder:
+                if self.get(publication.id).state != "writing":
+                    return False
+                if not (directory / MANIFEST).exists():
+                    if claim is None:
+                        raise NothingToPublish("its job is gone")
+                    self._fetch(publication.job_id, claim, folder)
+                self._write(publication, folder)
+        except BlockingIOError:
+            return False
         except (NothingToPublish, ArtifactInvalid, OSError) as error:
             log.error("publication %s can't be finished: %s", publication.id, error)
             self._set(publication, "failed", str(error))
+        return True
 
     def _set(self, publication: Publication, state: str, error: str | None) -> Publication:
         with self._database.writing() as connection:
@@ -235,6 +295,26 @@ class Publisher:
                 .values(state=state, error=error, updated_s=now_s)
             )
         return replace(publication, state=state, error=error, updated_s=now_s)
+
+
+@contextmanager
+def alone(model: Path, waits: bool = True) -> Iterator[None]:
+    """Hold the lock of a model's folder, which is made if need be. Raises BlockingIOError where
+    another process has it and we don't wait."""
+    model.mkdir(parents=True, exist_ok=True)
+    file = os.open(model / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(file)
+
+
+def _has_newer(directory: Path) -> bool:
+    """Whether a later version of the model is there, which the model's own files follow."""
+    model = directory.parent
+    later = range(int(directory.name) + 1, int(next_version(model.parent, model.name)))
+    return any((model / str(number) / MANIFEST).exists() for number in later)
 
 
 def _publication(row: Row[Any]) -> Publication:

@@ -400,9 +400,12 @@ def _jobs() -> APIRouter:
         status_code=201,
         responses=problems(404, 409),
     )
-    def publish(job_id: JobId, asked: Publishing, who: Who, ops: Ops) -> d.PublicationDocument:
-        """Make what the job found the next version of a model in a serving repository."""
-        done = ops.publish(who, job_id, asked.repository, asked.model)
+    def publish(
+        job_id: JobId, asked: Publishing, who: Who, ops: Ops, key: IdempotencyKey = None
+    ) -> d.PublicationDocument:
+        """Make what the job found the next version of a model in a serving repository. Sent again
+        with the key of before it gives the version of then, which may be `writing` still."""
+        done = ops.publish(who, job_id, asked.repository, asked.model, key)
         return d.publication_document(done)
 
     return router

@@ -202,8 +202,10 @@ class JobsService:
         return pb.ResultResponse(result_json=self._ops.result(caller, request.id).decode())
 
     def _publish(self, request: Any, caller: Caller) -> Message:
-        model = request.model or None
-        return publication_message(self._ops.publish(caller, request.id, request.repository, model))
+        model, key = request.model or None, request.idempotency_key or None
+        return publication_message(
+            self._ops.publish(caller, request.id, request.repository, model, key)
+        )
 
     def _load_test(self, request: Any, caller: Caller) -> Message:
         key = request.idempotency_key or None
@@ -314,6 +316,7 @@ def job_message(job: Job) -> pb.Job:
         run=job.run,
         attempt=job.attempt,
         max_attempts=job.max_attempts,
+        lost=job.lost,
         worker=job.lease.worker if job.lease is not None else "",
         created_s=job.created_s,
         updated_s=job.updated_s,

@@ -7,9 +7,10 @@ from optimizer.service.auth import Forbidden, Unauthenticated
 from optimizer.service.database import DatabaseUnavailable
 from optimizer.service.feed import TooManyFollowers
 from optimizer.service.jobs import NotAllowed
-from optimizer.service.ledger import JobNotFound, KeyReused, QuotaExceeded
+from optimizer.service.ledger import JobNotFound, QuotaExceeded
 from optimizer.service.operations import NotThere, RequestInvalid
 from optimizer.service.publishing import NothingToPublish, PublicationNotFound
+from optimizer.service.repeats import KeyReused
 from optimizer.service.uploads import OffsetWrong, UploadNotFound, UploadRefused
 from serve.errors import ArtifactInvalid
 

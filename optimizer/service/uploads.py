@@ -119,13 +119,16 @@ class Uploads:
 
     def append(self, upload_id: str, owner: str, offset: int, content: bytes) -> Upload:
         """Add a chunk. The last one completes the upload, if its digest is right; if not, it is
-        deleted. A chunk that came before is taken as it was.
+        deleted. A chunk that came before is taken as it was; an empty one at the end completes
+        what is all there, where whoever received the last one has died.
 
         Raises UploadNotFound, OffsetWrong, UploadRefused."""
         upload = self.get(upload_id, owner)
         end = offset + len(content)
         if end <= upload.received_bytes and content:
             return upload
+        if not content and offset == upload.received_bytes == upload.size_bytes:
+            return upload if upload.complete else self._completed(upload_id)
         if offset != upload.received_bytes or upload.complete:
             raise OffsetWrong(offset, upload.received_bytes)
         if not content or len(content) > self.limits.chunk_bytes:
@@ -144,8 +147,11 @@ class Uploads:
                 .where(schema.uploads.c.id == upload_id, schema.uploads.c.received_bytes == offset)
                 .values(received_bytes=end, used_s=now_s)
             )
-        if moved.rowcount != 1:
-            raise OffsetWrong(offset, self.get(upload_id, owner).received_bytes)
+        if moved.rowcount != 1:  # by another client of the owner's, which sends the same file
+            now = self.get(upload_id, owner)
+            if now.received_bytes >= end:
+                return now
+            raise OffsetWrong(offset, now.received_bytes)
         return self._completed(upload_id) if end == upload.size_bytes else self.get(upload_id)
 
     def delete(self, upload_id: str, owner: str | None) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from optimizer.service import scratch
 from optimizer.service.addresses import AddressRefused, Stores
 from optimizer.service.blobs import Blobs
 from optimizer.service.child import REPOSITORY, Order
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 CLAIM_CHARS = 12
-"""Of a lease's token, which name the folder of what was made under it."""
+"""Of a lease's token, which name the folders of what is made and was made under it."""
 _TICK_S = 0.25
 _RENEW_S = 1.0
 _BACK_OFF_S = 2.0
@@ -89,6 +90,7 @@ class Worker:
     def run(self, stop: threading.Event) -> None:
         while not stop.is_set():
             try:
+                scratch.clear(self._options.work)
                 claim = self._claim()
             except DatabaseUnavailable as error:
                 log.warning("no job can be claimed: %s", error)
@@ -139,6 +141,15 @@ class WorkerMetrics:
         """A claim ended: in a state of the job, or `let_go`."""
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """What the ledger is told at once, and again until it is certain that it has been."""
+
+    number: int
+    events: list[tuple[str, Mapping[str, Any]]]
+    text: str
+
+
 class Attempt:
     """One claim of one job, from the fetching of its files to the word on how it ended."""
 
@@ -149,22 +160,21 @@ class Attempt:
         self._job, self._spec, self._lease = claim.job, claim.spec, claim.lease
         self._stop = stop
         # Of this claim alone: a worker that lost the job may still be at it for a moment.
-        self._folder = self._options.work / claim.job.id / claim.lease.token[:CLAIM_CHARS]
+        self._name = f"{claim.job.id}-{claim.lease.token[:CLAIM_CHARS]}"
+        self._folder = self._options.work / self._name
         self._out = self._folder / "out"
         self._good_until_s = time.monotonic() + self._options.lease_s
         self._last_word: dict[str, Mapping[str, Any]] = {}
         self._untold: list[tuple[str, Mapping[str, Any]]] = []
         self._unlogged = ""
+        self._batch: _Batch | None = None
+        self._n_batches = 0
 
     def run(self) -> State:
         """Raises LeaseLost, Stopped, DatabaseUnavailable."""
-        self._out.mkdir(parents=True)
-        try:
+        with scratch.held(self._options.work, self._name):
+            self._out.mkdir()
             return self._run()
-        finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another claim's folder may be beside it
-                self._folder.parent.rmdir()
 
     def _run(self) -> State:
         try:
@@ -185,8 +195,9 @@ class Attempt:
     # --- before
 
     def _prepared(self) -> Order:
-        options, token = self._options, self._lease.token
-        self._ledger.tell(self._job.id, token, [("phase", {"name": "fetching files"})])
+        options = self._options
+        self._untold.append(("phase", {"name": "fetching files"}))
+        self._patiently(self._tell)
         if self._job.kind is Kind.LOAD_TEST:
             return self._load_test()
         (self._folder / "inputs").mkdir(exist_ok=True)
@@ -318,10 +329,22 @@ class Attempt:
         self._last_word |= {kind: payload for kind, payload in events if kind in _EVENTS}
         self._untold += [(kind, payload) for kind, payload in events if kind not in _EVENTS]
         self._unlogged = (self._unlogged + text)[-MAX_LOG_BYTES:]
-        if self._untold or self._unlogged:
-            with contextlib.suppress(DatabaseUnavailable):
-                self._ledger.tell(self._job.id, self._lease.token, self._untold, self._unlogged)
+        with contextlib.suppress(DatabaseUnavailable):
+            self._tell()
+
+    def _tell(self) -> None:
+        """All that is untold. A database that died may have taken what it didn't confirm: that is
+        told again under its number. Raises LeaseLost, DatabaseUnavailable."""
+        while self._batch or self._untold or self._unlogged:
+            if self._batch is None:
+                self._n_batches += 1
+                self._batch = _Batch(self._n_batches, self._untold, self._unlogged)
                 self._untold, self._unlogged = [], ""
+            batch = self._batch
+            self._ledger.tell(
+                self._job.id, self._lease.token, batch.events, batch.text, batch.number
+            )
+            self._batch = None
 
     # --- after
 
@@ -343,12 +366,15 @@ class Attempt:
             self._worker._blobs.store(self._job.id, claim, self._out)
         has_version = any((self._out / REPOSITORY).glob("*/*/manifest.json"))
         made = {"claim": claim, "outcome": outcome, "has_version": has_version}
-        self._patiently(lambda: self._ledger.tell(self._job.id, token, [("made", made)]))
+        self._untold.append(("made", made))
+        self._patiently(self._tell)
         job = self._patiently(lambda: self._ledger.succeed(self._job.id, token, outcome))
+        self._worker._blobs.keep_only(self._job.id, claim)
         return job.state
 
     def _ended(self, error: str) -> State:
         token = self._lease.token
+        self._patiently(self._tell)
         job = self._patiently(lambda: self._ledger.fail(self._job.id, token, error))
         return job.state
 

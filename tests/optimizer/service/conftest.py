@@ -54,6 +54,7 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(
         database=str(tmp_path / "jobs.sqlite"),
         blobs=str(tmp_path / "blobs"),
+        scratch=tmp_path / "scratch",
         repositories={"prod": tmp_path / "prod"},
         policy=Policy(
             Stores([f"file://{tmp_path}/allowed", "s3://models/ok", "https://data.example.com/x"]),

@@ -49,7 +49,32 @@ def test_a_lost_lease_goes_back_to_the_queue_and_at_last_fails() -> None:
         assert life.expire(job, 9.9) is job
         job = life.expire(job, 10.0)
     assert job.state is State.FAILED
-    assert job.error == "2 workers were lost while they ran it, the last was one"
+    assert job.error == "2 workers were lost in a row while it got no further, the last was one"
+
+
+def test_workers_lost_of_a_job_that_gets_further_dont_end_it_until_they_are_too_many() -> None:
+    job = a_job()
+    for reached in range(1, life.MAX_CLAIMS + 1):
+        assert job.state is State.QUEUED
+        job = life.told(life.claim(job, LEASE, 0.0), "token", 1, reached)
+        job = life.expire(job, 10.0)
+    assert job.state is State.FAILED
+    assert job.error == "30 workers have begun it and were lost, the last was one"
+
+
+def test_getting_as_far_as_before_is_getting_no_further() -> None:
+    job = a_job()
+    for _ in range(job.max_attempts):
+        job = life.told(life.claim(job, LEASE, 0.0), "token", 1, 4)
+        job = life.expire(job, 10.0)
+    assert (job.state, job.lost, job.reached) == (State.FAILED, 3, 4)
+
+
+def test_a_worker_that_couldnt_renew_isnt_counted() -> None:
+    job = life.claim(a_job(lost=2), LEASE, 0.0)
+    assert life.expire(job, 10.0).state is State.FAILED
+    again = life.expire(job, 10.0, blameless=True)
+    assert (again.state, again.lost) == (State.QUEUED, 2)
 
 
 def test_what_a_worker_lets_go_of_is_no_attempt() -> None:
@@ -124,4 +149,5 @@ def test_no_sequence_leaves_a_lease_without_a_worker_or_an_end_without_a_time(
             continue
         assert (job.lease is not None) == (job.state in life.ACTIVE)
         assert (job.ended_s is not None) == (job.state in life.ENDED)
-        assert job.attempt <= job.max_attempts
+        assert job.lost <= job.max_attempts
+        assert job.attempt <= life.MAX_CLAIMS

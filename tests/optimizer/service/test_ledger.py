@@ -6,21 +6,22 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sqlalchemy import inspect, update
+from sqlalchemy import Connection, inspect, update
 
 from optimizer.service import schema
 from optimizer.service.app import Parts
+from optimizer.service.audit import Audit, Note
 from optimizer.service.database import Database
-from optimizer.service.jobs import LeaseLost, State
+from optimizer.service.jobs import LeaseLost, NotAllowed, State
 from optimizer.service.ledger import (
     MAX_LOG_BYTES,
     JobNotFound,
-    KeyReused,
     Ledger,
     Query,
     QuotaExceeded,
     Submission,
 )
+from optimizer.service.repeats import KeyReused
 from tests.optimizer.conftest import Place
 
 
@@ -128,6 +129,77 @@ def test_events_have_numbers_without_a_gap_and_tell_each_state(ledger: Ledger) -
     assert [event.number for event in ledger.events(job.id, after=3)] == [4, 5]
     assert ledger.progress(job.id) == {"phase": {"name": "b"}}
     assert ledger.job(job.id).n_events == 5
+
+
+def test_a_batch_that_is_told_again_is_there_once(ledger: Ledger) -> None:
+    job, _ = ledger.submit(submission())
+    claim = ledger.claim("w", 10.0)
+    assert claim is not None
+    for batch, name in ((1, "a"), (1, "a"), (2, "b"), (1, "a")):
+        ledger.tell(job.id, claim.lease.token, [("phase", {"name": name})], f"{name}\n", batch)
+    told = [event.payload["name"] for event in ledger.events(job.id, kind="phase")]
+    assert told == ["a", "b"]
+    assert [piece.text for piece in ledger.logs(job.id)] == ["a\n", "b\n"]
+
+
+def test_trials_that_are_new_forgive_the_workers_lost_before(ledger: Ledger) -> None:
+    job, _ = ledger.submit(submission())
+    for trials in (1, 2, 2, 2, 2):
+        claim = ledger.claim("w", 10.0)
+        if claim is None:
+            break
+        ended = ("trial_ended", {"budget": {"trials": trials}})
+        ledger.tell(job.id, claim.lease.token, [ended], batch=1)
+        with ledger.database.writing() as connection:
+            connection.execute(update(schema.jobs).values(lease_until_s=1.0))
+        ledger.expire()
+    failed = ledger.job(job.id)
+    assert (failed.state, failed.attempt, failed.lost) == (State.FAILED, 4, 3)
+
+
+class Restarted(Database):
+    """Says that its server was started at another time."""
+
+    def __init__(self, location: str, started_s: float) -> None:
+        super().__init__(location)
+        self._started_s = started_s
+
+    def started_s(self, connection: Connection) -> float:
+        return self._started_s
+
+
+def test_workers_that_couldnt_renew_since_the_database_was_away_arent_counted(
+    place: Place, ledger: Ledger
+) -> None:
+    job, _ = ledger.submit(submission(max_attempts=2))
+    for started_s, lost in ((1e12, 0), (1e12, 0), (1.0, 1), (1e12, 1), (1.0, 2)):
+        assert ledger.claim("w", 10.0) is not None
+        restarted = Restarted(place.location, started_s)
+        with restarted.writing() as connection:
+            connection.execute(update(schema.jobs).values(lease_until_s=1.0))
+        assert Ledger(restarted).expire() == 1
+        restarted.close()
+        assert ledger.job(job.id).lost == lost
+    assert ledger.job(job.id).state is State.FAILED
+
+
+def test_a_database_knows_since_when_it_is_there(ledger: Ledger) -> None:
+    database = ledger.database
+    with database.reading() as connection:
+        assert 0.0 <= database.started_s(connection) < database.now_s(connection)
+        assert database.is_sqlite == (database.started_s(connection) == 0.0)
+
+
+def test_the_audit_knows_what_was_done_and_nothing_else(ledger: Ledger) -> None:
+    note = Note("me", "submit", {"name": "m"})
+    job, _ = ledger.submit(submission(), max_open=1, note=note)
+    with pytest.raises(QuotaExceeded):
+        ledger.submit(submission(), max_open=1, note=note)
+    ledger.cancel(job.id, Note("me", "cancel"))
+    with pytest.raises(NotAllowed):
+        ledger.cancel(job.id, Note("me", "cancel"))
+    entries = Audit(ledger.database).entries()
+    assert [(one.action, one.target) for one in entries] == [("cancel", job.id), ("submit", job.id)]
 
 
 def test_logs_are_kept_in_order_and_end_where_they_are_full(ledger: Ledger) -> None:

@@ -54,7 +54,7 @@ class Shown:
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
     folder = tmp_path_factory.mktemp("service")
-    settings = Settings(database=str(folder / "jobs.sqlite"), blobs=str(folder / "blobs"))
+    settings = Settings(str(folder / "jobs.sqlite"), str(folder / "blobs"), folder / "scratch")
     parts = make_parts(settings)
     ops = parts.operations
     slo = met().slo.to_dict()
