@@ -55,11 +55,19 @@ def test_one_thread_is_at_work_at_a_time_but_for_what_it_lends_its_turn_for() ->
 
 
 def test_thread_without_a_turn_has_none_after_it_lent_it() -> None:
-    turns = Turns()
+    turns, n_taken = Turns(), 0
+
+    def take() -> None:
+        nonlocal n_taken
+        with turns.taken():
+            n_taken += 1
+
     with turns.lent(), turns.lent(), turns.taken(), turns.lent(), turns.taken():
         pass
-    with turns.taken():
-        pass
+    other = threading.Thread(target=take, daemon=True)
+    other.start()
+    other.join(timeout=10)
+    assert n_taken == 1
 
 
 def test_what_threads_tell_is_heard_in_the_thread_that_listens() -> None:
