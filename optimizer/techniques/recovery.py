@@ -7,6 +7,7 @@ taken anew, then the network is trained with the study's base as teacher. How it
 
 # ruff: noqa: ARG002  every technique takes what the contract passes
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from optimizer.recipe import Needs, Traits
@@ -54,8 +55,9 @@ class Recovery:
         assert isinstance(model, TorchModel)
         lesson = lesson_of(model, parameters, context)
         lesson.recalibrate()
+        notes: tuple[str, ...] = ()
         if n := int(parameters[_SAMPLES]):  # it fits what statistics as they now are give
-            lesson.reconstruct(n)
+            notes = _solved(lesson.reconstruct(n))
             lesson.recalibrate()
         if epochs_of(parameters):
             checkpoint = lesson.checkpoint(self.traits)
@@ -63,4 +65,15 @@ class Recovery:
             if checkpoint is not None:
                 checkpoint.remove()
             lesson.recalibrate()
-        return torch_model(directory, model, lesson.module)
+        return torch_model(directory, model, lesson.module, notes=notes)
+
+
+def _solved(errors: Mapping[str, tuple[float, float]]) -> tuple[str, ...]:
+    """How much nearer layers came to what they gave in the whole network; nothing for no layers."""
+    if not errors:
+        return ()
+    before, after = (sum(one) / len(errors) for one in zip(*errors.values(), strict=True))
+    return (
+        f"{len(errors)} layers that read less were solved: on average {before:.1%} of their "
+        f"outputs' squares were missed before, {after:.1%} after",
+    )

@@ -127,14 +127,15 @@ class Lesson:
         batches = self.data.each(order[:N_SAMPLES], _RECALIBRATION_BATCH, whole=True)
         recalibrate(self.module, batches)
 
-    def reconstruct(self, n: int) -> None:
-        """The layers that a change left with other inputs, by `n` samples or all."""
+    def reconstruct(self, n: int) -> dict[str, tuple[float, float]]:
+        """Solve the layers that a change left with other inputs, by `n` samples or all. Returns
+        their errors before and after."""
         from optimizer.training.reconstruction import reconstruct
 
         order = np.random.default_rng(self.context.seed).permutation(len(self.data))
         batches = self.data.each(order[:n], _RECALIBRATION_BATCH, whole=False)
         whole = load_source(self.model.source).eval()
-        reconstruct(self.module.eval(), whole, list(batches), self.context.seed)
+        return reconstruct(self.module.eval(), whole, list(batches), self.context.seed)
 
     def settings(self) -> "Settings":
         """Those of the parameters."""

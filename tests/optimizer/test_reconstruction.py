@@ -139,6 +139,8 @@ def test_recovery_solves_what_reads_less_where_samples_are_given(
         parameters = defaults(Recovery().space(narrow, at), effort="recalibrate")
         made = Recovery().apply(narrow, parameters, at, _made(tmp_path / str(n)))
         after = load_torch(made).state_dict()
+        notes = [one for one in made.notes if one.startswith("1 layers that read less were solved")]
+        assert len(notes) == (n > 0)
         changed[n] = {name for name, one in after.items() if not torch.equal(one, before[name])}
     weights = {name for name in changed[200] - changed[0] if name.endswith(("weight", "bias"))}
     (solved,) = {name.rpartition(".")[0] for name in weights}
