@@ -5,7 +5,8 @@ trials can run at once and how long they wait for each other; what they do isn't
 """
 
 import os
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from optimizer.errors import SpecInvalid
 from optimizer.execution import Executor
-from optimizer.execution.cluster import Cluster
+from optimizer.execution.cluster import Cluster, Node
 from optimizer.execution.inline import InlineExecutor
 from optimizer.execution.processes import MAX_BUILD_S, ProcessExecutor, setup_of
 from optimizer.execution.setup import Surroundings
@@ -26,7 +27,7 @@ from optimizer.measuring.local import LocalMeasurer
 from optimizer.measuring.remote import RemoteMeasurer
 from optimizer.spec import Spec
 from optimizer.store import Store, StoreInvalid
-from optimizer.store.location import locate
+from optimizer.store.location import Location, locate
 from optimizer.telling import Tell
 from optimizer.turns import Turns
 from serve.machine import Machine, allowed_cpus, this_machine
@@ -109,8 +110,9 @@ class Places:
 
             joined = self._joined
             remote = RayMeasurer(
-                joined.connection, joined.terms, joined.artifacts, max_wait_s=self._patience_s
-            )
+                joined.connection, joined.terms, joined.artifacts, self.told,
+                max_wait_s=self._patience_s,
+            )  # fmt: skip
             stack.callback(remote.close)
             self.stops.append(remote.stop)
             return remote
@@ -123,18 +125,12 @@ class Places:
     @contextmanager
     def _joining(self, cluster: Cluster) -> Iterator["_Joined"]:
         from optimizer.execution.cluster.connection import connected
-        from optimizer.execution.cluster.terms import host, marked
+        from optimizer.execution.cluster.terms import marked
 
         where = locate(self.store, self.artifacts)
         artifacts = where.artifacts.absolute()
         with connected(cluster) as connection:
-            builders = {one.host for one in connection.nodes() if one.can_build(cluster)}
-            if where.file is not None and builders - {host()}:
-                raise StoreInvalid(
-                    where.shown,
-                    "an SQLite file can't be shared by machines, and the Ray cluster would build "
-                    f"on {', '.join(sorted(builders))}: want postgresql://… and --artifacts",
-                )
+            refuse_local_store(where, [one for one in connection.nodes() if one.can_build(cluster)])
             with marked(artifacts, self.spec.source, where.file is not None) as terms:
                 store = str(self.store) if where.file is None else str(where.file)
                 yield _Joined(connection, terms, store, artifacts)
@@ -166,6 +162,17 @@ class _Joined:
     terms: "Terms"
     store: str
     artifacts: Path
+
+
+def refuse_local_store(where: Location, builders: Sequence[Node]) -> None:
+    """Raises StoreInvalid for a file that other machines would have to write to."""
+    hosts = {one.host for one in builders}
+    if where.file is not None and hosts - {socket.gethostname()}:
+        raise StoreInvalid(
+            where.shown,
+            "an SQLite file can't be shared by machines, and the Ray cluster would build on "
+            f"{', '.join(sorted(hosts))}: want postgresql://… and --artifacts",
+        )
 
 
 def _token(spec: Spec) -> str:

@@ -115,13 +115,16 @@ def optimize(
     Raises SpecInvalid for what the spec's author has to change, StoreInvalid,
     MeasurerUnavailable where the target's agent can't be used, NoExecutor where the cluster can't,
     serve.errors.ArtifactInvalid where the repository can't take the version, and ValueError for a
-    cluster with a spec, model or techniques that are objects, which only this process has.
+    cluster that can't be one, or with spec, model or techniques that only this process has.
     """
     options = options or Options()
     if isinstance(spec, Spec) or model is not None or options.techniques is not None:
         options = replace(options, isolate=False)
-    if options.cluster is not None and not options.isolate:
-        raise ValueError("cluster: want a spec that is a file, and nothing given as an object")
+    if options.cluster is not None:
+        if not options.isolate:
+            raise ValueError("cluster: want a spec that is a file, and nothing given as an object")
+        if problems := options.cluster.problems():
+            raise ValueError("; ".join(f"cluster.{problem}" for problem in problems))
     spec = spec if isinstance(spec, Spec) else read_spec(Path(spec), model=model)
     if model is not None:
         spec = replace(spec, model=model)

@@ -22,7 +22,10 @@ from optimizer.execution.cluster.terms import Terms, host, marked, versions
 from optimizer.measuring import ContenderFailed
 from optimizer.measuring.frames import Frame, encode
 from optimizer.overheads import trivial_model
+from optimizer.places import refuse_local_store
 from optimizer.spec import ModuleSource
+from optimizer.store import StoreInvalid
+from optimizer.store.location import locate
 from optimizer.study import Options, optimize
 from optimizer.timing import Contender, Effort
 from serve.engines import EngineSpec
@@ -133,6 +136,11 @@ def test_exit_code_is_2_when_options_dont_name_a_cluster(
     assert message in capsys.readouterr().err
 
 
+def test_cluster_that_is_none_is_refused_before_the_spec_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cluster\.address: got 'head', want HOST:PORT"):
+        optimize(tmp_path / "spec.yaml", tmp_path, Options(cluster=Cluster("head")))
+
+
 def test_cluster_is_refused_for_a_model_that_is_an_object(tmp_path: Path) -> None:
     from torch import nn
 
@@ -169,6 +177,26 @@ def test_node_is_unfit_for_an_sqlite_store_of_another_machine() -> None:
     [problem] = Terms(versions(), {}, host="elsewhere").problems()
     assert "SQLite file on elsewhere; want postgresql://" in problem
     assert Terms(versions(), {}, host=host()).problems() == []
+
+
+def test_sqlite_store_is_refused_before_anything_when_other_machines_would_build(
+    tmp_path: Path,
+) -> None:
+    here, there = (Node(name, name, "-", {"CPU": 1.0}) for name in (host(), "b2"))
+    file, url = (
+        locate(one, tmp_path) for one in (tmp_path / "store.sqlite", "postgresql://u@db/store")
+    )
+    refuse_local_store(file, [here])
+    refuse_local_store(url, [here, there])
+    with pytest.raises(StoreInvalid, match=r"store.sqlite: an SQLite file .* b2: want postgresql"):
+        refuse_local_store(file, [there])
+
+
+def test_nodes_build_that_have_cpus_for_it_and_dont_measure() -> None:
+    cluster = replace(CLUSTER, build_cpus=2)
+    shares = [{"CPU": 1.0}, {"CPU": 2.0}, {"CPU": 2.0, "trimserve_measure": 1.0}]
+    found = [Node("n", "n", "-", share).can_build(cluster) for share in shares]
+    assert found == [False, True, False]
 
 
 # --- builders

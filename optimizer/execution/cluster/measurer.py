@@ -23,6 +23,7 @@ from optimizer.measuring.calls import Call, Caller, Named, header_of
 from optimizer.measuring.child import MAX_CALL_S
 from optimizer.measuring.cores import MAX_WAIT_S
 from optimizer.measuring.frames import Frame, FrameInvalid, decode, encode
+from optimizer.telling import Tell, untold
 from optimizer.timing import Contender
 from optimizer.variant import directory_digest
 from serve.machine import Machine
@@ -37,20 +38,22 @@ _LOOK_S = 5.0
 
 
 class RayMeasurer(Caller):
-    """Close it after use. `max_wait_s` is how long to wait for a node that another study has, and
-    on it for the cores; `artifacts` is the folder that all nodes share."""
+    """Close it after use. `max_wait_s` is how long to wait for a node that another study has, of
+    which `tell` hears, and on it for the cores; `artifacts` is the folder that all nodes share."""
 
     def __init__(
         self,
         connection: Connection,
         terms: Terms,
         artifacts: Path,
+        tell: Tell = untold,
         *,
         max_wait_s: float = MAX_WAIT_S,
     ) -> None:
         self._connection = connection
         self._terms = terms
         self._artifacts = artifacts
+        self._tell = tell
         self._max_wait_s = max_wait_s
         self._actor: Actor | None = None
         self._machine: Machine | None = None
@@ -140,7 +143,7 @@ class RayMeasurer(Caller):
     def _admit(self, actor: Actor) -> None:
         """Once it has a node, and that is fit for it."""
         terms = json.dumps(self._terms.to_dict()).encode()
-        raw = actor.call("ready", terms, self._max_wait_s, _Patience(self._share).check)
+        raw = actor.call("ready", terms, self._max_wait_s, _Patience(self._look).check)
         document = json.loads(raw)
         self._where = str(document["host"])
         if document["problems"]:
@@ -151,6 +154,10 @@ class RayMeasurer(Caller):
             raise self._unavailable(f"isn't of the kind that measured before: {differs}")
         self._machine = machine
         actor.call("start", json.dumps({"max_wait_s": self._max_wait_s}).encode(), _START_S)
+
+    def _look(self) -> None:
+        self._share()
+        self._tell("waiting for a node that measures, which another study has perhaps")
 
     def _share(self) -> dict[str, float]:
         """Of a node that may measure, all that it has. Raises MeasurerUnavailable where none has

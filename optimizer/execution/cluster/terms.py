@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from optimizer.identity import package_versions
-from serve import VERSION
 
 _MARK = ".shared-"
 _MAX_MARK_BYTES = 1 << 20
@@ -62,7 +61,7 @@ class Terms:
 def versions() -> dict[str, str]:
     """What decides the ids of variants, beside techniques of the user's own."""
     python = ".".join(platform.python_version_tuple()[:2])
-    return {"python": python, **package_versions(), "trimserve": VERSION}
+    return {"python": python, **package_versions()}
 
 
 def host() -> str:
