@@ -212,7 +212,7 @@ class _Study:
         self._relay(lambda: self._observer.step_told(message))
 
     def _executor_lost(self, message: str) -> None:
-        self._relay(lambda: self._note(f"{message}; what it did was done again elsewhere"))
+        self._relay(lambda: self._note(f"{message}; its work went elsewhere"))
 
     def _trials(self, store: Store, splits: DataSplits, builder: DelegatingBuilder) -> Trials:
         spec = self._spec

@@ -2,8 +2,9 @@
 
     python -m tests.optimizer.ray_nodes
 
-Lines of JSON on standard input, each answered by one: {"add": {"num_cpus": 1}} with the process of
-the node's raylet, {"kill": PID} with null. It ends with its input, and all nodes with it.
+It says the address of its head, which has no CPUs. Then it takes lines of JSON on standard input,
+and answers each by one: {"add": {"num_cpus": 1}} with the process of the node's raylet, {"kill":
+PID} and {"kill": "head"} with null. It ends with its input, and all nodes with it.
 """
 
 import json
@@ -34,6 +35,8 @@ def main() -> None:
             [raylet] = node.all_processes["raylet"]
             answer = raylet.process.pid
             nodes[answer] = node
+        elif request["kill"] == "head":
+            cluster.head_node.kill_gcs_server(check_alive=False)
         else:
             cluster.remove_node(nodes.pop(request["kill"]), allow_graceful=False)
         answers.write(json.dumps(answer) + "\n")

@@ -55,7 +55,7 @@ import json, sys
 from pathlib import Path
 from optimizer.execution.cluster import Cluster
 from optimizer.execution.cluster.actors import BuildActor
-from optimizer.execution.cluster.connection import TooLate, connected
+from optimizer.execution.cluster.connection import ClusterLost, TooLate, connected
 from optimizer.execution.cluster.measurer import RayMeasurer
 from optimizer.execution.cluster.terms import marked
 
@@ -77,7 +77,14 @@ with connected(Cluster(address)) as connection, marked(folder, Path(__file__), T
     placed.append(is_placed(builders[2], raw, 60.0))
     worker = connection._ray._private.worker.global_worker
     exported = worker.gcs_client.internal_kv_keys(b"", b"fun")
-print(json.dumps({"placed": placed, "cores": machine.cores, "exported": len(exported)}))
+    waiting = connection.actor(BuildActor, {"CPU": 1})
+    print(json.dumps({"placed": placed, "cores": machine.cores, "exported": len(exported)}))
+    sys.stdout.flush()
+    sys.stdin.readline()
+    try:
+        waiting.call("ready", raw, 300.0)
+    except ClusterLost as error:
+        print(json.dumps(str(error)))
 """
 
 
@@ -92,7 +99,7 @@ class Nodes:
     def add(self, **given: Any) -> int:
         return int(self._asked({"add": given}))
 
-    def kill(self, node: int) -> None:
+    def kill(self, node: "int | str") -> None:
         self._asked({"kill": node})
 
     def heard(self) -> Any:
@@ -234,17 +241,26 @@ def test_study_on_a_cluster_loses_and_repeats_nothing_when_a_node_dies_and_is_wh
     assert measured_twice(store) == []
 
 
-def test_measurer_has_its_node_alone_and_no_code_is_sent(nodes: Nodes, tmp_path: Path) -> None:
+def test_measurer_has_its_node_alone_no_code_is_sent_and_a_lost_head_is_told(
+    nodes: Nodes, tmp_path: Path
+) -> None:
     for given in ({}, {}, {"resources": {"trimserve_measure": 1}}):
         nodes.add(num_cpus=1, **given)
     program = tmp_path / "placement.py"
     program.write_text(PLACEMENT)
-    ran = subprocess.run(
-        [sys.executable, str(program), nodes.address, str(tmp_path)],
-        env=nodes.environ, check=False, capture_output=True, text=True, timeout=PATIENCE_S,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    found = json.loads(ran.stdout.splitlines()[-1])
-    assert found["placed"] == [True, True, False, True]
-    assert found["cores"] >= 1
-    assert found["exported"] == 0
+    with subprocess.Popen(
+        [sys.executable, str(program), nodes.address, str(tmp_path)], env=nodes.environ,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as ran:  # fmt: skip
+        try:
+            assert ran.stdout is not None
+            found = json.loads(ran.stdout.readline())
+            assert found["placed"] == [True, True, False, True]
+            assert found["cores"] >= 1
+            assert found["exported"] == 0
+            nodes.kill("head")
+            said, _ = ran.communicate("go on\n", timeout=PATIENCE_S)
+            assert ran.returncode == 0
+            assert json.loads(said) == f"Ray cluster {nodes.address}: the head is gone"
+        finally:
+            ran.kill()

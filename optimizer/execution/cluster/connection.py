@@ -24,6 +24,8 @@ EXTRA = "pip install 'trimserve[distributed]'"
 _ROOT = Path(__file__).resolve().parents[3]
 _EVERY_S = 1.0
 _CONNECT_S = 20.0
+_LOOK_S = 5.0
+_HEAD_LOST_S = 20.0
 _MAX_MESSAGE_CHARS = 300
 
 
@@ -35,15 +37,41 @@ class TooLate(Exception):
     """No answer within the time that was allowed."""
 
 
+class ClusterLost(NoExecutor):
+    """The head is gone, and with it the cluster."""
+
+
 class Connection:
     """Used from any thread."""
 
     def __init__(self, ray: Any, cluster: Cluster) -> None:
         self._ray = ray
         self.cluster = cluster
+        self._is_lost = threading.Event()
+        self._lock = threading.Lock()
+        self._seen_s = self._looked_s = time.monotonic()
+
+    @property
+    def is_lost(self) -> bool:
+        return self._is_lost.is_set()
+
+    def check(self) -> None:
+        """Look for the head, every few seconds. Raises ClusterLost once it hasn't answered for
+        long: Ray itself would end the process then, with an exit code that means something."""
+        with self._lock:
+            now_s = time.monotonic()
+            if not self.is_lost and now_s - self._looked_s >= _LOOK_S:
+                if _answers(self.cluster):
+                    self._seen_s = time.monotonic()
+                elif now_s - self._seen_s > _HEAD_LOST_S:
+                    self._is_lost.set()
+                self._looked_s = time.monotonic()
+        if self.is_lost:
+            raise ClusterLost(f"Ray cluster {self.cluster.address}: the head is gone")
 
     def nodes(self) -> list[Node]:
-        """Those that are alive."""
+        """Those that are alive. Raises ClusterLost."""
+        self.check()
         return [
             Node(
                 str(one["NodeID"]),
@@ -71,14 +99,16 @@ class Connection:
             "max_task_retries": 0,
             "max_concurrency": 2,
         }
+        self.check()
         made = self._ray.remote(kind).options(**options).remote()
-        return Actor(self._ray, made)
+        return Actor(self._ray, made, self)
 
 
 class Actor:
-    def __init__(self, ray: Any, handle: Any) -> None:
+    def __init__(self, ray: Any, handle: Any, connection: Connection) -> None:
         self._ray = ray
         self._handle = handle
+        self._connection = connection
         self._killed = threading.Event()
 
     def call(
@@ -90,8 +120,8 @@ class Actor:
     ) -> bytes:
         """What the method answers; `meanwhile` is called once in a second until it does.
 
-        Raises ActorLost, and TooLate after `timeout_s`, with which nothing is ended. An exception
-        of the method's own is an OptimizerError: actors answer with theirs.
+        Raises ActorLost, ClusterLost, and TooLate after `timeout_s`, with which nothing is ended.
+        An exception of the method's own is an OptimizerError: actors answer with theirs.
         """
         errors = self._ray.exceptions
         until_s = time.monotonic() + timeout_s
@@ -104,6 +134,7 @@ class Actor:
                     return bytes(self._ray.get(reference, timeout=timeout_s))
                 if left_s <= _EVERY_S:
                     raise TooLate(f"no answer within {timeout_s:g} s")
+                self._connection.check()
                 meanwhile()
         except errors.RayTaskError as error:
             raise OptimizerError(f"on a node of the Ray cluster: {_last_line(error)}") from error
@@ -116,7 +147,7 @@ class Actor:
 
     def kill(self) -> None:
         """From any thread; calls under way fail as lost."""
-        if not self._killed.is_set():
+        if not self._killed.is_set() and not self._connection.is_lost:
             self._killed.set()
             with suppress(Exception):  # it is gone already, or the whole cluster is
                 self._ray.kill(self._handle, no_restart=True)
@@ -126,8 +157,9 @@ class Actor:
 def connected(cluster: Cluster) -> Iterator[Connection]:
     """Be a driver of the cluster, which is there already. Raises NoExecutor where Ray isn't
     installed, or the cluster can't be reached from here."""
-    # Else it tries for a quarter of an hour.
+    # Else it tries for a quarter of an hour, and ends the process before `Connection.check` can.
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "600")
     ray = _imported()
     if ray.is_initialized():
         raise NoExecutor("Ray cluster: this process is connected to one already")
@@ -148,10 +180,19 @@ def connected(cluster: Cluster) -> Iterator[Connection]:
                 f"Ray cluster {cluster.address}: can't be reached: {_first_line(error)}; want one "
                 "that this machine is a node of (ray start --address=HOST:PORT --num-cpus=0)"
             ) from error
+    connection = Connection(ray, cluster)
     try:
-        yield Connection(ray, cluster)
+        yield connection
     finally:
         ray.shutdown()
+
+
+def _answers(cluster: Cluster) -> bool:
+    try:
+        socket.create_connection(cluster.host_and_port, _LOOK_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _imported() -> Any:

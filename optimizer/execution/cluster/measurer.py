@@ -16,7 +16,13 @@ from typing import Any
 from optimizer.errors import MeasurerUnavailable, OptimizerError
 from optimizer.execution.cluster import Node
 from optimizer.execution.cluster.actors import MeasureActor
-from optimizer.execution.cluster.connection import Actor, ActorLost, Connection, TooLate
+from optimizer.execution.cluster.connection import (
+    Actor,
+    ActorLost,
+    ClusterLost,
+    Connection,
+    TooLate,
+)
 from optimizer.execution.cluster.terms import Terms
 from optimizer.measuring import Batch
 from optimizer.measuring.calls import Call, Caller, Named, header_of
@@ -105,7 +111,7 @@ class RayMeasurer(Caller):
                 lost = str(error)
                 self._drop()
                 continue
-            except (TooLate, FrameInvalid) as error:
+            except (ClusterLost, TooLate, FrameInvalid) as error:
                 self._drop()
                 raise self._unavailable(str(error)) from error
             if "unavailable" in answer.header:
