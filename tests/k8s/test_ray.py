@@ -18,7 +18,7 @@ from tests.k8s.test_manifests import labels_meet, option, ports, quantity
 
 GROUPS = ("head", "builders", "measurers")
 groups = pytest.mark.parametrize("group", GROUPS)
-# What is used of ray.io/v1 (docs.ray.io, KubeRay CRD API reference, of v1.7.1).
+# What is used of ray.io/v1, by the names of docs.ray.io (RayCluster Configuration).
 SPEC = {"rayVersion", "headGroupSpec", "workerGroupSpecs"}
 HEAD = {"serviceType", "rayStartParams", "template"}
 WORKERS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
@@ -205,6 +205,9 @@ def test_jobs_files_and_artifacts_lie_where_builders_and_measurers_see_them(
         assert option(own, name).startswith(f"{shared}/")
     assert "$(POD_NAME)" in option(own, "--work")  # one of each worker
     volumes = {one["name"]: one for one in worker["template"]["spec"]["volumes"]}
+    assert "volumeClaimTemplates" not in worker  # nor is anything mounted that isn't there
+    everything = [own, *worker["template"]["spec"]["initContainers"]]
+    assert {one["name"] for c in everything for one in c["volumeMounts"]} == set(volumes)
     for group in GROUPS[1:]:
         pod = ray_pods(cluster)[group]["spec"]
         assert {one["name"]: one for one in pod["volumes"]}["shared"] == volumes["shared"]
