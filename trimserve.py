@@ -21,6 +21,7 @@ import serve.cli
 from loadtest.default_command import DefaultCommand
 from loadtest.document import DocumentInvalid
 from optimizer.errors import MeasurerUnavailable, SpecInvalid
+from optimizer.execution import NoExecutor
 from serve import VERSION
 from serve.engines import EngineUnavailable
 from serve.errors import ArtifactInvalid
@@ -28,7 +29,8 @@ from serve.errors import ArtifactInvalid
 EXIT_DONE, EXIT_USAGE, EXIT_INTERNAL, EXIT_INTERRUPTED = 0, 2, 70, 130
 # What the user can mend: one message, no traceback.
 USAGE_ERRORS = (
-    ArtifactInvalid, DocumentInvalid, EngineUnavailable, MeasurerUnavailable, OSError, SpecInvalid
+    ArtifactInvalid, DocumentInvalid, EngineUnavailable, MeasurerUnavailable, NoExecutor, OSError,
+    SpecInvalid,
 )  # fmt: skip
 
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from optimizer.execution.cluster import MEASURE_RESOURCE, Cluster
+
 if TYPE_CHECKING:
     from optimizer.result import Outcome, StudyResult
 
@@ -37,10 +39,11 @@ Find the cheapest variant of a model that keeps its SLO, and publish it.
 
 SPEC is a YAML file that names the model, the data, the SLO, the budget and the price of the
 machine. Variants (engines, precisions, quantization, techniques of your own) are built, checked
-against the model they come from, timed on this machine, or by the agent that the spec names, and
-compared in accuracy. What is out is dropped as early as can be, with its reason. The best by
-prediction are then put to the real server under the SLO's load, and the first that keeps it is
-published to the repository as the model's next version. Otherwise the repository stays as it was.
+against the model they come from, timed on this machine, by the agent that the spec names or on a
+node of a Ray cluster, and compared in accuracy. What is out is dropped as early as can be, with its
+reason. The best by prediction are then put to the real server under the SLO's load, and the first
+that keeps it is published to the repository as the model's next version. Otherwise the repository
+stays as it was.
 
 What was measured and tried is kept in the store: after an interruption, kill -9 too, the same
 command continues, and for another SLO it starts from what is known.
@@ -65,6 +68,35 @@ test's verdict what the server itself costs, and searches again.
 `trimserve serve --repository models` serves what came out; `trimserve explain NAME` tells where it
 comes from.
 """
+
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        envvar="TRIMSERVE_RAY",
+        help="Build and measure on the nodes of the Ray cluster with this head; this machine is "
+        "one of them.",
+    ),
+]
+RayBuildCpus = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        max=4096,
+        metavar="N",
+        envvar="TRIMSERVE_RAY_BUILD_CPUS",
+        help="With --ray: CPUs of each build.",
+    ),
+]
+RayMeasure = Annotated[
+    str,
+    typer.Option(
+        metavar="RESOURCE",
+        envvar="TRIMSERVE_RAY_MEASURE",
+        help="With --ray: the custom resource that marks nodes of the target's kind. One that "
+        "measures is had whole.",
+    ),
+]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
@@ -102,6 +134,9 @@ def optimize_command(
             "cores; before the spec's budget.trials_at_once.",
         ),
     ] = None,
+    ray: RayOption = None,
+    ray_build_cpus: RayBuildCpus = 1,
+    ray_measure: RayMeasure = MEASURE_RESOURCE,
     from_report: Annotated[
         Path | None,
         typer.Option(
@@ -128,11 +163,13 @@ def optimize_command(
         _usage(f"--store: {store} is a directory, want a file")
     if from_report is not None and not from_report.is_file():
         _usage(f"--from-report: {from_report} is no file, want the JSON report of a load test")
+    cluster = cluster_of(ray, ray_build_cpus, ray_measure)
     console = Console(stderr=True)
     with _interrupted_by_sigterm():
         result = _run(
-            spec, repository, store, artifacts, trials_at_once, from_report, verify, console
-        )
+            spec, repository, store, artifacts, trials_at_once, cluster, from_report, verify,
+            console,
+        )  # fmt: skip
     _write(result, json_file, html_file)
     _print(result, repository, json_file, html_file)
     raise typer.Exit(EXIT_CODES[result.outcome])
@@ -141,7 +178,8 @@ def optimize_command(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `trimserve optimize` alone; returns its exit code."""
     from loadtest.document import DocumentInvalid
-    from optimizer.errors import SpecInvalid
+    from optimizer.errors import MeasurerUnavailable, SpecInvalid
+    from optimizer.execution import NoExecutor
     from serve.engines import EngineUnavailable
     from serve.errors import ArtifactInvalid
 
@@ -149,7 +187,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         app(args=None if argv is None else list(argv), prog_name="trimserve optimize")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else EXIT_DONE
-    except (ArtifactInvalid, DocumentInvalid, EngineUnavailable, OSError, SpecInvalid) as error:
+    except (
+        ArtifactInvalid, DocumentInvalid, EngineUnavailable, MeasurerUnavailable, NoExecutor,
+        OSError, SpecInvalid,
+    ) as error:  # fmt: skip
         sys.stderr.write(f"error: {error}\n")
         return EXIT_USAGE
     except KeyboardInterrupt:
@@ -166,6 +207,7 @@ def _run(
     store: str,
     artifacts: Path | None,
     trials_at_once: int | None,
+    cluster: Cluster | None,
     from_report: Path | None,
     verify: bool,
     console: Console,
@@ -179,6 +221,7 @@ def _run(
     command += ["--store", without_password(store)] if store != _DEFAULT_STORE else []
     command += ["--artifacts", str(artifacts)] if artifacts is not None else []
     command += ["--trials-at-once", str(trials_at_once)] if trials_at_once is not None else []
+    command += [] if cluster is None else ray_arguments(cluster)
     command += ["--from-report", str(from_report)] if from_report is not None else []
     command += [] if verify else ["--no-verify"]
     with Progress(console) as progress:
@@ -189,6 +232,7 @@ def _run(
             observer=progress,
             command=tuple(command),
             trials_at_once=trials_at_once,
+            cluster=cluster,
             from_report=from_report,
         )
         try:
@@ -197,6 +241,33 @@ def _run(
             raise OSError(f"--store: {error}") from error
         except EvidenceInvalid as error:
             raise OSError(f"--from-report: {error}") from error
+
+
+def cluster_of(address: str | None, build_cpus: int, measure_resource: str) -> Cluster | None:
+    """What the options name; exits with 2 for values that are none."""
+    if address is None:
+        if (build_cpus, measure_resource) != (1, MEASURE_RESOURCE):
+            _usage("--ray-build-cpus and --ray-measure: want --ray with them")
+        return None
+    cluster = Cluster(address, build_cpus, measure_resource)
+    options = {"address": "--ray", "measure_resource": "--ray-measure"}
+    for problem in cluster.problems():
+        name, _, rest = problem.partition(":")
+        _usage(f"{options.get(name, name)}:{rest}")
+    if not importlib.util.find_spec("ray"):
+        _usage("--ray: ray missing: pip install 'trimserve[distributed]'")
+    return cluster
+
+
+def ray_arguments(cluster: Cluster) -> list[str]:
+    """The options that name the cluster."""
+    default = Cluster(cluster.address)
+    arguments = ["--ray", cluster.address]
+    if cluster.build_cpus != default.build_cpus:
+        arguments += ["--ray-build-cpus", str(cluster.build_cpus)]
+    if cluster.measure_resource != default.measure_resource:
+        arguments += ["--ray-measure", cluster.measure_resource]
+    return arguments
 
 
 @contextmanager

@@ -6,7 +6,6 @@ reported by name and the rest goes on. Everything measured is in the store, so a
 started again continues, and the same records end in the same choice.
 """
 
-import os
 import tempfile
 import threading
 import time
@@ -26,13 +25,11 @@ from optimizer.ascent import Surroundings as Met
 from optimizer.choice import nearest_miss, ranked
 from optimizer.data.generated import NOTE as GENERATED
 from optimizer.data.splits import DataSplits
-from optimizer.errors import SpecInvalid, TechniqueFailed
+from optimizer.errors import TechniqueFailed
 from optimizer.estimates import Estimates
 from optimizer.evaluator import Evaluator
-from optimizer.execution import Executor
+from optimizer.execution.cluster import Cluster
 from optimizer.execution.delegation import DelegatingBuilder
-from optimizer.execution.inline import InlineExecutor
-from optimizer.execution.processes import MAX_BUILD_S, ProcessExecutor, setup_of
 from optimizer.execution.setup import (
     MAX_BATCH_SIZE,
     Surroundings,
@@ -40,20 +37,14 @@ from optimizer.execution.setup import (
     first,
     read_data,
 )
-from optimizer.execution.slots import Slots
 from optimizer.finals import Finals
 from optimizer.findings import Findings
 from optimizer.front_end import front_end_from, measured_front_end
 from optimizer.identity import package_versions, spec_digest, study_id
 from optimizer.judgement import Judgement
-from optimizer.measuring import Measurer
-from optimizer.measuring.bearer import TokenInvalid, read_token
-from optimizer.measuring.child import ChildMeasurer
-from optimizer.measuring.cores import MAX_WAIT_S
-from optimizer.measuring.local import LocalMeasurer
-from optimizer.measuring.remote import RemoteMeasurer
 from optimizer.observer import Observer, Silent, Standing
 from optimizer.pareto import pareto_front
+from optimizer.places import Places
 from optimizer.preflight import refuse_contradictions, refuse_lost_output, why_undecidable
 from optimizer.result import BudgetUsed, Outcome, StudyResult, Target, Variant
 from optimizer.search.coordinator import Answer, Coordinator, Trial
@@ -71,7 +62,6 @@ from optimizer.turns import Relay, Turns, at_once
 from optimizer.variant import STRUCTURAL
 from optimizer.verify import ServerVerifier, Verifier
 from optimizer.warm_start import first_decisions
-from serve.machine import allowed_cpus
 from serve.tensor import Array
 
 N_GOLDEN = 3
@@ -93,6 +83,7 @@ class Options:
     leaves the answer unverified. `techniques` are those of the table without it. With `isolate`,
     building and measuring are done in processes of their own, which a study can have that was
     given as a file, with techniques that the spec names. `trials_at_once` goes before the spec's.
+    With a `cluster` both are done on its nodes.
     """
 
     store: Path | str = DEFAULT_PATH
@@ -106,6 +97,7 @@ class Options:
     clock: Callable[[], float] = time.monotonic
     isolate: bool = True
     trials_at_once: int | None = None
+    cluster: Cluster | None = None
     from_report: Path | None = None
     """A load test's violated report, from which the model of the overheads is corrected."""
 
@@ -121,12 +113,18 @@ def optimize(
     `model` is an object that stands in for the spec's; such a study can't be resumed elsewhere.
     Nothing is written there unless the outcome is met, or unverified where that was asked for.
     Raises SpecInvalid for what the spec's author has to change, StoreInvalid,
-    MeasurerUnavailable where the target's agent can't be used, and serve.errors.ArtifactInvalid
-    where the repository can't take the version.
+    MeasurerUnavailable where the target's agent can't be used, NoExecutor where the cluster can't,
+    serve.errors.ArtifactInvalid where the repository can't take the version, and ValueError for a
+    cluster that can't be one, or with spec, model or techniques that only this process has.
     """
     options = options or Options()
     if isinstance(spec, Spec) or model is not None or options.techniques is not None:
         options = replace(options, isolate=False)
+    if options.cluster is not None:
+        if not options.isolate:
+            raise ValueError("cluster: want a spec that is a file, and nothing given as an object")
+        if problems := options.cluster.problems():
+            raise ValueError("; ".join(f"cluster.{problem}" for problem in problems))
     spec = spec if isinstance(spec, Spec) else read_spec(Path(spec), model=model)
     if model is not None:
         spec = replace(spec, model=model)
@@ -147,12 +145,23 @@ class _Study:
         self._notes: list[str] = []
         self._n_at_once = options.trials_at_once or spec.budget.trials_at_once
         self._turns, self._relay = Turns(), Relay()
-        self._stops: list[Callable[[], None]] = []
-        """What ends what is under way, from another thread."""
         self._is_stopped = threading.Event()
+        self._places = Places(
+            spec=spec,
+            store=options.store,
+            artifacts=options.artifacts,
+            isolate=options.isolate,
+            cluster=options.cluster,
+            n_at_once=self._n_at_once,
+            turns=self._turns,
+            told=self._step_told,
+            lost=self._executor_lost,
+        )
 
     def run(self) -> StudyResult:
-        with self._opened_measurer() as measurer:
+        if self._options.cluster is not None:
+            self._observer.phase("joining the Ray cluster")
+        with self._places.opened() as measurer:
             self._measurer = measurer
             self._machine = measurer.machine
             self._cores = self._spec.target.cores or self._machine.cores
@@ -170,10 +179,11 @@ class _Study:
                 return self._result("inconclusive", splits, [], None)
             if isinstance(self._spec.model, ModuleSource):
                 self._note(NOT_RESUMABLE)
-            if self._spec.target.agent is not None and self._options.verify:
+            if self._options.verify and not self._places.serves_here(self._machine):
+                measures = "on target.agent" if self._spec.target.agent else "where it was measured"
                 self._note(
-                    "the load test runs on this machine, not on target.agent: a verdict says "
-                    "nothing of the target"
+                    f"the load test runs on this machine, not {measures}: a verdict says nothing "
+                    "of the target"
                 )
             with Store(self._options.store, self._options.artifacts) as store:
                 return self._led(store, splits)
@@ -185,24 +195,11 @@ class _Study:
             return self._conclude(trials, splits, complete)
 
     @contextmanager
-    def _opened_measurer(self) -> Iterator[Measurer]:
-        """Of the target that the spec names: another machine by its agent, or this one."""
-        agent = self._spec.target.agent
-        if agent is not None:
-            yield RemoteMeasurer(agent, _token(self._spec))
-        elif self._options.isolate:
-            with ChildMeasurer(max_wait_s=self._patience_s) as child:
-                self._stops.append(child.stop)
-                yield child
-        else:
-            yield LocalMeasurer()
-
-    @contextmanager
     def _builder(self, store: Store, splits: DataSplits) -> Iterator[DelegatingBuilder]:
         spec, options = self._spec, self._options
         techniques = options.techniques or enabled_techniques(spec)
         shared = Surroundings(spec, splits, self._machine, techniques)
-        executor = self._executor(shared, store)
+        executor = self._places.executor(shared, store, self._measurer)
         try:
             executor.start()
             yield DelegatingBuilder(
@@ -211,37 +208,11 @@ class _Study:
         finally:
             executor.close()
 
-    def _executor(self, shared: Surroundings, store: Store) -> Executor:
-        options = self._options
-        if not options.isolate:
-            return InlineExecutor(shared, store, self._measurer, self._observer.step_told)
-        cpus, n = allowed_cpus(), self._n_places
-        setup = setup_of(
-            self._spec.source, options.store, options.artifacts, self._machine, self._patience_s
-        )
-        if n == 1:
-            return ProcessExecutor(setup, self._measurer, self._observer.step_told)
-        threads = max(1, len(cpus) // n)
-        slots = Slots(
-            [ProcessExecutor(setup, self._measurer, self._step_told, threads) for _ in range(n)],
-            self._turns,
-        )
-        self._stops.append(slots.stop)
-        return slots
-
-    @property
-    def _n_places(self) -> int:
-        """Trials that run at the same time: objects that are given in Python do so one by one."""
-        return min(self._n_at_once, len(allowed_cpus())) if self._options.isolate else 1
-
-    @property
-    def _patience_s(self) -> float:
-        """Seconds to wait for the cores. Where trials run at once, a build of one can hold them for
-        as long as builds may take."""
-        return MAX_WAIT_S if self._n_places == 1 else MAX_BUILD_S
-
     def _step_told(self, message: str) -> None:
         self._relay(lambda: self._observer.step_told(message))
+
+    def _executor_lost(self, message: str) -> None:
+        self._relay(lambda: self._note(f"{message}; its work went elsewhere"))
 
     def _trials(self, store: Store, splits: DataSplits, builder: DelegatingBuilder) -> Trials:
         spec = self._spec
@@ -300,7 +271,8 @@ class _Study:
     def _front_end(self, store: Store, inputs: Mapping[str, Array]) -> FrontEnd:
         """The model of what serving costs beside the engine."""
         options, front_end = self._options, FrontEnd()
-        if options.verify and options.verifier is None and self._spec.target.agent is None:
+        is_here = self._places.serves_here(self._machine)
+        if options.verify and options.verifier is None and is_here:
             self._observer.phase("measuring the server's own cost")
             n_values = sum(array[0].size for array in inputs.values())
             front_end = measured_front_end(
@@ -395,7 +367,7 @@ class _Study:
             return trials.log_end(trial, ascent, ended, self._spent_s())
 
         jobs = [partial(run, trial, met) for trial, met in todo]
-        if self._n_places == 1:
+        if self._places.n == 1:
             made = [job() for job in jobs]
         else:
             made = at_once(jobs, self._turns, self._relay, self._stop)
@@ -413,7 +385,7 @@ class _Study:
 
     def _stop(self) -> None:
         self._is_stopped.set()
-        for stop in self._stops:
+        for stop in self._places.stops:
             stop()
 
     def _go_on_at(self, spent_s: float) -> None:
@@ -533,10 +505,3 @@ class _Study:
     def _note(self, message: str) -> None:
         self._notes.append(message)
         self._observer.note(message)
-
-
-def _token(spec: Spec) -> str:
-    try:
-        return read_token(os.environ)
-    except TokenInvalid as error:
-        raise SpecInvalid(str(spec.source), [f"target.agent: {error}"]) from error

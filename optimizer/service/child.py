@@ -49,6 +49,8 @@ class Order:
     artifacts: str | None = None
     verify: bool = True
     max_file_bytes: int | None = None
+    cluster: dict[str, Any] | None = None
+    """Of a study: the fields of `optimizer.execution.cluster.Cluster`."""
     model: str = ""
     version: str = ""
     repository: str = ""
@@ -90,6 +92,7 @@ def main(order_file: str) -> int:
 
 
 def _study(order: Order, lines: Lines) -> str:
+    from optimizer.execution.cluster import Cluster
     from optimizer.report import render_html
     from optimizer.result import to_json
     from optimizer.service.reporting import summary
@@ -102,6 +105,7 @@ def _study(order: Order, lines: Lines) -> str:
         verify=order.verify,
         observer=Reporter(lines),
         command=order.command,
+        cluster=None if order.cluster is None else Cluster(**order.cluster),
     )
     result = optimize(order.spec, out / REPOSITORY, options)
     (out / RESULT).write_text(to_json(result), "utf-8")
@@ -157,13 +161,14 @@ def _mendable() -> tuple[type[BaseException], ...]:
     """What the job's author can mend: its message is all that has to be said."""
     from loadtest.document import DocumentInvalid
     from optimizer.errors import MeasurerUnavailable, SpecInvalid
+    from optimizer.execution import NoExecutor
     from optimizer.verify import ProcessFailed
     from serve.engines import EngineUnavailable
     from serve.errors import ArtifactInvalid
 
     return (
-        ArtifactInvalid, DocumentInvalid, EngineUnavailable, MeasurerUnavailable, ProcessFailed,
-        SpecInvalid,
+        ArtifactInvalid, DocumentInvalid, EngineUnavailable, MeasurerUnavailable, NoExecutor,
+        ProcessFailed, SpecInvalid,
     )  # fmt: skip
 
 

@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from optimizer.cli import RayBuildCpus, RayMeasure, RayOption, cluster_of
+from optimizer.execution.cluster import MEASURE_RESOURCE
+
 if TYPE_CHECKING:
     from optimizer.service.app import Settings
     from optimizer.service.worker import WorkerOptions
@@ -246,6 +249,9 @@ def worker_command(
     max_running_jobs: Annotated[
         int | None, typer.Option(min=1, help="Jobs of one owner that run, over all workers.")
     ] = None,
+    ray: RayOption = None,
+    ray_build_cpus: RayBuildCpus = 1,
+    ray_measure: RayMeasure = MEASURE_RESOURCE,
     lease_s: Annotated[
         float,
         typer.Option(min=2, max=600, help="A worker that is silent for so long has lost its job."),
@@ -275,6 +281,7 @@ def worker_command(
         lease_s=lease_s,
         max_running=max_running_jobs,
         limits=ChildLimits(memory_bytes=memory, file_bytes=64 << 30),
+        cluster=cluster_of(ray, ray_build_cpus, ray_measure),
     )
     _work(
         options, database or str(data / "jobs.sqlite"), blobs or str(data / "blobs"),

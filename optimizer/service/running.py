@@ -28,7 +28,7 @@ _PASSED = frozenset({
     "PATH", "HOME", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
     "NVIDIA_VISIBLE_DEVICES", "SSL_CERT_FILE", "SSL_CERT_DIR",
 })  # fmt: skip
-_PASSED_PREFIXES = ("OMP_", "MKL_", "ONEDNN_", "TORCH", "ORT_", "OV_")
+_PASSED_PREFIXES = ("OMP_", "MKL_", "ONEDNN_", "TORCH", "ORT_", "OV_", "RAY_")
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,9 @@ def _read_events(descriptor: int, put: Callable[[tuple[str, Mapping[str, Any]]],
 
 
 def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """What is passed on: PATH and the like, settings of engines, and the token of measuring
-    agents where there is one, which studies need and their code could read anyway."""
+    """What is passed on: PATH and the like, settings of engines and of Ray, and the tokens of
+    measuring agents and of Ray where there are some, which studies need and their code could read
+    anyway."""
     return {
         name: value
         for name, value in environ.items()

@@ -13,10 +13,11 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from optimizer.execution.cluster import Cluster
 from optimizer.service import scratch
 from optimizer.service.addresses import AddressRefused, Stores
 from optimizer.service.blobs import Blobs
@@ -59,6 +60,8 @@ class WorkerOptions:
     max_fetched_bytes: int = 20 << 30
     min_free_bytes: int = 1 << 30
     verify: bool = True
+    cluster: Cluster | None = None
+    """On whose nodes studies build and measure; then they see `work` as the worker does."""
 
 
 class Stopped(Exception):
@@ -212,6 +215,7 @@ class Attempt:
             store=options.store,
             artifacts=None if options.artifacts is None else str(options.artifacts),
             verify=options.verify and bool(self._spec.get("verify", True)),
+            cluster=None if options.cluster is None else asdict(options.cluster),
             command=("trimserve", "jobs", "clone", self._job.id),
         )
 

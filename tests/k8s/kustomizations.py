@@ -17,6 +17,7 @@ COMPONENTS: dict[str, tuple[str, Sequence[str]]] = {
     "monitoring": ("base", ("monitoring",)),
     "slo": ("base", ("monitoring", "slo")),
     "service-monitoring": ("service", ("service-monitoring",)),
+    "ray": ("service", ("ray",)),
     "gpu": ("base", ("gpu",)),
     "mig": ("base", ("mig",)),
     "kserve": ("config", ("kserve",)),

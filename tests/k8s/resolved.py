@@ -43,6 +43,7 @@ def _apply(folder: Path, documents: list[Document]) -> list[Document]:
     for image in wanted.get("images", ()):
         holders = [pod for _, pod in pods(documents)]
         holders += [one for one in documents if one["kind"] == "ServingRuntime"]
+        holders += [pod for one in documents for pod in ray_pods(one).values()]
         for container in (c for holder in holders for c in containers(holder)):
             _rename(container, image)
     for document in documents if "namespace" in wanted else ():
@@ -148,6 +149,16 @@ def pods(documents: list[Document]) -> list[tuple[Document, Document]]:
     """(workload, its pod template) of every Deployment, StatefulSet and Job."""
     workloads = [d for d in documents if d["kind"] in ("Deployment", "StatefulSet", "Job")]
     return [(one, one["spec"]["template"]) for one in workloads]
+
+
+def ray_pods(document: Document) -> dict[str, Document]:
+    """Group -> its pod template, of a RayCluster; of others none."""
+    if document["kind"] != "RayCluster":
+        return {}
+    spec = document["spec"]
+    groups = {"head": spec["headGroupSpec"]}
+    groups |= {one["groupName"]: one for one in spec["workerGroupSpecs"]}
+    return {name: one["template"] for name, one in groups.items()}
 
 
 def containers(pod: Document) -> list[Document]:

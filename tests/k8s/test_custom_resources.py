@@ -1,4 +1,5 @@
-"""Custom resources by models of their projects' CRDs, which npm has but for KServe's."""
+"""Custom resources by models of their projects' CRDs, which npm has but for KServe's and
+KubeRay's."""
 
 import json
 import os
@@ -23,7 +24,7 @@ PACKAGES = (
     "@kubernetes-models/argo-rollouts@2.0.0",
 )
 """Under the MIT licence."""
-MODELLED = CUSTOM - {"serving.kserve.io"}
+MODELLED = CUSTOM - {"ray.io", "serving.kserve.io"}
 SCRIPT = Path(__file__).with_name("custom_resources.mjs")
 Validate = Callable[[list[Document]], list[list[str]]]
 

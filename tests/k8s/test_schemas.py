@@ -9,12 +9,12 @@ import pytest
 from kubernetes_validate.utils import all_versions, major_minor
 
 from tests.k8s.kustomizations import APPLIED, COMPONENTS, K8S, written
-from tests.k8s.resolved import Document, resolved
+from tests.k8s.resolved import Document, ray_pods, resolved
 
 OLDEST, NEWEST = "1.32", major_minor(all_versions()[-1])
 SUPPORTED = [v for v in map(major_minor, all_versions()) if int(v.split(".")[1]) >= 32]
 CUSTOM = {"argoproj.io", "gateway.networking.k8s.io", "keda.sh", "monitoring.coreos.com",
-          "serving.kserve.io"}  # fmt: skip
+          "ray.io", "serving.kserve.io"}  # fmt: skip
 """Groups that Kubernetes has no schemas for: their resources are read for meaning alone."""
 
 
@@ -43,6 +43,11 @@ def pod_of(runtime: Document) -> Document:
 def test_documents_are_valid_strictly(name: str, version: str, tmp_path: Path) -> None:
     documents = resolved(written(name, tmp_path))
     documents += [pod_of(one) for one in documents if one["kind"] == "ServingRuntime"]
+    documents += [
+        {"apiVersion": "v1", "kind": "Pod", **template, "metadata": {"name": name}}
+        for one in documents
+        for name, template in ray_pods(one).items()
+    ]
     for one in documents:
         validated(json.dumps(one, sort_keys=True), version)
 

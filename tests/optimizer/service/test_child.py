@@ -1,10 +1,19 @@
-"""A job's process, when its worker dies."""
+"""A job's process: when its worker dies, and when it has nowhere to build."""
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import psutil
+import pytest
+
+from optimizer.execution.cluster import Cluster
+from optimizer.service.child import EXIT_USAGE, Order
+from optimizer.service.running import child_environment
+from tests.optimizer.tiny_study import write_study
 
 CHILD = """
 import subprocess, sys
@@ -39,3 +48,30 @@ def test_a_child_ends_with_its_worker_and_with_all_that_it_started() -> None:
         for one in alive:
             one.kill()
         assert alive == []
+
+
+@pytest.mark.full  # takes a while
+def test_a_study_on_a_cluster_that_cant_be_reached_is_told_to_the_jobs_author(
+    tmp_path: Path,
+) -> None:
+    lifeline, worker = os.pipe()
+    events, events_in = os.pipe()
+    (tmp_path / "out").mkdir()
+    order = Order(
+        kind="optimization", spec=str(write_study(tmp_path)), out=str(tmp_path / "out"),
+        lifeline=lifeline, events=events_in, store=str(tmp_path / "store.sqlite"),
+        cluster=asdict(Cluster("127.0.0.1:1")),
+    )  # fmt: skip
+    order.write(tmp_path / "order.json")
+    ended = subprocess.run(
+        [sys.executable, "-P", "-m", "optimizer.service.child", str(tmp_path / "order.json")],
+        pass_fds=[lifeline, events_in], env=child_environment(os.environ), timeout=300,
+        check=False,
+    )  # fmt: skip
+    for descriptor in (lifeline, worker, events_in):
+        os.close(descriptor)
+    with os.fdopen(events) as told:
+        *_, last = map(json.loads, told)
+    assert ended.returncode == EXIT_USAGE
+    assert last["kind"] == "error"
+    assert "Ray cluster 127.0.0.1:1: can't be reached" in last["payload"]["message"]
