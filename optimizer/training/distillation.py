@@ -18,13 +18,13 @@ from optimizer.training.features import Places
 from optimizer.training.teacher import Answering, Answers, Teacher
 
 Kind = Literal["classes", "embedding", "values"]
-LOSSES = ("answers", "dist", "attention", "feature", "relational")
+LOSSES = ("answers", "dist", "attention", "feature", "hidden", "relational")
 """What answers differ by; for classes correlations in its place; or that and a further term."""
-NEED_FEATURES = frozenset({"attention", "feature"})
+NEED_FEATURES = frozenset({"attention", "feature", "hidden"})
 # Weights of the further terms, as Tian et al. 2020 ("Contrastive Representation Distillation",
 # appendix) use them for attention, and Park et al. 2019 for distances; features are measured
 # relative to the teacher's here, so theirs is 1.
-_WEIGHTS = {"attention": 1000.0, "feature": 1.0, "relational": 25.0}
+_WEIGHTS = {"attention": 1000.0, "feature": 1.0, "hidden": 1.0, "relational": 25.0}
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ class Distillation:
         pairs = list(zip(student.features, teacher.features, strict=True))
         if self._mixture.loss == "attention":
             terms = [losses.attention(own, wanted) for own, wanted in pairs]
+        elif self._mixture.loss == "hidden":
+            terms = [losses.hint(own, wanted) for own, wanted in pairs]
         else:
             terms = [
                 losses.hint(project(own), wanted)

@@ -18,8 +18,8 @@ from optimizer.training import losses
 from optimizer.training.augmentation import augmented
 from optimizer.training.batches import Batch, Batches
 from optimizer.training.checkpoint import Checkpoint
-from optimizer.training.distillation import Distillation, Mixture
-from optimizer.training.features import places_of
+from optimizer.training.distillation import NEED_FEATURES, Distillation, Mixture
+from optimizer.training.features import hidden_places, places_of
 from optimizer.training.loop import Progress, Settings, TrainingDiverged, train
 from optimizer.training.masks import Goal, Masks
 from optimizer.training.recalibration import recalibrate
@@ -82,7 +82,8 @@ def taught(teacher: nn.Module, **mixture: object) -> Distillation:
     """By the teacher, whose features are taken where the loss needs them."""
     mixed = Mixture(**mixture)  # type: ignore[arg-type]
     example = [torch.zeros(2, 1, 6, 6)]
-    places = places_of(network(), teacher, example) if mixed.loss != "answers" else None
+    find = hidden_places if mixed.loss == "hidden" else places_of
+    places = find(network(), teacher, example) if mixed.loss in NEED_FEATURES else None
     return Distillation(
         mixed, ANSWER, Teacher(teacher, ANSWER, places.teacher if places else ()), places
     )
@@ -256,6 +257,50 @@ def test_places_are_the_last_of_each_size_in_either_network() -> None:
         places_of(nn.Sequential(nn.Flatten()), Teachers(), [torch.zeros(2, 1, 6, 6)])
 
 
+class Encoder(nn.Module):
+    """Blocks in a list, the second of which may give a tuple or be gone; tokens [n, length, 4]."""
+
+    class Block(nn.Module):
+        def __init__(self, width: int, is_tuple: bool) -> None:
+            super().__init__()
+            self.within = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 4))
+            self.is_tuple = is_tuple
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
+            out = hidden + self.within(hidden)
+            return (out, None) if self.is_tuple else out
+
+    def __init__(self, width: int, n_blocks: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self.Block(width, i == 1) for i in range(n_blocks))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            found = layer(tokens)
+            tokens = found[0] if isinstance(found, tuple) else found
+        return tokens.mean(dim=1)
+
+
+def test_hidden_places_are_the_outermost_blocks_that_both_networks_have() -> None:
+    example = [torch.ones(2, 5, 4)]
+    both = hidden_places(Encoder(3), Encoder(8), example)
+    assert both.student == both.teacher == ("layers.0", "layers.1")
+    assert both.channels == ((4, 4), (4, 4))
+    # A traced one runs the layers within its blocks, and not the blocks.
+    traced = torch.fx.symbolic_trace(Encoder(3))
+    places = hidden_places(traced, Encoder(8), example)
+    assert places.student == ("layers.0.within.2", "layers.1.within.2")
+    assert hidden_places(Encoder(3, 1), Encoder(8), example).student == ("layers.0",)
+    assert hidden_places(network(), network(), [torch.zeros(2, 1, 6, 6)]).student == tuple("012")
+
+
+def test_hidden_places_are_refused_when_no_block_corresponds() -> None:
+    with pytest.raises(
+        ValueError, match=r"the teacher's blocks \(layers.0, layers.1\).*another loss"
+    ):
+        hidden_places(nn.Flatten(), Encoder(3), [torch.ones(2, 5, 4)])
+
+
 # --- recalibration
 
 
@@ -287,6 +332,7 @@ def test_recalibration_gives_the_statistics_that_are_computed_by_hand() -> None:
         pytest.param({"alpha": 0.1, "loss": "dist"}, id="dist"),
         pytest.param({"alpha": 0.5, "loss": "attention"}, id="attention"),
         pytest.param({"alpha": 0.0, "loss": "feature"}, id="feature"),
+        pytest.param({"alpha": 0.0, "loss": "hidden"}, id="hidden"),
         pytest.param({"alpha": 0.0, "loss": "relational"}, id="relational"),
         pytest.param({"kind": "embedding"}, id="embedding"),
         pytest.param({"kind": "values"}, id="values"),
@@ -295,7 +341,8 @@ def test_recalibration_gives_the_statistics_that_are_computed_by_hand() -> None:
 def test_student_comes_nearer_to_the_teacher_when_it_is_trained(
     mixture: dict[str, object],
 ) -> None:
-    student, teacher = network(seed=1), network(width=6, seed=2)
+    width = 4 if mixture.get("loss") == "hidden" else 6
+    student, teacher = network(seed=1), network(width=width, seed=2)
     before = copy.deepcopy(teacher.state_dict())
     loss = taught(teacher, **mixture)
     done = train(student, data(), loss, settings(epochs=4.0))
