@@ -66,8 +66,14 @@ RESNET56_TRAINING = TrainingSpec(
 )
 RESNET56_BF16_TRAINING = RESNET56_TRAINING.model_copy(update={"epochs": 15, "precision": "bf16"})
 MINILM = {"what": "channels", "ratio": 0.3, "criterion": "obs", "multiple": 8}
-MINILM_TRAINING = TrainingSpec(epochs=3, batch_size=64, learning_rate=5e-4, losses=("answers",))
-MINILM_BF16_TRAINING = MINILM_TRAINING.model_copy(update={"epochs": 6, "precision": "bf16"})
+MINILM_TRAINING = TrainingSpec(
+    epochs=3,
+    batch_size=64,
+    learning_rate=5e-4,
+    losses=("hidden",),
+    reconstruction_samples=2048,
+)
+MINILM_BF16_TRAINING = MINILM_TRAINING.model_copy(update={"precision": "bf16"})
 RESNET20_FACTORY = Importable("resnet", "resnet20", CIFAR)
 STUDENT_ROWS = 6000
 STUDENT_TRAINING = TrainingSpec(
@@ -154,11 +160,11 @@ def resnet56_bf16(seed: int) -> None:
 
 
 def sentence_encoder(seed: int) -> None:
-    pruned(f"minilm obs seed {seed}", encoder(seed), MINILM)
+    pruned(f"minilm hidden seed {seed}", encoder(seed), MINILM)
 
 
 def sentence_encoder_bf16(seed: int) -> None:
-    pruned(f"minilm obs bf16 seed {seed}", encoder(seed, MINILM_BF16_TRAINING), MINILM)
+    pruned(f"minilm hidden bf16 seed {seed}", encoder(seed, MINILM_BF16_TRAINING), MINILM)
 
 
 def student(seed: int) -> None:

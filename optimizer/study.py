@@ -296,6 +296,11 @@ class _Study:
                         f"{name}: {n_known} of {len(wanted)} layers could be timed, in at most "
                         f"{TABLE_SHARE:.0%} of budget.wall_clock_s, so it goes without the table"
                     )
+                    continue
+                networks = builder.timed_networks(name)
+                if networks:
+                    self._observer.phase(f"timing {len(networks)} networks whole for {name}")
+                    estimates.measure_networks(networks, builder.inputs, lambda: clock() < end_s)
 
     def _front_end(self, store: Store, inputs: Mapping[str, Array]) -> FrontEnd:
         """The model of what serving costs beside the engine."""
