@@ -155,15 +155,19 @@ class Builder:
         with blamed(name):
             return technique.timed_blocks(self.base, self.context)
 
-    def timed_networks(self, name: str) -> Sequence[tuple[str, StoredVariant]]:
+    def timed_networks(self, name: str, max_s: float) -> Sequence[tuple[str, StoredVariant]]:
         """Networks that the technique of that name wants timed whole, each with the key of its
-        seconds; they are in the store then. Raises TechniqueFailed."""
+        seconds; they are in the store then. None is begun after `max_s`. Raises TechniqueFailed."""
         technique = self.techniques[name]
         if not isinstance(technique, Sampled) or technique.traits.accepts is not self.base.kind:
             return ()
         with blamed(name):
-            wanted = technique.timed_networks(self.base, self.context)
-            return [(one.key, self._written(one, technique.traits)) for one in wanted]
+            end_s = self.clock() + max_s
+            return [
+                (one.key, self._written(one, technique.traits))
+                for one in technique.timed_networks(self.base, self.context)
+                if self.clock() < end_s
+            ]
 
     def _written(self, network: TimedNetwork, traits: Traits) -> StoredVariant:
         key = f"timed whole {self.base.digest} {network.key}"

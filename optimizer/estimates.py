@@ -32,6 +32,8 @@ _EFFORT = Effort(
     min_passes=8, max_passes=40, seconds=0.15, max_warmup_passes=12, max_warmup_s=0.1, max_retries=0
 )
 """Of one block: it is short, and many of them are summed."""
+_WHOLE_EFFORT = Effort(max_passes=100, seconds=1.5, max_warmup_s=0.3, max_retries=0)
+"""Of a whole network: few are timed, and all others are corrected by them."""
 _PAIR = "block_pair"
 
 
@@ -86,7 +88,7 @@ class Estimates:
             stored: Any = self.store.recorded(key)
             if stored is None and has_time():
                 assert isinstance(variant.model, EngineModel)
-                stored = self._served(variant.model, TABLE_ENGINE, inputs)
+                stored = self._served(variant.model, TABLE_ENGINE, inputs, _WHOLE_EFFORT)
                 self.store.record(key, stored)
             n_known += bool(stored)
         return n_known
@@ -202,12 +204,12 @@ class Estimates:
                     stored = {}
                 else:
                     inputs = block_inputs(block, SIZES[-1], self.spec.seed)
-                    stored = self._served(model, engine, inputs)
+                    stored = self._served(model, engine, inputs, _EFFORT)
             self.store.record(key, stored)
         return dict(stored)
 
     def _served(
-        self, model: EngineModel, engine: str, inputs: Mapping[str, Array]
+        self, model: EngineModel, engine: str, inputs: Mapping[str, Array], effort: Effort
     ) -> dict[str, float]:
         """Seconds by batch size; none of what the engine can't run."""
         contender = Contender(
@@ -215,7 +217,7 @@ class Estimates:
         )
         try:
             timing = self.measurer.time(
-                contender, None, inputs, SIZES, effort=_EFFORT, seed=self.spec.seed
+                contender, None, inputs, SIZES, effort=effort, seed=self.spec.seed
             )
         except MeasurerUnavailable:
             raise

@@ -46,7 +46,7 @@ from optimizer.variant import Json, TorchModel, canonical_json
 
 _EXAMPLE = 2
 """Samples that the model is run on to see what it gives."""
-N_WHOLE = 8
+N_WHOLE = 6
 """Networks of each precision that are timed whole."""
 SEARCHED = "searched"
 """In a precision's place: the search chooses it with the network."""

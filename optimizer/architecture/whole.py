@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +45,12 @@ def whole_networks(
     if not all(networks for _, networks in found):
         return
     yield TimedNetwork(setting.base_key, partial(_write, setting, model, "fp32"))
-    for at, networks in found:
-        for key, choices in networks.items():
-            yield TimedNetwork(key, partial(_write_network, at, model, technique, choices))
+    # In turns, so that what there is time for is of each precision.
+    for group in zip_longest(*(networks.items() for _, networks in found)):
+        for (at, _), one in zip(found, group, strict=True):
+            if one is not None:
+                key, choices = one
+                yield TimedNetwork(key, partial(_write_network, at, model, technique, choices))
 
 
 def _write_network(

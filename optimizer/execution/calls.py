@@ -52,7 +52,8 @@ def _timed_blocks(builder: Builder, arguments: Mapping[str, Json]) -> Json:
 
 
 def _timed_networks(builder: Builder, arguments: Mapping[str, Json]) -> Json:
-    return [[key, one.id] for key, one in builder.timed_networks(arguments["technique"])]
+    found = builder.timed_networks(arguments["technique"], arguments["max_s"])
+    return [[key, one.id] for key, one in found]
 
 
 _CALLS: Mapping[str, Callable[[Builder, Mapping[str, Json]], Json]] = {

@@ -53,10 +53,10 @@ class DelegatingBuilder(Builder):
             return ()
         return timed_blocks_from(self.executor.build("timed_blocks", {"technique": name}))
 
-    def timed_networks(self, name: str) -> Sequence[tuple[str, StoredVariant]]:
+    def timed_networks(self, name: str, max_s: float) -> Sequence[tuple[str, StoredVariant]]:
         if not isinstance(self.techniques[name], Sampled):
             return ()
-        answered = self.executor.build("timed_networks", {"technique": name})
+        answered = self.executor.build("timed_networks", {"technique": name, "max_s": max_s})
         found = [(key, self.find(variant_id)) for key, variant_id in answered]
         return [(key, one) for key, one in found if one is not None]
 

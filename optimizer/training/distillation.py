@@ -99,23 +99,32 @@ class Distillation:
                 mixture, student.output, teacher.output
             )
         if mixture.loss in _WEIGHTS:
-            total = total + _WEIGHTS[mixture.loss] * self._further(student, teacher)
+            total = total + _WEIGHTS[mixture.loss] * self._further(student, teacher, batch)
         return total
 
-    def _further(self, student: Answers, teacher: Answers) -> torch.Tensor:
+    def _further(self, student: Answers, teacher: Answers, batch: Batch) -> torch.Tensor:
         if self._mixture.loss == "relational":
             return losses.relations(student.output, teacher.output)
         pairs = list(zip(student.features, teacher.features, strict=True))
         if self._mixture.loss == "attention":
             terms = [losses.attention(own, wanted) for own, wanted in pairs]
         elif self._mixture.loss == "hidden":
-            terms = [losses.hint(own, wanted) for own, wanted in pairs]
+            terms = [
+                losses.hint(batch.unpadded(_tokens(own)), batch.unpadded(_tokens(wanted)))
+                for own, wanted in pairs
+            ]
         else:
             terms = [
-                losses.hint(project(own), wanted)
+                losses.hint(batch.unpadded(_tokens(project(own))), batch.unpadded(_tokens(wanted)))
                 for project, (own, wanted) in zip(self._projections, pairs, strict=True)
             ]
         return torch.stack(terms).mean()
+
+
+def _tokens(features: torch.Tensor) -> torch.Tensor:
+    """[n, length, channel] of a map of one column, as tokens' features come; others as they
+    are."""
+    return features.squeeze(-1).transpose(1, 2) if features.shape[-1] == 1 else features
 
 
 def difference(mixture: Mixture, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

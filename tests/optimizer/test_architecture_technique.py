@@ -611,7 +611,7 @@ def test_table_is_corrected_by_networks_that_were_timed_whole(
     assert set(table.trusts) == set(BOTH)
     made = found(trained, at, tmp_path / "made", {"speedups": [0.5]})
     (note,) = [one for one in made.notes if "timed whole" in one]
-    assert note.startswith("latencies in fp32 are corrected by 8 networks timed whole")
+    assert note.startswith("latencies in fp32 are corrected by 6 networks timed whole")
     assert note.endswith("0.0% off on average, rank correlation 1.00")
     record = json.loads((made.directory / "architecture.json").read_text())
     assert record["target_s"] == pytest.approx(MODEL_S / 0.5)
@@ -643,13 +643,14 @@ def test_networks_timed_whole_are_built_once_and_kept_in_the_store(
     techniques: dict[str, Any] = {"architecture": ArchitectureSearch(spec())}
     with Store(tmp_path / "store.sqlite") as store:
         builder = Builder(store, bench.torch, techniques, context(bench), bench.inputs)
-        first = builder.timed_networks("architecture")
+        first = builder.timed_networks("architecture", 600.0)
         assert len(first) == 3
-        again = builder.timed_networks("architecture")
+        again = builder.timed_networks("architecture", 600.0)
         assert [(key, one.id, one.model) for key, one in again] == [
             (key, one.id, one.model) for key, one in first
         ]
         assert all(one.model.directory.is_dir() for _, one in first)
+        assert builder.timed_networks("architecture", 0.0) == []
 
 
 # --- in a study
@@ -720,4 +721,4 @@ def test_study_finds_a_network_of_the_space_and_shows_the_search(tmp_path: Path)
     assert looked == {"int8"}
     assert f"Looking for {record.label}" in render_html(result)
     notes = [note for row in result.variants for note in row.notes]
-    assert any("int8 are corrected by 8 networks timed whole" in one for one in notes), notes
+    assert any("int8 are corrected by 6 networks timed whole" in one for one in notes), notes

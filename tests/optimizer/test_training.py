@@ -278,7 +278,7 @@ class Encoder(nn.Module):
         for layer in self.layers:
             found = layer(tokens)
             tokens = found[0] if isinstance(found, tuple) else found
-        return tokens.mean(dim=1)
+        return tokens[:, 0]
 
 
 def test_hidden_places_are_the_outermost_blocks_that_both_networks_have() -> None:
@@ -292,6 +292,46 @@ def test_hidden_places_are_the_outermost_blocks_that_both_networks_have() -> Non
     assert places.student == ("layers.0.within.2", "layers.1.within.2")
     assert hidden_places(Encoder(3, 1), Encoder(8), example).student == ("layers.0",)
     assert hidden_places(network(), network(), [torch.zeros(2, 1, 6, 6)]).student == tuple("012")
+
+
+@pytest.mark.parametrize("loss", ["hidden", "feature"])
+def test_padding_of_texts_makes_no_difference_to_what_is_learned(loss: str) -> None:
+    student, teacher = Encoder(3), Encoder(8)
+    find = hidden_places if loss == "hidden" else places_of
+    answer = answering(["tokens"], "tokens")
+    tokens = torch.randn(2, 5, 4)
+    kept = torch.tensor([[True] * 5, [True, True, False, False, False]])
+
+    def value(padding: float, kept: torch.Tensor | None) -> float:
+        batch = Batch(np.arange(2), (torch.where(mask[..., None], tokens, padding),), None, kept)
+        places = find(student, teacher, batch.inputs)
+        torch.manual_seed(0)
+        taught_by = Teacher(teacher, answer, places.teacher)
+        mixture = Mixture(kind="embedding", loss=loss)
+        with torch.no_grad():
+            return float(Distillation(mixture, answer, taught_by, places)(student, batch))
+
+    mask = kept
+    assert value(0.0, kept) == pytest.approx(value(9.0, kept), rel=1e-6)
+    assert value(0.0, None) != pytest.approx(value(9.0, None), rel=1e-3)
+
+
+def test_attention_mask_tells_which_positions_are_padding() -> None:
+    class Texts:
+        name, digest, labels = "train", "texts", None
+
+        def __len__(self) -> int:
+            return 2
+
+        def read(self, indices: object = None) -> Samples:
+            mask = np.array([[1, 1, 0], [1, 0, 0]])
+            return Samples({"input_ids": mask * 7, "attention_mask": mask}, None, "")
+
+    names = ["input_ids", "attention_mask"]
+    kept = Batches(Texts(), names).read(np.arange(2)).kept
+    assert kept is not None
+    assert kept.tolist() == [[True, True, False], [True, False, False]]
+    assert Batches(Texts(), names[:1]).read(np.arange(2)).kept is None
 
 
 def test_hidden_places_are_refused_when_no_block_corresponds() -> None:
