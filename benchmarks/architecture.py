@@ -17,6 +17,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from optimizer.architecture.search import Worth, explored
 from optimizer.architecture.space import ArchitectureSpace, Choices, StageChoices, VisionNetworks
 from optimizer.blocks import block_inputs, write_block
 from optimizer.data.splits import Samples
-from optimizer.search.block_table import Pair, trust
+from optimizer.search.block_table import Pair, correction, trust
 from optimizer.timing import Contender, Effort, measure
 from optimizer.training.batches import Batches
 from optimizer.training.distillation import Distillation, Mixture
@@ -157,7 +158,9 @@ def latency_model(found: Mapping[str, Any]) -> tuple[LatencyModel, list[Pair]]:
         Pair(model(blocks_in(SPACE.plan(by_key[key]))), value)
         for key, value in sorted(found["whole"].items())
     ]
-    return model.corrected(pairs), pairs
+    found_line = correction(pairs)
+    assert found_line is not None, "the space has networks enough"
+    return replace(model, corrections={"fp32": found_line}), pairs
 
 
 def replay(found: Mapping[str, Any], n_seeds: int, plot: Path | None) -> None:

@@ -4,6 +4,7 @@ It folds techniques over a recipe's prefix: what the store has isn't built again
 only once its parity was checked. It doesn't time or judge anything.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,7 +26,15 @@ from optimizer.recipe import EFFORT, Choice, Recipe, Traits, steps_with_ids
 from optimizer.search.landscape import Option, Unbuildable
 from optimizer.space import check_parameters
 from optimizer.store import Store, StoredVariant
-from optimizer.techniques import Context, Partial, Technique, Timed, Training
+from optimizer.techniques import (
+    Context,
+    Partial,
+    Sampled,
+    Technique,
+    Timed,
+    TimedNetwork,
+    Training,
+)
 from optimizer.torch_variant import bound, load_torch
 from optimizer.variant import STRUCTURAL, Kind, Model, Stage, StoredTorch, TorchModel
 from serve.artifact import Step
@@ -145,6 +154,37 @@ class Builder:
             return ()
         with blamed(name):
             return technique.timed_blocks(self.base, self.context)
+
+    def timed_networks(self, name: str, max_s: float) -> Sequence[tuple[str, StoredVariant]]:
+        """Networks that the technique of that name wants timed whole, each with the key of its
+        seconds; they are in the store then. None is begun after `max_s`. Raises TechniqueFailed."""
+        technique = self.techniques[name]
+        if not isinstance(technique, Sampled) or technique.traits.accepts is not self.base.kind:
+            return ()
+        with blamed(name):
+            end_s = self.clock() + max_s
+            return [
+                (one.key, self._written(one, technique.traits))
+                for one in technique.timed_networks(self.base, self.context)
+                if self.clock() < end_s
+            ]
+
+    def _written(self, network: TimedNetwork, traits: Traits) -> StoredVariant:
+        key = f"timed whole {self.base.digest} {network.key}"
+        variant_id = hashlib.sha256(key.encode()).hexdigest()
+        found = self.store.find(variant_id)
+        if found is not None:
+            return found
+        with self.store.workshop() as directory:
+            start = self.clock()
+            made = network.write(directory)
+            step = Step(traits.name, traits.version, {"network": network.key}, self.context.seed)
+            return self.store.add(
+                StoredVariant(
+                    variant_id, self.base.digest, step, self.context.calibration.digest, made,
+                    self.clock() - start,
+                )
+            )  # fmt: skip
 
     def _outlined(self, recipe: Recipe, workshops: ExitStack) -> Model | None:
         """What the recipe's structural steps make, without training; None where a step trains

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optimizer import blocks
-from optimizer.block_times import SIZES, TABLE_ENGINE, TABLE_SIZE, time_key
+from optimizer.block_times import SIZES, TABLE_ENGINE, TABLE_SIZE, network_key, time_key
 from optimizer.blocks import Block, block_inputs, write_block
 from optimizer.capacity import cost_per_million
 from optimizer.errors import MeasurerUnavailable
@@ -23,14 +23,17 @@ from optimizer.result import Variant
 from optimizer.search.block_table import Correction, Pair, Trust, block_sum, correction, trust
 from optimizer.search.ladder import Bound
 from optimizer.spec import Spec
-from optimizer.store import Key, Store
+from optimizer.store import Key, Store, StoredVariant
 from optimizer.timing import Contender, Effort
-from optimizer.variant import canonical_json
+from optimizer.variant import EngineModel, canonical_json
+from serve.tensor import Array
 
 _EFFORT = Effort(
     min_passes=8, max_passes=40, seconds=0.15, max_warmup_passes=12, max_warmup_s=0.1, max_retries=0
 )
 """Of one block: it is short, and many of them are summed."""
+_WHOLE_EFFORT = Effort(max_passes=100, seconds=1.5, max_warmup_s=0.3, max_retries=0)
+"""Of a whole network: few are timed, and all others are corrected by them."""
 _PAIR = "block_pair"
 
 
@@ -70,6 +73,25 @@ class Estimates:
             if self._is_known(block) or has_time():
                 self._time({block: 1}, TABLE_ENGINE)
         return sum((TABLE_ENGINE, block.key, TABLE_SIZE) in self._times for block in wanted)
+
+    def measure_networks(
+        self,
+        wanted: Sequence[tuple[str, StoredVariant]],
+        inputs: Mapping[str, Array],
+        has_time: Callable[[], bool],
+    ) -> int:
+        """Time whole networks, as `measure` does layers, on `inputs` of the largest batch or more;
+        each has the key that its times are kept under."""
+        n_known = 0
+        for name, variant in wanted:
+            key = network_key(name, self.measurer.machine, self.cores)
+            stored: Any = self.store.recorded(key)
+            if stored is None and has_time():
+                assert isinstance(variant.model, EngineModel)
+                stored = self._served(variant.model, TABLE_ENGINE, inputs, _WHOLE_EFFORT)
+                self.store.record(key, stored)
+            n_known += bool(stored)
+        return n_known
 
     def learn(self, recipe: Recipe, row: Variant) -> None:
         """Set the row's measured seconds beside its sum over blocks."""
@@ -175,24 +197,32 @@ class Estimates:
         key = time_key(block, self.measurer.machine, engine, self.cores)
         stored: Any = self.store.recorded(key)
         if stored is None:
-            try:
-                stored = self._measured(block, engine)
-            except MeasurerUnavailable:
-                raise
-            except Exception:  # noqa: BLE001  an engine that can't run one says nothing of networks
-                stored = {}
+            with self.store.workshop() as directory:
+                try:
+                    model = write_block(block, engine, directory, self.measurer.machine)
+                except Exception:  # noqa: BLE001  what can't be written says nothing of networks
+                    stored = {}
+                else:
+                    inputs = block_inputs(block, SIZES[-1], self.spec.seed)
+                    stored = self._served(model, engine, inputs, _EFFORT)
             self.store.record(key, stored)
         return dict(stored)
 
-    def _measured(self, block: Block, engine: str) -> dict[str, float]:
-        with self.store.workshop() as directory:
-            model = write_block(block, engine, directory, self.measurer.machine)
-            sizes = fixed_sizes(engine, SIZES)
-            contender = Contender(directory, model.served(self.cores, 1, sizes))
-            inputs = block_inputs(block, SIZES[-1], self.spec.seed)
+    def _served(
+        self, model: EngineModel, engine: str, inputs: Mapping[str, Array], effort: Effort
+    ) -> dict[str, float]:
+        """Seconds by batch size; none of what the engine can't run."""
+        contender = Contender(
+            model.directory, model.served(self.cores, 1, fixed_sizes(engine, SIZES))
+        )
+        try:
             timing = self.measurer.time(
-                contender, None, inputs, SIZES, effort=_EFFORT, seed=self.spec.seed
+                contender, None, inputs, SIZES, effort=effort, seed=self.spec.seed
             )
+        except MeasurerUnavailable:
+            raise
+        except Exception:  # noqa: BLE001  an engine that can't run one says nothing of networks
+            return {}
         return {str(time.batch_size): time.p50_s for time in timing.times.times}
 
     def _take(self, variant_id: str, value: Mapping[str, Any]) -> None:

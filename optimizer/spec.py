@@ -388,7 +388,7 @@ class TrainingSpec(Strict):
     reconstruction_samples: int = Field(default=512, ge=0, le=1_000_000)
     """Of train, to which recovery fits layers that read less than before; 0 for none."""
     losses: Annotated[
-        tuple[Literal["answers", "dist", "attention", "feature", "relational"], ...],
+        tuple[Literal["answers", "dist", "attention", "feature", "hidden", "relational"], ...],
         BeforeValidator(listed),
         Field(min_length=1),
     ] = ("answers", "dist")

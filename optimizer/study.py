@@ -55,7 +55,7 @@ from optimizer.simulation import FrontEnd
 from optimizer.spec import NOT_RESUMABLE, ModuleSource, Spec, read_spec
 from optimizer.store import DEFAULT_PATH, Store
 from optimizer.tasks import make_task
-from optimizer.techniques import Technique
+from optimizer.techniques import Sampled, Technique
 from optimizer.timing import Effort
 from optimizer.trials import Trials
 from optimizer.turns import Relay, Turns, at_once
@@ -71,6 +71,8 @@ BATCH_SIZES = (1, 2, 4, 8, 16, MAX_BATCH_SIZE)
 MAX_RULED_OUT = 2_000
 """Recipes in a row that are ruled out by estimate, after which the space counts as exhausted."""
 TABLE_SHARE = 0.2
+WRITING_SHARE = 0.7
+"""Of the time left for a table, to write the networks that are timed whole; the rest times them."""
 """Of the budget's time, for the layers that techniques want to know the times of."""
 
 
@@ -267,6 +269,12 @@ class _Study:
                         f"{name}: {n_known} of {len(wanted)} layers could be timed, in at most "
                         f"{TABLE_SHARE:.0%} of budget.wall_clock_s, so it goes without the table"
                     )
+                    continue
+                if isinstance(builder.techniques[name], Sampled):
+                    self._observer.phase(f"timing whole networks for {name}")
+                    left_s = WRITING_SHARE * (end_s - clock())
+                    networks = builder.timed_networks(name, left_s)
+                    estimates.measure_networks(networks, builder.inputs, lambda: clock() < end_s)
 
     def _front_end(self, store: Store, inputs: Mapping[str, Array]) -> FrontEnd:
         """The model of what serving costs beside the engine."""

@@ -5,8 +5,8 @@ measures nothing.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from optimizer.architecture.networks import BlockFactory, build
 from optimizer.architecture.plan import EncoderPlan, Plan
 from optimizer.blocks import Block, blocks_of
-from optimizer.search.block_table import Correction, Pair, Times, block_sum, correction
+from optimizer.search.block_table import Correction, Times, block_sum
 
 _LENGTH = 16
 """Tokens of the text that an encoder's blocks are traced with, or its longest if that is less."""
@@ -26,11 +26,12 @@ class Unmeasured(Exception):
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """Seconds of batches of `batch_size`. Without a correction the sum of the blocks."""
+    """Seconds of batches of `batch_size`: the sum of the blocks, corrected where there is a
+    correction for the precision that they are in."""
 
     times: Times
     batch_size: int
-    correction: Correction | None = None
+    corrections: Mapping[str, Correction] = field(default_factory=dict)
 
     def __call__(self, blocks: Counter[Block]) -> float:
         """Raises Unmeasured."""
@@ -41,11 +42,8 @@ class LatencyModel:
                 block for block in blocks if (block.key, self.batch_size) not in self.times
             )
             raise Unmeasured(f"{missing}: not measured at batch {self.batch_size}")
-        return total if self.correction is None else self.correction.estimate(total)
-
-    def corrected(self, pairs: Sequence[Pair]) -> "LatencyModel":
-        """By networks timed whole; as it is while they are too few."""
-        return LatencyModel(self.times, self.batch_size, correction(pairs))
+        found = next((self.corrections.get(block.precision) for block in blocks), None)
+        return total if found is None else found.estimate(total)
 
 
 def blocks_in(plan: Plan, blocks: Mapping[str, BlockFactory] | None = None) -> Counter[Block]:

@@ -4,6 +4,7 @@ table of layers, how networks are trained and what on.
 It neither trains nor chooses.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,23 +26,28 @@ from optimizer.architecture.making import (
 )
 from optimizer.architecture.networks import BlockFactory
 from optimizer.architecture.options import ArchitectureSpec
+from optimizer.architecture.plan import plan_json
 from optimizer.architecture.space import ArchitectureSpace, Choices
 from optimizer.architecture.supernet import Supernet
-from optimizer.architecture.table import SpaceTable, blocks_of_space, space_table
+from optimizer.architecture.table import SpaceTable, blocks_of_space, space_table, spread
 from optimizer.block_times import TABLE_SIZE
 from optimizer.blocks import Block, blocks_of
-from optimizer.model_source import Signature, read_signature
+from optimizer.model_source import Signature, read_signature, source_digest
+from optimizer.quantization.processor import kernel_layout
 from optimizer.quantization.qdq import Arithmetic
+from optimizer.search.block_table import Pair
 from optimizer.space import Categorical, Parameters, Space, Value
 from optimizer.spec import TorchKind
 from optimizer.techniques import Context
 from optimizer.torch_source import load_source
 from optimizer.training.batches import Batches
 from optimizer.training.lesson import Lesson, plain_space
-from optimizer.variant import TorchModel
+from optimizer.variant import Json, TorchModel, canonical_json
 
 _EXAMPLE = 2
 """Samples that the model is run on to see what it gives."""
+N_WHOLE = 6
+"""Networks of each precision that are timed whole."""
 SEARCHED = "searched"
 """In a precision's place: the search chooses it with the network."""
 _LOSSES = ("answers", "dist")
@@ -128,7 +134,44 @@ class Setting:
         return self._layers[choices]
 
     def table(self) -> SpaceTable | None:
-        """As far as the target's layers were timed; None where the model's own weren't."""
+        """As far as the target's layers were timed, corrected where enough networks were timed
+        whole; None where the model's own layers weren't."""
+        sums, seconds = self._sums(), self.context.network_seconds
+        base_s = None if seconds is None else seconds(self.base_key)
+        if sums is None or base_s is None:
+            return sums
+        pairs = {str(one): self.at(one).pairs() for one in self.spec.precisions}
+        return sums.corrected(pairs, base_s)
+
+    def whole(self) -> dict[str, Choices]:
+        """Networks to be timed whole, by the key that their seconds are kept under, in the
+        setting's precision, which is one; empty while their layers aren't timed."""
+        sums = self._sums()
+        return {} if sums is None else {self._key(one): one for one in spread(sums, N_WHOLE)}
+
+    def pairs(self) -> list[Pair]:
+        """Of the networks timed whole, as far as they are."""
+        sums, seconds = self._sums(), self.context.network_seconds
+        if sums is None or seconds is None:
+            return []
+        return [
+            Pair(total, found)
+            for key, choices in self.whole().items()
+            if (found := seconds(key)) is not None and (total := sums.seconds(choices)) is not None
+        ]
+
+    @cached_property
+    def base_key(self) -> str:
+        """That the model's own seconds are kept under, timed whole."""
+        return _sha256(["model", source_digest(self.source)])
+
+    def _key(self, choices: Choices) -> str:
+        precision = self.precision(choices)
+        layout = None if precision == "fp32" else kernel_layout(self.context.machine)
+        code = space_digest(self.spec) if self.spec.blocks else ""
+        return _sha256(["network", plan_json(self.space.plan(choices)), precision, layout, code])
+
+    def _sums(self) -> SpaceTable | None:
         seconds = self.context.block_seconds
         if seconds is None:
             return None
@@ -139,8 +182,9 @@ class Setting:
             return None
 
     def base_s(self, table: SpaceTable) -> float:
-        """What the model takes by the table, for a batch."""
-        return table.latency(self.base_blocks)
+        """What the model takes, for a batch: as it was timed whole where the table is corrected,
+        else by the table."""
+        return table.latency(self.base_blocks) if table.base_s is None else table.base_s
 
     def training(self, epochs: float) -> dict[str, Value]:
         """What decides a training beside the model: the space, and how the spec trains, at the
@@ -193,6 +237,10 @@ class Setting:
             torch.from_numpy(np.ascontiguousarray(inputs[name]))
             for name in self.signature.input_names
         ]
+
+
+def _sha256(content: Json) -> str:
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
 def single(values: Mapping[str, Value]) -> Space:

@@ -6,20 +6,23 @@ before any is trained.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from optimizer.architecture.latency import LatencyModel, Unmeasured
 from optimizer.architecture.space import ArchitectureSpace, Choices
 from optimizer.blocks import Block
+from optimizer.search.block_table import Correction, Pair, Trust, correction, trust
 
 MAX_ENUMERATED = 500
 """Networks of a space that are all looked at for their layers."""
 _MAX_DRAWN, _ENOUGH = 1000, 60
 """Of a larger one so many are drawn at most, until as many in a row have brought no new layer."""
 _N_STARTS = 60
+_N_DRAWN = 64
+_DIGITS = 16
 Seconds = Callable[[Block], float | None]
 LayersOf = Callable[[Choices], Counter[Block]]
 
@@ -42,6 +45,30 @@ class SpaceTable:
     latency: LatencyModel
     digest: str
     """SHA-256 (hex, 16 digits) of what was measured."""
+    trusts: Mapping[str, Trust] = field(default_factory=dict)
+    """By precision, how well corrected sums told what networks take that were timed whole; empty
+    without a correction."""
+    base_s: float | None = None
+    """The model's own seconds, timed whole; None where nothing is corrected."""
+
+    def corrected(self, pairs: Mapping[str, Sequence[Pair]], base_s: float) -> "SpaceTable":
+        """By networks that were timed whole, in each precision: all latencies, or none where they
+        are too few in one, or say nothing."""
+        corrections: dict[str, Correction] = {}
+        trusts: dict[str, Trust] = {}
+        for precision, ones in pairs.items():
+            found, trusted = correction(ones), trust(ones)
+            if found is None or trusted is None or not found.factor > 0:
+                return self
+            corrections[precision], trusts[precision] = found, trusted
+        content = f"{self.digest} {sorted(pairs.items())!r} {base_s!r}"
+        return replace(
+            self,
+            latency=replace(self.latency, corrections=corrections),
+            digest=hashlib.sha256(content.encode()).hexdigest()[:_DIGITS],
+            trusts=trusts,
+            base_s=base_s,
+        )
 
     def seconds(self, choices: Choices) -> float | None:
         """Of a batch; None where a layer of the network wasn't measured."""
@@ -74,6 +101,18 @@ class SpaceTable:
             best = near
 
 
+def spread(table: SpaceTable, n: int) -> list[Choices]:
+    """About `n` networks whose latencies are far apart: the smallest and the largest, and of some
+    drawn those at even steps of the order. Each once, those that aren't known left out."""
+    rng = np.random.default_rng(0)
+    drawn = [table.space.sample(rng) for _ in range(_N_DRAWN)]
+    ends = [table.space.extreme(is_largest=one) for one in (False, True)]
+    known = {one: found for one in [*ends, *drawn] if (found := table.seconds(one)) is not None}
+    order = sorted(known, key=lambda one: (known[one], one))
+    steps = np.linspace(0, len(order) - 1, min(n, len(order))).round().astype(int)
+    return [order[step] for step in steps]
+
+
 def blocks_of_space(space: ArchitectureSpace, layers_of: LayersOf) -> list[Block]:
     """The layers that its networks are made of, each once. Raises ValueError for a network that
     can't be built."""
@@ -101,7 +140,7 @@ def space_table(
     if not known:
         return None
     content = "\n".join(f"{key} {one!r}" for key, one in sorted(known.items()))
-    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(content.encode()).hexdigest()[:_DIGITS]
     times = {(key, batch_size): one for key, one in known.items()}
     return SpaceTable(space, layers_of, LatencyModel(times, batch_size), digest)
 

@@ -51,11 +51,17 @@ def _timed_blocks(builder: Builder, arguments: Mapping[str, Json]) -> Json:
     return [asdict(one) for one in builder.timed_blocks(arguments["technique"])]
 
 
+def _timed_networks(builder: Builder, arguments: Mapping[str, Json]) -> Json:
+    found = builder.timed_networks(arguments["technique"], arguments["max_s"])
+    return [[key, one.id] for key, one in found]
+
+
 _CALLS: Mapping[str, Callable[[Builder, Mapping[str, Json]], Json]] = {
     "build": _build,
     "option": _option,
     "blocks": _blocks,
     "timed_blocks": _timed_blocks,
+    "timed_networks": _timed_networks,
 }
 
 

@@ -14,7 +14,7 @@ from optimizer.execution.calls import blocks_from, option_from, recipe_to, timed
 from optimizer.recipe import Recipe
 from optimizer.search.landscape import Option
 from optimizer.store import StoredVariant
-from optimizer.techniques import Timed
+from optimizer.techniques import Sampled, Timed
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -52,6 +52,13 @@ class DelegatingBuilder(Builder):
         if not isinstance(self.techniques[name], Timed):
             return ()
         return timed_blocks_from(self.executor.build("timed_blocks", {"technique": name}))
+
+    def timed_networks(self, name: str, max_s: float) -> Sequence[tuple[str, StoredVariant]]:
+        if not isinstance(self.techniques[name], Sampled):
+            return ()
+        answered = self.executor.build("timed_networks", {"technique": name, "max_s": max_s})
+        found = [(key, self.find(variant_id)) for key, variant_id in answered]
+        return [(key, one) for key, one in found if one is not None]
 
     def _option(self, name: str, skeleton: Recipe) -> Option | None:
         arguments = {"technique": name, "recipe": recipe_to(skeleton)}

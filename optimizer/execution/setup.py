@@ -65,11 +65,13 @@ class Surroundings:
         calibration = self.splits.calibration
         if isinstance(calibration, GeneratedSplit):
             calibration = replace(calibration, folder=store.checkpoints)
+        times = StoredTimes(store, self.machine, cores)
         context = replace(
             self.context,
             calibration=calibration,
             checkpoints=store.checkpoints,
-            block_seconds=StoredTimes(store, self.machine, cores),
+            block_seconds=times,
+            network_seconds=times.network,
             tell=tell,
         )
         return Builder(store, self.base, self.techniques, context, self.inputs)

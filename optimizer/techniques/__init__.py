@@ -16,7 +16,7 @@ from optimizer.recipe import Traits
 from optimizer.space import Parameters, Space
 from optimizer.spec import TaskSpec, TrainingSpec
 from optimizer.telling import Tell, untold
-from optimizer.variant import Json, Model, StoredModel
+from optimizer.variant import EngineModel, Json, Model, StoredModel
 from serve.machine import Machine
 
 if TYPE_CHECKING:
@@ -62,6 +62,9 @@ class Context:
     block_seconds: Callable[[Block], float | None] | None = None
     """What the target takes for a batch of a single layer, None where that wasn't measured. As
     with the machine, what decides a result enters through the parameters."""
+    network_seconds: Callable[[str], float | None] | None = None
+    """What the target takes for a batch of the same size of a whole network, by its key: see
+    `Sampled`."""
     tell: Tell = untold
     """For a step that takes long: how far it has come, in a few words, as often as it likes."""
 
@@ -119,6 +122,26 @@ class Timed(Protocol):
     def timed_blocks(self, model: Model, context: Context) -> Sequence[Block]:
         """The layers to be timed before its space is asked for; then the context has their
         seconds."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class TimedNetwork:
+    """A network that takes the base's inputs, to be timed whole. `key` is an SHA-256 (hex) of
+    what it is; `write` puts it into an empty directory, as ONNX Runtime serves it."""
+
+    key: str
+    write: Callable[[Path], EngineModel]
+
+
+@runtime_checkable
+class Sampled(Protocol):
+    """What a technique offers beside the contract where times of layers shape it, and whole
+    networks tell how far their sums can be believed."""
+
+    def timed_networks(self, model: Model, context: Context) -> Sequence[TimedNetwork]:
+        """Those to be timed once the layers were, and before its space is asked for; then the
+        context has their seconds."""
         ...
 
 

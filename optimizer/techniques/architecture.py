@@ -18,7 +18,7 @@ from optimizer.blocks import Block
 from optimizer.quantization.processor import kernel_layout
 from optimizer.recipe import EPOCHS, Needs, Traits
 from optimizer.space import Categorical, Parameters, Space, Value
-from optimizer.techniques import Context
+from optimizer.techniques import Context, TimedNetwork
 from optimizer.torch_variant import load_torch, torch_model
 from optimizer.training.lesson import reason_against
 from optimizer.variant import Json, Kind, Model, Stage, TorchModel, TorchVariant
@@ -43,7 +43,7 @@ class ArchitectureSearch:
         self._spec = spec
         self.traits = Traits(
             name="architecture",
-            version="2",
+            version="3",
             stage=Stage.ARCHITECTURE,
             accepts=Kind.TORCH,
             gives=Kind.TORCH,
@@ -81,6 +81,15 @@ class ArchitectureSearch:
         assert isinstance(model, TorchModel)
         setting = self._setting(model, context)
         return () if setting.reason_against() is not None else setting.wanted
+
+    def timed_networks(self, model: Model, context: Context) -> Sequence[TimedNetwork]:
+        from optimizer.architecture.whole import whole_networks
+
+        assert isinstance(model, TorchModel)
+        setting = self._setting(model, context)
+        if setting.reason_against() is not None:
+            return ()
+        return list(whole_networks(setting, model, self))
 
     def space(self, model: Model, context: Context) -> Space:
         """A step whose precision is fixed binds the recipe's quantization to it; of one that is
@@ -166,6 +175,7 @@ class ArchitectureSearch:
         notes = (
             *notes_of(trails, target_s),
             *_slower(table, chosen, target_s),
+            *_corrected(table),
             *((_FOUND_IN_INT8,) if precision == _INT8 else ()),
         )
         return torch_model(directory, model, network, self, operations, notes)
@@ -199,6 +209,18 @@ def _rounding(precisions: Sequence[str], context: Context) -> Space:
         "activations": Categorical((activations,), when=when),
         "reduce_range": Categorical((reduce_range,), when=when),
     }
+
+
+def _corrected(table: "SpaceTable") -> tuple[str, ...]:
+    """How far latencies can be believed; nothing where they are sums of layers."""
+    if not table.trusts:
+        return ("latencies are sums of layers: too few networks were timed whole to correct them",)
+    return tuple(
+        f"latencies in {precision} are corrected by {one.n_networks} networks timed whole; each, "
+        f"left out of it, is {one.relative_error:.1%} off on average, rank correlation "
+        f"{one.rank_correlation:.2f}"
+        for precision, one in table.trusts.items()
+    )
 
 
 def _slower(table: "SpaceTable", chosen: "Choices", target_s: float) -> tuple[str, ...]:

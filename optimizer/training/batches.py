@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from optimizer.data.splits import Split
 
 Rows = NDArray[np.intp]
+_MASK, _MASK_NDIM = "attention_mask", 2
+"""The input that tells which positions of a text are padding, by the name that encoders give it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +24,17 @@ class Batch:
     rows: Rows
     inputs: tuple[torch.Tensor, ...]
     labels: torch.Tensor | None
+    kept: torch.Tensor | None = None
+    """Of texts, bool [n, length]: the positions that aren't padding. Padding's features don't
+    matter to what a network gives, so nothing is to be learned of them."""
+
+    def unpadded(self, features: torch.Tensor) -> torch.Tensor:
+        """[positions, channel] of features [n, length, channel] of texts, without their padding;
+        any others as they are."""
+        kept = self.kept
+        if kept is None or features.ndim != kept.ndim + 1 or features.shape[:-1] != kept.shape:
+            return features
+        return features[kept]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +55,13 @@ class Batches:
             for name in self.input_names
         )
         labels = None if samples.labels is None else torch.from_numpy(samples.labels)
-        return Batch(rows, inputs, labels)
+        return Batch(rows, inputs, labels, self._kept(inputs))
+
+    def _kept(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+        for name, values in zip(self.input_names, inputs, strict=True):
+            if name == _MASK and values.ndim == _MASK_NDIM:
+                return values != 0
+        return None
 
     def each(self, rows: Rows, size: int, whole: bool = False) -> Iterator[Batch]:
         """The rows in batches of `size`, the last one smaller, or left out if `whole` and it isn't

@@ -18,13 +18,13 @@ from optimizer.training.features import Places
 from optimizer.training.teacher import Answering, Answers, Teacher
 
 Kind = Literal["classes", "embedding", "values"]
-LOSSES = ("answers", "dist", "attention", "feature", "relational")
+LOSSES = ("answers", "dist", "attention", "feature", "hidden", "relational")
 """What answers differ by; for classes correlations in its place; or that and a further term."""
-NEED_FEATURES = frozenset({"attention", "feature"})
+NEED_FEATURES = frozenset({"attention", "feature", "hidden"})
 # Weights of the further terms, as Tian et al. 2020 ("Contrastive Representation Distillation",
 # appendix) use them for attention, and Park et al. 2019 for distances; features are measured
 # relative to the teacher's here, so theirs is 1.
-_WEIGHTS = {"attention": 1000.0, "feature": 1.0, "relational": 25.0}
+_WEIGHTS = {"attention": 1000.0, "feature": 1.0, "hidden": 1.0, "relational": 25.0}
 
 
 @dataclass(frozen=True)
@@ -99,21 +99,32 @@ class Distillation:
                 mixture, student.output, teacher.output
             )
         if mixture.loss in _WEIGHTS:
-            total = total + _WEIGHTS[mixture.loss] * self._further(student, teacher)
+            total = total + _WEIGHTS[mixture.loss] * self._further(student, teacher, batch)
         return total
 
-    def _further(self, student: Answers, teacher: Answers) -> torch.Tensor:
+    def _further(self, student: Answers, teacher: Answers, batch: Batch) -> torch.Tensor:
         if self._mixture.loss == "relational":
             return losses.relations(student.output, teacher.output)
         pairs = list(zip(student.features, teacher.features, strict=True))
         if self._mixture.loss == "attention":
             terms = [losses.attention(own, wanted) for own, wanted in pairs]
+        elif self._mixture.loss == "hidden":
+            terms = [
+                losses.hint(batch.unpadded(_tokens(own)), batch.unpadded(_tokens(wanted)))
+                for own, wanted in pairs
+            ]
         else:
             terms = [
-                losses.hint(project(own), wanted)
+                losses.hint(batch.unpadded(_tokens(project(own))), batch.unpadded(_tokens(wanted)))
                 for project, (own, wanted) in zip(self._projections, pairs, strict=True)
             ]
         return torch.stack(terms).mean()
+
+
+def _tokens(features: torch.Tensor) -> torch.Tensor:
+    """[n, length, channel] of a map of one column, as tokens' features come; others as they
+    are."""
+    return features.squeeze(-1).transpose(1, 2) if features.shape[-1] == 1 else features
 
 
 def difference(mixture: Mixture, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -240,7 +240,7 @@ def _loss(
     import torch
 
     from optimizer.training.distillation import NEED_FEATURES, Distillation
-    from optimizer.training.features import places_of
+    from optimizer.training.features import hidden_places, places_of
     from optimizer.training.teacher import Teacher, answering
 
     mixture = _mixture(parameters)
@@ -251,7 +251,8 @@ def _loss(
     network = load_source(model.source)
     places = None
     if mixture.loss in NEED_FEATURES:
-        places = places_of(module, network, data.read(np.arange(min(2, len(data)))).inputs)
+        find = hidden_places if mixture.loss == "hidden" else places_of
+        places = find(module, network, data.read(np.arange(min(2, len(data)))).inputs)
     n_kept = len(data) if parameters["augmentation"] == "none" else 0
     teacher = Teacher(network, answer, places.teacher if places else (), n_kept)
     with torch.random.fork_rng(devices=[]):

@@ -39,7 +39,8 @@ def attention(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 def hint(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Mean squared distance of features, the student's after its projection, relative to the
-    teacher's mean square (Romero et al. 2015, "FitNets", equation 3)."""
+    teacher's mean square (Romero et al. 2015, "FitNets", equation 3); of layers of one width
+    without a projection (Jiao et al. 2020, "TinyBERT", equation 8)."""
     return functional.mse_loss(student, teacher) / (teacher.square().mean() + _SMALL)
 
 

@@ -91,11 +91,23 @@ def reconstruct(
             wanted = output_rows(pair.whole, _reached(whole, pair.whole, batch)[1])
             if rows.shape[:2] != wanted.shape[:2]:
                 break
-            chosen = positions(len(rows), rows.shape[1], n_each, generator)
-            fit.add(sampled(rows, chosen), sampled(wanted, chosen))
+            fit.add(*_drawn(batch, rows, wanted, n_each, generator))
         else:
             errors[pair.name] = fit.solve()
     return errors
+
+
+def _drawn(
+    batch: Batch, rows: torch.Tensor, wanted: torch.Tensor, n_each: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[drawn, features] of both, at the same positions at random: `n_each` for each sample, of
+    texts as many on average, and none of their padding."""
+    given, target = batch.unpadded(rows), batch.unpadded(wanted)
+    if given is rows:
+        chosen = positions(len(rows), rows.shape[1], n_each, generator)
+        return sampled(rows, chosen), sampled(wanted, chosen)
+    order = torch.randperm(len(given), generator=generator)[: n_each * len(rows)]
+    return given[order], target[order]
 
 
 class _Fit:

@@ -19,12 +19,13 @@ from optimizer.architecture.plan import plan_of_json
 from optimizer.architecture.proposers import RandomSearch
 from optimizer.architecture.reward import Reward
 from optimizer.architecture.search import Looked, Worth
-from optimizer.architecture.setting import Setting
+from optimizer.architecture.setting import N_WHOLE, Setting
 from optimizer.architecture.worth import Shared
 from optimizer.architectures import architectures
 from optimizer.blocks import Block
 from optimizer.builder import Builder
 from optimizer.errors import SpecInvalid
+from optimizer.kernels import precision_of
 from optimizer.quantization.processor import kernel_layout
 from optimizer.quantization.qdq import Arithmetic
 from optimizer.recipe import Recipe
@@ -41,6 +42,7 @@ from optimizer.torch_variant import load_torch, read_plan
 from optimizer.training.fake_quantization import fake_quantized
 from optimizer.training.recalibration import recalibrate
 from optimizer.variant import Stage, TorchModel, TorchVariant
+from serve.engines import load_engine
 from tests.optimizer.test_recovery_technique import Dying, Killed
 from tests.optimizer.tiny_study import QUICK, FakeVerifier, write_study
 from tests.optimizer.torch_bench import TorchBench, make_torch_bench
@@ -534,6 +536,123 @@ def test_spec_refuses_int8_networks_when_quantization_is_left_out(tmp_path: Path
         read_spec(path)
 
 
+# --- the table, corrected
+
+
+FIXED_S, FACTOR, MODEL_S = 3e-5, 1.5, 2e-4
+"""What whole networks of a made-up target take: so much, and so often their layers; the model."""
+
+
+def whole_seconds(
+    technique: ArchitectureSearch, bench: TorchBench, at: Context
+) -> dict[str, float]:
+    """By key, what that target takes for the networks that the technique wants timed."""
+    setting = Setting(technique._spec, bench.torch.source, at)
+    found = {setting.base_key: MODEL_S}
+    for precision in technique._spec.precisions:
+        one = setting.at(precision)
+        table = one.table()
+        assert table is not None
+        sums = {key: table.seconds(choices) for key, choices in one.whole().items()}
+        found |= {key: FIXED_S + FACTOR * (total or 0.0) for key, total in sums.items()}
+    return found
+
+
+@pytest.mark.parametrize("precisions", [["fp32"], BOTH])
+def test_networks_to_be_timed_are_the_model_and_some_of_each_precision(
+    precisions: list[str], bench: TorchBench, tmp_path: Path
+) -> None:
+    technique, at = ArchitectureSearch(spec(precisions=precisions)), context(bench)
+    wanted = technique.timed_networks(bench.torch, at)
+    assert len({one.key for one in wanted}) == len(wanted) == 1 + N_WHOLE * len(precisions)
+    assert {one.key for one in wanted} == set(whole_seconds(technique, bench, at))
+    ends = (wanted[0], wanted[1], wanted[-1])
+    made = []
+    for number, one in enumerate(ends):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        made.append(one.write(directory))
+    assert [one.precision for one in made] == ["fp32", "fp32", precisions[-1]]
+    assert len({one.digest for one in made}) == len(ends)
+    for one in made:
+        assert precision_of(one.directory / one.spec.file) == one.precision
+        engine = load_engine(one.directory, one.spec)
+        try:
+            (output,) = engine.run(dict(bench.inputs)).values()
+        finally:
+            engine.close()
+        assert output.shape == (len(next(iter(bench.inputs.values()))), 4)
+
+
+def test_no_network_is_timed_whole_before_its_layers_are(bench: TorchBench) -> None:
+    at = replace(context(bench), block_seconds=None)
+    assert ArchitectureSearch(spec()).timed_networks(bench.torch, at) == []
+
+
+def test_table_is_corrected_by_networks_that_were_timed_whole(
+    bench: TorchBench, tmp_path: Path, trained: TorchVariant
+) -> None:
+    technique, plain = ArchitectureSearch(spec(precisions=BOTH)), context(bench)
+    known = whole_seconds(technique, bench, plain)
+    at = replace(plain, network_seconds=known.get)
+    before = Setting(technique._spec, bench.torch.source, plain).table()
+    setting = Setting(technique._spec, bench.torch.source, at)
+    table = setting.table()
+    assert before is not None
+    assert table is not None
+    assert table.digest != before.digest
+    assert setting.base_s(table) == MODEL_S
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        choices = setting.space.sample(rng)
+        total = before.seconds(choices)
+        assert total is not None
+        assert table.seconds(choices) == pytest.approx(FIXED_S + FACTOR * total, rel=1e-6)
+    assert set(table.trusts) == set(BOTH)
+    made = found(trained, at, tmp_path / "made", {"speedups": [0.5]})
+    (note,) = [one for one in made.notes if "timed whole" in one]
+    assert note.startswith("latencies in fp32 are corrected by 6 networks timed whole")
+    assert note.endswith("0.0% off on average, rank correlation 1.00")
+    record = json.loads((made.directory / "architecture.json").read_text())
+    assert record["target_s"] == pytest.approx(MODEL_S / 0.5)
+
+
+@pytest.mark.parametrize("left_out", ["the model", "a precision"])
+def test_table_stays_sums_when_too_few_networks_were_timed_whole(
+    left_out: str, bench: TorchBench, tmp_path: Path
+) -> None:
+    technique, plain = ArchitectureSearch(spec(precisions=BOTH)), context(bench)
+    known = whole_seconds(technique, bench, plain)
+    setting = Setting(technique._spec, bench.torch.source, plain)
+    gone = {setting.base_key} if left_out == "the model" else set(setting.at("int8").whole())
+    kept = {key: one for key, one in known.items() if key not in gone}
+    before = setting.table()
+    after = Setting(
+        technique._spec, bench.torch.source, replace(plain, network_seconds=kept.get)
+    ).table()
+    assert before is not None
+    assert after is not None
+    assert after.digest == before.digest
+    assert not after.trusts
+
+
+def test_networks_timed_whole_are_built_once_and_kept_in_the_store(
+    bench: TorchBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optimizer.architecture.setting.N_WHOLE", 2)
+    techniques: dict[str, Any] = {"architecture": ArchitectureSearch(spec())}
+    with Store(tmp_path / "store.sqlite") as store:
+        builder = Builder(store, bench.torch, techniques, context(bench), bench.inputs)
+        first = builder.timed_networks("architecture", 600.0)
+        assert len(first) == 3
+        again = builder.timed_networks("architecture", 600.0)
+        assert [(key, one.id, one.model) for key, one in again] == [
+            (key, one.id, one.model) for key, one in first
+        ]
+        assert all(one.model.directory.is_dir() for _, one in first)
+        assert builder.timed_networks("architecture", 0.0) == []
+
+
 # --- in a study
 
 
@@ -589,7 +708,7 @@ def test_study_finds_a_network_of_the_space_and_shows_the_search(tmp_path: Path)
     plain = "techniques: {exclude: [torch_compilation]}"
     given = {"exclude": ["torch_compilation"], "architecture": architecture}
     text = path.read_text().replace(plain, f"techniques: {json.dumps(given)}")
-    text = text.replace("trials: 3", "trials: 8")
+    text = text.replace("trials: 3", "trials: 12")
     path.write_text(text + "training: {batch_size: 16, epochs: 1, short_epochs: 0.5}\n")
     options = Options(
         store=tmp_path / "store.sqlite", verifier=FakeVerifier(), effort=QUICK, isolate=False
@@ -601,3 +720,5 @@ def test_study_finds_a_network_of_the_space_and_shows_the_search(tmp_path: Path)
     looked = {one.precision for trail in record.proposers for one in trail.networks}
     assert looked == {"int8"}
     assert f"Looking for {record.label}" in render_html(result)
+    notes = [note for row in result.variants for note in row.notes]
+    assert any("int8 are corrected by 6 networks timed whole" in one for one in notes), notes

@@ -1,5 +1,8 @@
 """Networks that share weights, what untrained ones tell, and how long they take."""
 
+from collections import Counter
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +18,7 @@ from optimizer.architecture.space import (
 )
 from optimizer.architecture.supernet import Sandwich, Supernet
 from optimizer.blocks import blocks_of
-from optimizer.search.block_table import Pair, trust
+from optimizer.search.block_table import Correction, Pair, correction, trust
 from optimizer.training.batches import Batch
 from optimizer.training.distillation import Distillation, Mixture
 from optimizer.training.recalibration import recalibrate
@@ -215,7 +218,9 @@ def test_latency_model_is_right_on_a_made_up_engine():
     }
     model = LatencyModel(times, 8)
     pairs = [Pair(model(one), machine(one) * rng.uniform(0.97, 1.03)) for one in networks[:20]]
-    corrected = model.corrected(pairs)
+    line = correction(pairs)
+    assert line is not None
+    corrected = LatencyModel(times, 8, {"fp32": line})
     errors = [abs(corrected(one) / machine(one) - 1) for one in networks[20:]]
     assert max(errors) < 0.03
     judged = trust(pairs)
@@ -223,6 +228,16 @@ def test_latency_model_is_right_on_a_made_up_engine():
     assert judged.n_networks == 20
     assert judged.rank_correlation > 0.95
     assert judged.relative_error < 0.05
+
+
+def test_latency_model_corrects_only_the_precision_that_a_correction_is_for():
+    networks = blocks_in(VISION.plan(VISION.extreme(is_largest=False)))
+    rounded = Counter({replace(one, precision="int8"): n for one, n in networks.items()})
+    times = {(block.key, 8): 1e-3 for block in [*networks, *rounded]}
+    model = LatencyModel(times, 8, {"int8": Correction(1e-3, 2.0, 0.0)})
+    total = 1e-3 * networks.total()
+    assert model(networks) == pytest.approx(total)
+    assert model(rounded) == pytest.approx(1e-3 + 2 * total)
 
 
 def test_latency_model_names_the_block_that_it_lacks():

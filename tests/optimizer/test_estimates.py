@@ -4,21 +4,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
 from optimizer.block_times import StoredTimes
-from optimizer.blocks import Block
+from optimizer.blocks import Block, write_block
 from optimizer.estimates import Estimates
 from optimizer.measuring import Batch, ContenderFailed
 from optimizer.recipe import Recipe, Traits
 from optimizer.result import InstanceTimes, Variant
 from optimizer.search.block_table import MIN_PAIRS
 from optimizer.spec import Objective, Spec, read_spec
-from optimizer.store import Store
+from optimizer.store import Store, StoredVariant
 from optimizer.timing import Contender, Effort, Timing
 from optimizer.variant import Kind, Stage
-from serve.artifact import ServiceTime
+from serve.artifact import ServiceTime, Step
 from serve.engines import KernelTime
 from serve.machine import Machine
 from tests.optimizer.stored import MACHINE
@@ -262,3 +263,35 @@ def test_table_goes_on_where_it_was_left_when_time_is_up(spec: Spec, store: Stor
     assert estimates(spec, store, clockwork).measure(layers, lambda: next(has_time)) == 1
     assert estimates(spec, store, clockwork).measure(layers, lambda: True) == 3
     assert clockwork.timed == [8, 16, 24]
+
+
+def stored_network(store: Store, width: int) -> StoredVariant:
+    """Of the shape that the clockwork reads."""
+    block = Block("linear", (8,), width)
+    with store.workshop() as directory:
+        model = write_block(block, "onnxruntime", directory, MACHINE)
+        step = Step("technique", "1", {}, 0)
+        return store.add(StoredVariant(f"network {width}", "base", step, "", model, 0.0))
+
+
+def test_whole_networks_are_timed_once_as_far_as_there_is_time(spec: Spec, store: Store) -> None:
+    clockwork = Clockwork()
+    wanted = [(f"key {width}", stored_network(store, width)) for width in (8, 16, 24)]
+    inputs = {"x": np.zeros((32, 8), np.float32)}
+    has_time = iter((True, False, False))
+    one = estimates(spec, store, clockwork)
+    assert one.measure_networks(wanted, inputs, lambda: next(has_time)) == 1
+    assert one.measure_networks(wanted, inputs, lambda: True) == 3
+    assert clockwork.timed == [8, 16, 24]
+    found = StoredTimes(store, MACHINE, 2)
+    assert [found.network(key) for key, _ in wanted] == [block_s(8 * n, 8) for n in (1, 2, 3)]
+    assert found.network("key 32") is None
+    assert StoredTimes(store, MACHINE, 1).network("key 8") is None
+
+
+def test_network_that_the_engine_cannot_run_has_no_seconds(spec: Spec, store: Store) -> None:
+    clockwork = Clockwork(failure=ContenderFailed("no kernel"))
+    wanted = [("key", stored_network(store, 8))]
+    inputs = {"x": np.zeros((32, 8), np.float32)}
+    assert estimates(spec, store, clockwork).measure_networks(wanted, inputs, lambda: True) == 0
+    assert StoredTimes(store, MACHINE, 2).network("key") is None

@@ -123,6 +123,24 @@ def test_whole_network_stays_as_it_is() -> None:
     assert all(torch.equal(before[name], one) for name, one in whole.state_dict().items())
 
 
+def test_texts_are_fitted_without_their_padding() -> None:
+    """Where padding holds something else, the fit is that of the same texts without it."""
+    whole = perceptron(8)
+    texts = torch.randn(24, 5, 6, generator=torch.Generator().manual_seed(1))
+    kept = torch.arange(5)[None] < torch.arange(1, 25)[:, None] % 5 + 1
+    padded = torch.where(kept[..., None], texts, 100.0)
+    one, other, naive = (without(whole, 0) for _ in range(3))
+    reconstruct(one, whole, [Batch(np.arange(24), (padded,), None, kept)], 0)
+    reconstruct(other, whole, [Batch(np.arange(int(kept.sum())), (texts[kept],), None)], 0)
+    reconstruct(naive, whole, [Batch(np.arange(24), (padded,), None)], 0)
+    for name, weight in one.state_dict().items():
+        torch.testing.assert_close(weight, other.state_dict()[name])
+    assert any(
+        not torch.allclose(weight, one.state_dict()[name])
+        for name, weight in naive.state_dict().items()
+    )
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> TorchBench:
     return make_torch_bench(tmp_path_factory.mktemp("study"))

@@ -144,7 +144,9 @@ def test_recovery_brings_a_narrowed_network_nearer_to_its_base_by_effort(
     assert distances[3] < 0.8 * min(distances[:2])
 
 
-@pytest.mark.parametrize("loss", ["answers", "dist", "attention", "feature", "relational"])
+@pytest.mark.parametrize(
+    "loss", ["answers", "dist", "attention", "feature", "hidden", "relational"]
+)
 def test_recovery_gives_equal_digests_when_it_is_done_again(
     loss: str, bench: TorchBench, narrow: TorchVariant, tmp_path: Path
 ) -> None:

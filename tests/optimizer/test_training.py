@@ -18,8 +18,8 @@ from optimizer.training import losses
 from optimizer.training.augmentation import augmented
 from optimizer.training.batches import Batch, Batches
 from optimizer.training.checkpoint import Checkpoint
-from optimizer.training.distillation import Distillation, Mixture
-from optimizer.training.features import places_of
+from optimizer.training.distillation import NEED_FEATURES, Distillation, Mixture
+from optimizer.training.features import hidden_places, places_of
 from optimizer.training.loop import Progress, Settings, TrainingDiverged, train
 from optimizer.training.masks import Goal, Masks
 from optimizer.training.recalibration import recalibrate
@@ -82,7 +82,8 @@ def taught(teacher: nn.Module, **mixture: object) -> Distillation:
     """By the teacher, whose features are taken where the loss needs them."""
     mixed = Mixture(**mixture)  # type: ignore[arg-type]
     example = [torch.zeros(2, 1, 6, 6)]
-    places = places_of(network(), teacher, example) if mixed.loss != "answers" else None
+    find = hidden_places if mixed.loss == "hidden" else places_of
+    places = find(network(), teacher, example) if mixed.loss in NEED_FEATURES else None
     return Distillation(
         mixed, ANSWER, Teacher(teacher, ANSWER, places.teacher if places else ()), places
     )
@@ -256,6 +257,90 @@ def test_places_are_the_last_of_each_size_in_either_network() -> None:
         places_of(nn.Sequential(nn.Flatten()), Teachers(), [torch.zeros(2, 1, 6, 6)])
 
 
+class Encoder(nn.Module):
+    """Blocks in a list, the second of which may give a tuple or be gone; tokens [n, length, 4]."""
+
+    class Block(nn.Module):
+        def __init__(self, width: int, is_tuple: bool) -> None:
+            super().__init__()
+            self.within = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 4))
+            self.is_tuple = is_tuple
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
+            out = hidden + self.within(hidden)
+            return (out, None) if self.is_tuple else out
+
+    def __init__(self, width: int, n_blocks: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self.Block(width, i == 1) for i in range(n_blocks))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            found = layer(tokens)
+            tokens = found[0] if isinstance(found, tuple) else found
+        return tokens[:, 0]
+
+
+def test_hidden_places_are_the_outermost_blocks_that_both_networks_have() -> None:
+    example = [torch.ones(2, 5, 4)]
+    both = hidden_places(Encoder(3), Encoder(8), example)
+    assert both.student == both.teacher == ("layers.0", "layers.1")
+    assert both.channels == ((4, 4), (4, 4))
+    # A traced one runs the layers within its blocks, and not the blocks.
+    traced = torch.fx.symbolic_trace(Encoder(3))
+    places = hidden_places(traced, Encoder(8), example)
+    assert places.student == ("layers.0.within.2", "layers.1.within.2")
+    assert hidden_places(Encoder(3, 1), Encoder(8), example).student == ("layers.0",)
+    assert hidden_places(network(), network(), [torch.zeros(2, 1, 6, 6)]).student == tuple("012")
+
+
+@pytest.mark.parametrize("loss", ["hidden", "feature"])
+def test_padding_of_texts_makes_no_difference_to_what_is_learned(loss: str) -> None:
+    student, teacher = Encoder(3), Encoder(8)
+    find = hidden_places if loss == "hidden" else places_of
+    answer = answering(["tokens"], "tokens")
+    tokens = torch.randn(2, 5, 4)
+    kept = torch.tensor([[True] * 5, [True, True, False, False, False]])
+
+    def value(padding: float, kept: torch.Tensor | None) -> float:
+        batch = Batch(np.arange(2), (torch.where(mask[..., None], tokens, padding),), None, kept)
+        places = find(student, teacher, batch.inputs)
+        torch.manual_seed(0)
+        taught_by = Teacher(teacher, answer, places.teacher)
+        mixture = Mixture(kind="embedding", loss=loss)
+        with torch.no_grad():
+            return float(Distillation(mixture, answer, taught_by, places)(student, batch))
+
+    mask = kept
+    assert value(0.0, kept) == pytest.approx(value(9.0, kept), rel=1e-6)
+    assert value(0.0, None) != pytest.approx(value(9.0, None), rel=1e-3)
+
+
+def test_attention_mask_tells_which_positions_are_padding() -> None:
+    class Texts:
+        name, digest, labels = "train", "texts", None
+
+        def __len__(self) -> int:
+            return 2
+
+        def read(self, indices: object = None) -> Samples:
+            mask = np.array([[1, 1, 0], [1, 0, 0]])
+            return Samples({"input_ids": mask * 7, "attention_mask": mask}, None, "")
+
+    names = ["input_ids", "attention_mask"]
+    kept = Batches(Texts(), names).read(np.arange(2)).kept
+    assert kept is not None
+    assert kept.tolist() == [[True, True, False], [True, False, False]]
+    assert Batches(Texts(), names[:1]).read(np.arange(2)).kept is None
+
+
+def test_hidden_places_are_refused_when_no_block_corresponds() -> None:
+    with pytest.raises(
+        ValueError, match=r"the teacher's blocks \(layers.0, layers.1\).*another loss"
+    ):
+        hidden_places(nn.Flatten(), Encoder(3), [torch.ones(2, 5, 4)])
+
+
 # --- recalibration
 
 
@@ -287,6 +372,7 @@ def test_recalibration_gives_the_statistics_that_are_computed_by_hand() -> None:
         pytest.param({"alpha": 0.1, "loss": "dist"}, id="dist"),
         pytest.param({"alpha": 0.5, "loss": "attention"}, id="attention"),
         pytest.param({"alpha": 0.0, "loss": "feature"}, id="feature"),
+        pytest.param({"alpha": 0.0, "loss": "hidden"}, id="hidden"),
         pytest.param({"alpha": 0.0, "loss": "relational"}, id="relational"),
         pytest.param({"kind": "embedding"}, id="embedding"),
         pytest.param({"kind": "values"}, id="values"),
@@ -295,7 +381,8 @@ def test_recalibration_gives_the_statistics_that_are_computed_by_hand() -> None:
 def test_student_comes_nearer_to_the_teacher_when_it_is_trained(
     mixture: dict[str, object],
 ) -> None:
-    student, teacher = network(seed=1), network(width=6, seed=2)
+    width = 4 if mixture.get("loss") == "hidden" else 6
+    student, teacher = network(seed=1), network(width=width, seed=2)
     before = copy.deepcopy(teacher.state_dict())
     loss = taught(teacher, **mixture)
     done = train(student, data(), loss, settings(epochs=4.0))
