@@ -21,7 +21,9 @@ from optimizer.service.publishing import Publisher
 from optimizer.service.rest import make_app
 from optimizer.service.sessions import Sessions
 from optimizer.service.submitted import Policy
+from optimizer.service.telemetry import Telemetry
 from optimizer.service.uploads import Limits, Uploads
+from optimizer.service.watching import RECHECK_S
 
 log = logging.getLogger(__name__)
 
@@ -30,19 +32,21 @@ SWEEP_S = 5.0
 
 @dataclass(frozen=True)
 class Settings:
-    """Where things lie and what is allowed. `repositories`: name -> folder; `scratch` is a folder
-    of this machine for what is under way. Without `keys` and `oidc` nobody has to say who they
-    are."""
+    """Where things lie and what is allowed. `repositories`: name -> folder or address; `scratch` is
+    a folder of this machine for what is under way. Without `keys` and `oidc` nobody has to say who
+    they are."""
 
     database: str
     blobs: str
     scratch: Path
-    repositories: Mapping[str, Path] = field(default_factory=dict)
+    repositories: Mapping[str, Path | str] = field(default_factory=dict)
     policy: Policy = field(default_factory=Policy)
     quotas: Quotas = field(default_factory=Quotas)
     upload_limits: Limits = field(default_factory=Limits)
     keys: bool = False
     oidc: Oidc | None = None
+    recheck_s: float = RECHECK_S
+    """Who follows a job is looked at again that often."""
     keep_s: float | None = None
     """Ended jobs are deleted after that."""
     hosts: frozenset[str] | None = None
@@ -60,16 +64,20 @@ class Parts:
     authenticator: Authenticator
     sessions: Sessions | None
     """None where nobody has a key to log in with."""
+    telemetry: Telemetry | None = None
 
 
 def make_parts(settings: Settings) -> Parts:
-    """Raises StoreInvalid, DatabaseUnavailable. The tables are brought up to date."""
+    """Raises StoreInvalid, DatabaseUnavailable, StoreUnavailable. The tables are brought up to
+    date."""
     database = Database(settings.database)
     database.migrate()
     blobs = Blobs(settings.blobs)
+    blobs.check()
     ledger = Ledger(database)
     uploads = Uploads(database, blobs, settings.upload_limits)
     publisher = Publisher(database, blobs, settings.repositories, settings.scratch)
+    publisher.check()
     operations = Operations(
         ledger, uploads, blobs, publisher, Audit(database), settings.policy, settings.quotas
     )
@@ -83,7 +91,10 @@ def make_parts(settings: Settings) -> Parts:
 def make_service(parts: Parts, settings: Settings) -> FastAPI:
     """The application; its lifespan starts the feed of events and the sweeping."""
     metrics = ServiceMetrics(parts.ledger)
-    app = make_app(parts.operations, parts.authenticator, metrics, settings.hosts, parts.sessions)
+    app = make_app(
+        parts.operations, parts.authenticator, metrics, settings.hosts, parts.sessions,
+        parts.telemetry, settings.recheck_s,
+    )  # fmt: skip
 
     @contextlib.asynccontextmanager
     async def lifespan(started: FastAPI) -> AsyncIterator[None]:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -23,6 +24,7 @@ import typer
 
 if TYPE_CHECKING:
     from optimizer.service.app import Settings
+    from optimizer.service.telemetry import Telemetry
     from optimizer.service.worker import WorkerOptions
 
 EXIT_USAGE = 2
@@ -86,8 +88,9 @@ RepositoryOption = Annotated[
     list[str] | None,
     typer.Option(
         "--repository",
-        metavar="NAME=DIR",
-        help="A serving repository that jobs can be published to; again for more.",
+        metavar="NAME=DIR|URL",
+        help="A serving repository that jobs can be published to, a folder or s3://BUCKET/PREFIX; "
+        "again for more.",
     ),
 ]
 AllowStore = Annotated[
@@ -359,13 +362,18 @@ def _serve(
     import asyncio
 
     from optimizer.service.app import make_parts
+    from optimizer.service.object_store import StoreUnavailable
     from optimizer.service.server import serve
 
-    parts = make_parts(settings)
-    try:
-        asyncio.run(serve(parts, settings, host, port, grpc_port, tls, _announce))
-    finally:
-        parts.database.close()
+    with _telemetry("trimserve-service") as telemetry:
+        try:
+            parts = replace(make_parts(settings), telemetry=telemetry)
+        except StoreUnavailable as error:
+            _usage(f"--blobs or --repository: {error}")
+        try:
+            asyncio.run(serve(parts, settings, host, port, grpc_port, tls, _announce))
+        finally:
+            parts.database.close()
 
 
 def _announce(ports: dict[str, int]) -> None:
@@ -386,6 +394,7 @@ def _work(
     from optimizer.service.database import Database, DatabaseUnavailable
     from optimizer.service.ledger import Ledger
     from optimizer.service.metrics import PrometheusWorkerMetrics
+    from optimizer.service.object_store import StoreUnavailable
     from optimizer.service.uploads import Limits, Uploads
     from optimizer.service.worker import Worker
 
@@ -401,7 +410,10 @@ def _work(
         except DatabaseUnavailable as error:
             sys.stderr.write(f"waiting for the database: {error}\n")
             stop.wait(2.0)
-    held = Blobs(blobs)
+    try:
+        held = Blobs(blobs)
+    except StoreUnavailable as error:
+        _usage(f"--blobs: {error}")
     metrics = PrometheusWorkerMetrics()
     if metrics_port is not None:
         start_http_server(metrics_port, registry=metrics.registry)
@@ -409,8 +421,21 @@ def _work(
         Ledger(opened), Uploads(opened, held, Limits()), held, _stores(allow_store), options,
         os.environ, metrics,
     )  # fmt: skip
-    worker.run(stop)
+    with _telemetry("trimserve-worker"):
+        worker.run(stop)
     opened.close()
+
+
+@contextlib.contextmanager
+def _telemetry(service: str) -> Iterator["Telemetry | None"]:
+    from optimizer.service.telemetry import TelemetryUnusable, telemetry
+
+    with contextlib.ExitStack() as stack:
+        try:
+            made = stack.enter_context(telemetry(os.environ, service))
+        except TelemetryUnusable as error:
+            _usage(str(error))
+        yield made
 
 
 @contextlib.contextmanager
@@ -513,13 +538,16 @@ def _stores(allowed: Sequence[str]) -> Any:
         _usage(f"--allow-store: {error}")
 
 
-def _repositories(given: Sequence[str] | None) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+def _repositories(given: Sequence[str] | None) -> dict[str, Path | str]:
+    from optimizer.service.object_store import without_credentials
+
+    found: dict[str, Path | str] = {}
     for text in given or ():
-        name, _, folder = text.partition("=")
-        if not name or not folder or "://" in folder:
-            _usage(f"--repository: got {text!r}, want NAME=DIR")
-        found[name] = Path(folder).absolute()
+        name, _, where = text.partition("=")
+        if not name or not where:
+            shown = without_credentials(text)
+            _usage(f"--repository: got {shown!r}, want NAME=DIR or NAME=s3://BUCKET/PREFIX")
+        found[name] = where if "://" in where else Path(where).absolute()
     return found
 
 

@@ -36,6 +36,8 @@ OPEN: Final = frozenset({State.QUEUED}) | ACTIVE
 """Counted by quotas."""
 DEFAULT_ATTEMPTS: Final = 3
 """Workers that may be lost in a row with a job that gets no further, before it counts as failed."""
+JOB_ID: Final = "trimserve.job.id"
+"""The attribute of spans."""
 MAX_CLAIMS: Final = 30
 """Of one run, however far each of them came; what a worker gave back isn't counted."""
 
@@ -81,7 +83,8 @@ class Job:
     is the number of the last batch of events from the claim's worker. `outcome` is the study's,
     where one came to its end; `error` says why a job failed. `n_events` is the number of the last
     event, `n_logs` of the last piece of log.
-    `revision` grows by every change.
+    `revision` grows by every change. `traceparent` is the place in a trace that it was submitted at
+    (W3C Trace Context), where its submission was traced.
     """
 
     id: str
@@ -108,6 +111,7 @@ class Job:
     n_events: int = 0
     n_logs: int = 0
     revision: int = 0
+    traceparent: str | None = None
 
 
 def claim(job: Job, lease: Lease, now_s: float) -> Job:

@@ -85,10 +85,11 @@ class Submission:
     priority: int = 0
     max_attempts: int = life.DEFAULT_ATTEMPTS
     parent_id: str | None = None
+    traceparent: str | None = None
 
     @property
     def digest(self) -> str:
-        """Of all that was asked for: the same request has the same."""
+        """Of all that was asked for: the same request has the same, whatever trace it is in."""
         asked = [self.name, self.spec, self.kind, dict(self.labels or {}), self.priority,
                  self.max_attempts, self.parent_id]  # fmt: skip
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
@@ -157,6 +158,7 @@ class Ledger:
                 priority=submission.priority,
                 parent_id=submission.parent_id,
                 max_attempts=submission.max_attempts,
+                traceparent=submission.traceparent,
             )
             if request is not None:
                 has_made(connection, request, job.id)

@@ -6,14 +6,15 @@ changed something. It knows neither HTTP nor gRPC, and runs no job.
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from optimizer import tracing
 from optimizer.service.audit import Audit, Entry, Note
 from optimizer.service.auth import Caller, Scope
 from optimizer.service.blobs import Blobs
 from optimizer.service.child import LOAD_TEST_HTML, LOAD_TEST_JSON, REPORT, RESULT
-from optimizer.service.jobs import ENDED, Job, Kind, State
+from optimizer.service.jobs import ENDED, JOB_ID, Job, Kind, State
 from optimizer.service.ledger import Event, JobNotFound, Ledger, Piece, Query, Submission
 from optimizer.service.publishing import NothingToPublish, Publication, Publisher, Wish
 from optimizer.service.submitted import Policy, read_submitted
@@ -110,7 +111,7 @@ class Operations:
             parent_id=parent_id,
         )
         note = Note(caller.subject, "submit", {"name": submitted.name, "parent": parent_id})
-        job, is_new = self.ledger.submit(submission, key, self._quotas.open_jobs, note)
+        job, is_new = self._queued(submission, key, note)
         if is_new:
             used = [one.removeprefix("upload:") for one in submitted.references]
             self.uploads.touch(used)
@@ -224,7 +225,13 @@ class Operations:
         if claim is None or job.kind is not Kind.OPTIMIZATION:
             raise NothingToPublish(f"job {job_id} has found nothing that could be published")
         wish = Wish(job_id, claim, repository, model, caller.subject, key)
-        return self.publisher.publish(wish)
+        about = {JOB_ID: job_id, "trimserve.repository": repository}
+        # In the job's trace, which the request that asks for it is linked with.
+        with tracing.span("publish version", about, parent=job.traceparent) as span:
+            publication = self.publisher.publish(wish)
+            span.set("trimserve.model", publication.model)
+            span.set("trimserve.version", publication.version)
+        return publication
 
     def load_test(
         self, caller: Caller, publication_id: str, key: str | None = None
@@ -250,7 +257,7 @@ class Operations:
             parent_id=publication.job_id,
         )
         note = Note(caller.subject, "load_test", {"publication": publication.id})
-        return self.ledger.submit(submission, key, self._quotas.open_jobs, note)
+        return self._queued(submission, key, note)
 
     def publications(self, caller: Caller, job_id: str) -> list[Publication]:
         self.job(caller, job_id)
@@ -311,6 +318,19 @@ class Operations:
             references = self.ledger.spec(job.id).get("references", ())
             in_use |= {one.removeprefix("upload:") for one in references}
         self.uploads.forget_unused(frozenset(in_use))
+
+    def _queued(self, submission: Submission, key: str | None, note: Note) -> tuple[Job, bool]:
+        """The job, in the trace of the one that it is made from if there is one."""
+        parent = None
+        if submission.kind is Kind.LOAD_TEST and submission.parent_id is not None:
+            with suppress(JobNotFound):
+                parent = self.ledger.job(submission.parent_id).traceparent
+        about = {"trimserve.job.kind": submission.kind.value}
+        with tracing.span("submit job", about, parent=parent, kind="producer") as span:
+            traced = replace(submission, traceparent=tracing.traceparent())
+            job, is_new = self.ledger.submit(traced, key, self._quotas.open_jobs, note)
+            span.set(JOB_ID, job.id)
+        return job, is_new
 
     def _own(self, caller: Caller, job_id: str) -> Job:
         caller.check(Scope.SUBMIT)

@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from importlib import metadata
 from typing import Annotated, Any, Literal
 
@@ -25,13 +26,14 @@ from starlette.routing import compile_path
 
 from loadtest.document import MAX_DOCUMENT_BYTES, DocumentInvalid
 from optimizer.service import documents as d
-from optimizer.service.auth import Authenticator, Caller, Unauthenticated
+from optimizer.service.auth import Authenticator, Caller, Forbidden, Unauthenticated
 from optimizer.service.database import DatabaseUnavailable
 from optimizer.service.feed import Feed
 from optimizer.service.jobs import Kind, State
-from optimizer.service.ledger import MAX_PAGE, QuotaExceeded
+from optimizer.service.ledger import MAX_PAGE, Event, JobNotFound, QuotaExceeded
 from optimizer.service.ledger import Query as JobQuery
 from optimizer.service.metrics import ServiceMetrics
+from optimizer.service.object_store import StoreUnavailable
 from optimizer.service.operations import Operations, RequestInvalid
 from optimizer.service.page.rendering import Pages
 from optimizer.service.page.routes import page_router
@@ -41,7 +43,9 @@ from optimizer.service.status import (
     UnsupportedMedia,
     status_of,
 )
+from optimizer.service.telemetry import NO_REQUESTS, Telemetry
 from optimizer.service.uploads import OffsetWrong
+from optimizer.service.watching import RECHECK_S, Watched
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +151,8 @@ def make_app(
     metrics: ServiceMetrics,
     hosts: frozenset[str] | None = None,
     sessions: Sessions | None = None,
+    telemetry: Telemetry | None = None,
+    recheck_s: float = RECHECK_S,
 ) -> FastAPI:
     """The application; its lifespan must be entered on the loop that it runs on.
 
@@ -160,10 +166,12 @@ def make_app(
         docs_url=None,
         redoc_url=None,
         responses=problems(),
+        telemetry=NO_REQUESTS if telemetry is None else telemetry.fastapi(),
     )
     app.state.operations, app.state.authenticator = operations, authenticator
     app.state.metrics, app.state.feed = metrics, None
     app.state.pages, app.state.sessions = Pages(), sessions
+    app.state.recheck_s = recheck_s
     app.include_router(_health())
     app.include_router(_jobs())
     app.include_router(_uploads())
@@ -311,18 +319,23 @@ def _jobs() -> APIRouter:
         after: After = 0,
     ) -> AsyncIterator[ServerSentEvent]:
         """Follow a job as server-sent events: `id` is an event's number, `event` its kind, `data`
-        the event as JSON. The stream ends with the job; Last-Event-ID goes on where it broke."""
+        the event as JSON. The stream ends with the job (`end`); Last-Event-ID goes on where it
+        broke. Where the caller's key is revoked or its token expires, it ends within 15 s by
+        `refused`, whose data is the problem document."""
         feed: Feed = request.app.state.feed
         start = after if last_event_id is None else last_event_id
-        async for event in feed.follow(job, start):
-            if event is None:
-                yield ServerSentEvent(comment="still here")
-            else:
-                yield ServerSentEvent(
-                    raw_data=d.event_document(event).model_dump_json(),
-                    event=event.kind,
-                    id=str(event.number),
-                )
+        operations, every_s = request.app.state.operations, request.app.state.recheck_s
+        watched = Watched(lambda: operations.job(caller_of(request), job), every_s)
+        events = watched.stream(feed.follow(job, start, every_s))
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    yield _sent(event)
+        except (Unauthenticated, Forbidden, JobNotFound) as error:
+            status = status_of(error)
+            problem = Problem(title=status.title, status=status.http, detail=str(error))
+            yield ServerSentEvent(raw_data=problem.model_dump_json(), event="refused")
+            return
         yield ServerSentEvent(raw_data="{}", event="end")
 
     @router.get("/{job_id}/logs", operation_id="list_logs", responses=problems(404))
@@ -515,6 +528,13 @@ def _rest() -> APIRouter:
     return router
 
 
+def _sent(event: Event | None) -> ServerSentEvent:
+    if event is None:
+        return ServerSentEvent(comment="still here")
+    data = d.event_document(event).model_dump_json()
+    return ServerSentEvent(raw_data=data, event=event.kind, id=str(event.number))
+
+
 def _followed(job_id: JobId, who: Who, ops: Ops) -> str:
     """Before the stream begins, so that what is wrong is answered by its status."""
     return ops.job(who, job_id).id
@@ -601,7 +621,7 @@ def _handle_errors(app: FastAPI) -> None:
             answer.headers["WWW-Authenticate"] = "Bearer"
         if isinstance(error, OffsetWrong):
             answer.headers["Upload-Offset"] = str(error.received_bytes)
-        if isinstance(error, QuotaExceeded | DatabaseUnavailable):
+        if isinstance(error, QuotaExceeded | DatabaseUnavailable | StoreUnavailable):
             answer.headers["Retry-After"] = "5"
         return answer
 

@@ -56,6 +56,7 @@ jobs = Table(
     Column("n_events", Integer, nullable=False),
     Column("n_logs", Integer, nullable=False),
     Column("revision", Integer, nullable=False),
+    Column("traceparent", String(64)),
     # What was asked for, and how far it is: read for one job at a time.
     Column("spec", Text, nullable=False),
     Column("progress", Text, nullable=False),

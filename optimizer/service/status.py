@@ -8,6 +8,7 @@ from optimizer.service.database import DatabaseUnavailable
 from optimizer.service.feed import TooManyFollowers
 from optimizer.service.jobs import NotAllowed
 from optimizer.service.ledger import JobNotFound, QuotaExceeded
+from optimizer.service.object_store import StoreUnavailable
 from optimizer.service.operations import NotThere, RequestInvalid
 from optimizer.service.publishing import NothingToPublish, PublicationNotFound
 from optimizer.service.repeats import KeyReused
@@ -53,6 +54,7 @@ TABLE: dict[type[Exception], Status] = {
     QuotaExceeded: Status(429, "RESOURCE_EXHAUSTED", "You have too many jobs"),
     TooManyFollowers: Status(503, "RESOURCE_EXHAUSTED", "Too many follow events"),
     DatabaseUnavailable: Status(503, "UNAVAILABLE", "The database doesn't answer"),
+    StoreUnavailable: Status(503, "UNAVAILABLE", "The store of files doesn't answer"),
 }
 INTERNAL = Status(500, "INTERNAL", "An internal error; the service's log has it")
 

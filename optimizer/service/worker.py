@@ -12,21 +12,26 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from optimizer import tracing
 from optimizer.service import scratch
 from optimizer.service.addresses import AddressRefused, Stores
 from optimizer.service.blobs import Blobs
 from optimizer.service.child import REPOSITORY, Order
 from optimizer.service.database import DatabaseUnavailable
-from optimizer.service.jobs import Job, Kind, LeaseLost, State
+from optimizer.service.jobs import JOB_ID, Job, Kind, LeaseLost, State
 from optimizer.service.ledger import MAX_LOG_BYTES, Claim, Ledger
+from optimizer.service.object_store import StoreUnavailable
+from optimizer.service.reporting import SPAN
+from optimizer.service.repositories import open_repository
 from optimizer.service.running import ChildLimits, Running
 from optimizer.service.submitted import SLO_FILE, UPLOAD, materialize
 from optimizer.service.uploads import UploadNotFound, Uploads
+from serve.errors import ArtifactInvalid
 
 log = logging.getLogger(__name__)
 
@@ -38,19 +43,21 @@ _RENEW_S = 1.0
 _BACK_OFF_S = 2.0
 _EVENTS = ("error", "result")
 """The child's last word, which decides how the job ended."""
+LET_GO = "let_go"
 
 
 @dataclass(frozen=True)
 class WorkerOptions:
     """`work` is the folder of the jobs that are under way, on the worker's own disk; `store` and
     `artifacts` are those of all studies (`optimizer.store`). `allowed_wall_clock_s` comes on top
-    of a study's budget, for what a study does before and after it searches."""
+    of a study's budget, for what a study does before and after it searches; a store of files that
+    is away is waited for `store_patience_s`."""
 
     name: str
     work: Path
     store: str
     artifacts: Path | None = None
-    repositories: Mapping[str, Path] = field(default_factory=dict)
+    repositories: Mapping[str, Path | str] = field(default_factory=dict)
     lease_s: float = 15.0
     poll_s: float = 1.0
     max_running: int | None = None
@@ -58,6 +65,7 @@ class WorkerOptions:
     allowed_wall_clock_s: float = 3_600.0
     max_fetched_bytes: int = 20 << 30
     min_free_bytes: int = 1 << 30
+    store_patience_s: float = 300.0
     verify: bool = True
 
 
@@ -85,6 +93,7 @@ class Worker:
         self._options = options
         self._environ = environ
         self._metrics = metrics or WorkerMetrics()
+        self._claimed_ns = 0
         options.work.mkdir(parents=True, exist_ok=True)
 
     def run(self, stop: threading.Event) -> None:
@@ -99,11 +108,12 @@ class Worker:
             if claim is None:
                 stop.wait(self._options.poll_s)
                 continue
-            self._carry_out(claim, stop)
+            self._traced(claim, stop)
 
     def _claim(self) -> Claim | None:
         options = self._options
         self._ledger.see_worker(options.name, None)
+        self._claimed_ns = time.time_ns()
         free = shutil.disk_usage(options.work).free
         if free < options.min_free_bytes:
             log.error("%d bytes are free in %s, too few to take a job", free, options.work)
@@ -113,25 +123,40 @@ class Worker:
             self._ledger.see_worker(options.name, claim.job.id)
         return claim
 
-    def _carry_out(self, claim: Claim, stop: threading.Event) -> None:
-        """Run the job to its end, or let go of it. Nothing that a job does ends the worker."""
+    def _traced(self, claim: Claim, stop: threading.Event) -> None:
+        job = claim.job
+        about = {
+            JOB_ID: job.id, "trimserve.job.kind": job.kind.value, "trimserve.job.run": job.run,
+            "trimserve.job.attempt": job.attempt, "trimserve.worker": self._options.name,
+        }  # fmt: skip
+        with tracing.span(
+            "run job", about, parent=job.traceparent, kind="consumer", start_ns=self._claimed_ns
+        ) as span:
+            with tracing.span("claim job", {JOB_ID: job.id}, start_ns=self._claimed_ns):
+                pass  # it is ours already: the span tells when and for how long
+            how = self._carry_out(claim, stop)
+            span.set("trimserve.job.ended", how)
+            if how in (State.FAILED, LET_GO):
+                span.fail()
+
+    def _carry_out(self, claim: Claim, stop: threading.Event) -> str:
+        """Run the job to its end, or let go of it; says which. Nothing that a job does ends the
+        worker."""
         about = {"job": claim.job.id, "attempt": claim.job.attempt}
         log.info("begins", extra=about)
         began_s = time.monotonic()
-        attempt = Attempt(self, claim, stop)
+        how: str = LET_GO
         try:
-            state = attempt.run()
-            log.info("ended as %s", state, extra=about)
-            self._metrics.ended(state, time.monotonic() - began_s)
+            how = Attempt(self, claim, stop).run()
+            log.info("ended as %s", how, extra=about)
         except (LeaseLost, Stopped) as error:
             log.warning("let go: %s", error, extra=about)
-            self._metrics.ended("let_go", time.monotonic() - began_s)
         except DatabaseUnavailable as error:
             log.error("let go, the database doesn't answer: %s", error, extra=about)
-            self._metrics.ended("let_go", time.monotonic() - began_s)
         except Exception:  # the job is taken back when its lease ends
             log.exception("let go by an internal error", extra=about)
-            self._metrics.ended("let_go", time.monotonic() - began_s)
+        self._metrics.ended(how, time.monotonic() - began_s)
+        return how
 
 
 class WorkerMetrics:
@@ -169,6 +194,8 @@ class Attempt:
         self._unlogged = ""
         self._batch: _Batch | None = None
         self._n_batches = 0
+        self._traceparent: str | None = None
+        self._n_spans = 0
 
     def run(self) -> State:
         """Raises LeaseLost, Stopped, DatabaseUnavailable."""
@@ -178,10 +205,18 @@ class Attempt:
 
     def _run(self) -> State:
         try:
-            with self._renewing():
+            with self._renewing(), tracing.span("fetch files", {JOB_ID: self._job.id}):
                 order = self._prepared()
         except _Unusable as error:
             return self._ended(str(error))
+        with tracing.span("run process", {JOB_ID: self._job.id}):
+            child, broken = self._carried_out(order)
+        return self._concluded(child, broken)
+
+    def _carried_out(self, order: Order) -> tuple[Running, str | None]:
+        """The child that has ended, and the limit that it broke."""
+        self._traceparent = tracing.traceparent()
+        order = replace(order, traceparent=self._traceparent)
         child = Running(order, self._folder / "order.json", self._limits(), self._worker._environ)
         try:
             broken = self._watch(child)
@@ -190,7 +225,7 @@ class Attempt:
         except BaseException:
             child.stop()
             raise
-        return self._concluded(child, broken)
+        return child, broken
 
     # --- before
 
@@ -217,9 +252,17 @@ class Attempt:
 
     def _load_test(self) -> Order:
         asked = self._spec
-        repository = self._options.repositories.get(asked["repository"])
-        if repository is None:
+        where = self._options.repositories.get(asked["repository"])
+        if where is None:
             raise _Unusable(f"this worker has no repository {asked['repository']!r}")
+        model, version = asked["model"], asked["version"]
+        # Fetched here: the child, in which a version's code may run, has no credentials.
+        folder = self._folder / "repository"
+        repository = open_repository(where)
+        try:
+            served = self._stored(lambda: repository.local(model, version, folder))
+        except (ArtifactInvalid, OSError) as error:
+            raise _Unusable(str(error)) from error
         (self._folder / SLO_FILE).write_text(json.dumps(asked["slo"]), "utf-8")  # JSON is YAML
         return Order(
             kind=self._job.kind,
@@ -227,16 +270,17 @@ class Attempt:
             out=str(self._out),
             lifeline=-1,
             events=-1,
-            model=asked["model"],
-            version=asked["version"],
-            repository=str(repository),
+            model=model,
+            version=version,
+            repository=str(served),
         )
 
     def _fetched(self, reference: str) -> Path:
         inputs = self._folder / "inputs"
         try:
             if reference.startswith(UPLOAD):
-                return self._worker._uploads.fetch(reference.removeprefix(UPLOAD), inputs)
+                upload_id = reference.removeprefix(UPLOAD)
+                return self._stored(lambda: self._worker._uploads.fetch(upload_id, inputs))
             name = self._worker._stores.check(reference)
             if reference.startswith("file:"):
                 return self._worker._stores.local(reference)
@@ -327,10 +371,25 @@ class Attempt:
         """Pass on what the child has told; where the database is away, later."""
         events, text = child.taken()
         self._last_word |= {kind: payload for kind, payload in events if kind in _EVENTS}
-        self._untold += [(kind, payload) for kind, payload in events if kind not in _EVENTS]
+        self._pass_on([payload for kind, payload in events if kind == SPAN])
+        own = (*_EVENTS, SPAN)
+        self._untold += [(kind, payload) for kind, payload in events if kind not in own]
         self._unlogged = (self._unlogged + text)[-MAX_LOG_BYTES:]
         with contextlib.suppress(DatabaseUnavailable):
             self._tell()
+
+    def _pass_on(self, documents: Sequence[Mapping[str, Any]]) -> None:
+        """Spans of the child, to whom only this claim's trace is open."""
+        root = tracing.Context.parse(self._traceparent)
+        if root is None:
+            return
+        for document in documents[: max(0, tracing.MAX_SPANS - self._n_spans)]:
+            self._n_spans += 1
+            with contextlib.suppress(ValueError):
+                record = tracing.SpanRecord.from_dict(document)
+                if record.trace_id == root.trace_id:
+                    attributes = {**record.attributes, JOB_ID: self._job.id}
+                    tracing.pass_on(replace(record, attributes=attributes))
 
     def _tell(self) -> None:
         """All that is untold. A database that died may have taken what it didn't confirm: that is
@@ -362,14 +421,19 @@ class Attempt:
     def _succeeded(self, outcome: str) -> State:
         """What was made is stored first, the word that it counts comes last."""
         token, claim = self._lease.token, self._lease.token[:CLAIM_CHARS]
-        with self._renewing():
-            self._worker._blobs.store(self._job.id, claim, self._out)
+        blobs = self._worker._blobs
+        try:
+            with self._renewing(), tracing.span("store files", {JOB_ID: self._job.id}):
+                self._stored(lambda: blobs.store(self._job.id, claim, self._out))
+        except _Unusable as error:
+            return self._ended(str(error))
         has_version = any((self._out / REPOSITORY).glob("*/*/manifest.json"))
         made = {"claim": claim, "outcome": outcome, "has_version": has_version}
         self._untold.append(("made", made))
         self._patiently(self._tell)
         job = self._patiently(lambda: self._ledger.succeed(self._job.id, token, outcome))
-        self._worker._blobs.keep_only(self._job.id, claim)
+        with contextlib.suppress(StoreUnavailable):  # what it leaves goes with the job
+            blobs.keep_only(self._job.id, claim)
         return job.state
 
     def _ended(self, error: str) -> State:
@@ -389,6 +453,19 @@ class Attempt:
                     raise
                 time.sleep(0.5)
 
+    def _stored(self, call: Callable[[], T]) -> T:
+        """A store of files that is away for a while shall not cost a study that is done. Raises
+        _Unusable where it stays away; the lease is renewed meanwhile by another thread."""
+        until_s = time.monotonic() + self._options.store_patience_s
+        while True:
+            try:
+                return call()
+            except StoreUnavailable as error:
+                if time.monotonic() > until_s or self._stop.is_set():
+                    raise _Unusable(f"the store of files: {error}") from error
+                log.warning("the store of files is waited for: %s", error)
+                self._stop.wait(_BACK_OFF_S)
+
 
 class _Unusable(Exception):
-    """The job can't be begun: another attempt would end the same."""
+    """The job can't be begun or kept: another attempt would end the same."""

@@ -42,6 +42,11 @@ export function follow(main, setUp) {
     clearInterval(timer);
     refresh();
   });
+  source.addEventListener("refused", () => {
+    source.close();
+    clearInterval(timer);
+    say("You are logged out: reload the page.");
+  });
   source.addEventListener("error", () => {
     if (source.readyState !== EventSource.CLOSED) return; // it tries again by itself
     clearInterval(timer);
