@@ -17,6 +17,7 @@ from optimizer.service.feed import Feed
 from optimizer.service.ledger import Ledger
 from optimizer.service.metrics import ServiceMetrics
 from optimizer.service.operations import Operations, Quotas
+from optimizer.service.provider_login import LoginClient, ProviderLogin
 from optimizer.service.publishing import Publisher
 from optimizer.service.rest import make_app
 from optimizer.service.sessions import Sessions
@@ -45,6 +46,8 @@ class Settings:
     upload_limits: Limits = field(default_factory=Limits)
     keys: bool = False
     oidc: Oidc | None = None
+    login: LoginClient | None = None
+    """With a provider: who browsers come as that log in there."""
     recheck_s: float = RECHECK_S
     """Who follows a job is looked at again that often."""
     keep_s: float | None = None
@@ -63,7 +66,8 @@ class Parts:
     operations: Operations
     authenticator: Authenticator
     sessions: Sessions | None
-    """None where nobody has a key to log in with."""
+    """None where nobody can log in."""
+    provider_login: ProviderLogin | None = None
     telemetry: Telemetry | None = None
 
 
@@ -82,10 +86,13 @@ def make_parts(settings: Settings) -> Parts:
         ledger, uploads, blobs, publisher, Audit(database), settings.policy, settings.quotas
     )
     keys = Keys(database) if settings.keys else None
-    return Parts(
-        database, ledger, uploads, blobs, operations, Authenticator(keys, settings.oidc),
-        Sessions(database, keys) if keys is not None else None,
-    )  # fmt: skip
+    authenticator, oidc, client = Authenticator(keys, settings.oidc), settings.oidc, settings.login
+    login = None
+    if oidc is not None and client is not None:
+        login = ProviderLogin(database, authenticator, oidc, client)
+    can_log_in = keys is not None or login is not None
+    sessions = Sessions(database, keys) if can_log_in else None
+    return Parts(database, ledger, uploads, blobs, operations, authenticator, sessions, login)
 
 
 def make_service(parts: Parts, settings: Settings) -> FastAPI:
@@ -93,7 +100,7 @@ def make_service(parts: Parts, settings: Settings) -> FastAPI:
     metrics = ServiceMetrics(parts.ledger)
     app = make_app(
         parts.operations, parts.authenticator, metrics, settings.hosts, parts.sessions,
-        parts.telemetry, settings.recheck_s,
+        parts.telemetry, settings.recheck_s, parts.provider_login,
     )  # fmt: skip
 
     @contextlib.asynccontextmanager

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from optimizer.service.worker import WorkerOptions
 
 EXIT_USAGE = 2
-_NEEDED = ("alembic", "jinja2", "jwt", "psutil", "sqlalchemy", "urllib3")
+_NEEDED = ("alembic", "authlib", "jinja2", "jwt", "psutil", "requests", "sqlalchemy", "urllib3")
 
 HELP = """\
 Run optimization jobs as a service.
@@ -120,6 +120,18 @@ MemoryLimit = Annotated[
     float | None,
     typer.Option(min=0.1, metavar="GB", help="Of a job with all its processes; then it's ended."),
 ]
+JobDisk = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001,
+        metavar="GB",
+        help="Of a job: its files, and what it adds to the store of studies; then it's ended.",
+    ),
+]
+StoredQuota = Annotated[
+    float | None,
+    typer.Option(min=0.001, metavar="GB", help="Files that all jobs of one owner keep."),
+]
 Format = Annotated[LogFormat, typer.Option(help="auto: text on a terminal, else JSON lines.")]
 
 app = typer.Typer(
@@ -161,11 +173,28 @@ def run_command(
     oidc_jwks: Annotated[
         str | None, typer.Option(metavar="URL", help="The provider's keys (jwks_uri).")
     ] = None,
+    oidc_client_id: Annotated[
+        str | None,
+        typer.Option(
+            help="Log in to the page at the provider, as this client of it; its secret, if it has "
+            "one, is in TRIMSERVE_OIDC_CLIENT_SECRET."
+        ),
+    ] = None,
+    public_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Where browsers reach the service; they come back to "
+            "URL/login/provider, which the provider has to know.",
+        ),
+    ] = None,
     allow_store: AllowStore = None,
     allow_factory: AllowFactory = None,
     allow_agent: AllowAgent = None,
     allow_pt2: AllowPt2 = False,
     memory_limit_gb: MemoryLimit = None,
+    job_disk_gb: JobDisk = None,
+    stored_quota_gb: StoredQuota = None,
     max_job_s: Annotated[
         float, typer.Option(min=1, help="A spec's budget.wall_clock_s may be at most this.")
     ] = 86_400,
@@ -208,10 +237,11 @@ def run_command(
         scratch=data / "scratch",
         repositories=_repositories(repository),
         policy=_policy(allow_store, allow_factory, allow_agent, allow_pt2, max_job_s),
-        quotas=Quotas(max_open_jobs),
+        quotas=Quotas(max_open_jobs, _bytes(stored_quota_gb)),
         upload_limits=Limits(owner_bytes=int(upload_quota_gb * 1e9), pt2=allow_pt2),
         keys=keys,
         oidc=oidc,
+        login=_login_client(oidc_client_id, public_url, oidc is not None),
         keep_s=None if keep_days is None else keep_days * 86_400,
         hosts=frozenset({"localhost", "127.0.0.1", "::1", host}) if is_open else None,
     )
@@ -221,6 +251,8 @@ def run_command(
     arguments += [part for one in repository or () for part in ("--repository", one)]
     arguments += [part for one in allow_store or () for part in ("--allow-store", one)]
     arguments += _options("--memory-limit-gb", memory_limit_gb)
+    arguments += _options("--job-disk-gb", job_disk_gb)
+    arguments += _options("--stored-quota-gb", stored_quota_gb)
     arguments += _options("--max-running-jobs", max_running_jobs)
     arguments += ["--log-format", _chosen(log_format)]
     tls = (tls_cert, tls_key) if tls_cert is not None and tls_key is not None else None
@@ -246,6 +278,8 @@ def worker_command(
     ] = None,
     allow_store: AllowStore = None,
     memory_limit_gb: MemoryLimit = None,
+    job_disk_gb: JobDisk = None,
+    stored_quota_gb: StoredQuota = None,
     max_running_jobs: Annotated[
         int | None, typer.Option(min=1, help="Jobs of one owner that run, over all workers.")
     ] = None,
@@ -266,7 +300,6 @@ def worker_command(
     from optimizer.service.worker import WorkerOptions
 
     _prepare(log_format)
-    memory = None if memory_limit_gb is None else int(memory_limit_gb * 1e9)
     options = WorkerOptions(
         name=name or f"{socket.gethostname()}-{os.getpid()}",
         work=(work or data / "work").absolute(),
@@ -277,7 +310,12 @@ def worker_command(
         repositories=_repositories(repository),
         lease_s=lease_s,
         max_running=max_running_jobs,
-        limits=ChildLimits(memory_bytes=memory, file_bytes=64 << 30),
+        max_stored_bytes=_bytes(stored_quota_gb),
+        limits=ChildLimits(
+            memory_bytes=_bytes(memory_limit_gb),
+            file_bytes=64 << 30,
+            disk_bytes=_bytes(job_disk_gb),
+        ),
     )
     _work(
         options, database or str(data / "jobs.sqlite"), blobs or str(data / "blobs"),
@@ -515,6 +553,19 @@ def _check_installed() -> None:
         _usage(f"{', '.join(missing)} missing: pip install 'trimserve[service]'")
 
 
+def _login_client(client_id: str | None, public_url: str | None, has_provider: bool) -> Any:
+    from optimizer.service.provider_login import LoginClient, is_safe
+
+    secret = os.environ.pop("TRIMSERVE_OIDC_CLIENT_SECRET", None) or None
+    if client_id is None and public_url is None:
+        return None
+    if client_id is None or public_url is None or not has_provider:
+        _usage("--oidc-client-id and --public-url: want both, with --oidc-issuer")
+    if not is_safe(public_url) or "?" in public_url or "#" in public_url:
+        _usage(f"--public-url: got {public_url!r}, want an https address, or one of this machine")
+    return LoginClient(client_id, secret, public_url)
+
+
 def _policy(
     stores: Sequence[str] | None,
     factories: Sequence[str] | None,
@@ -562,6 +613,10 @@ def _migrated(database: str | None, data: Path) -> Any:
 
 def _options(name: str, value: object) -> list[str]:
     return [] if value is None else [name, str(value)]
+
+
+def _bytes(gigabytes: float | None) -> int | None:
+    return None if gigabytes is None else int(gigabytes * 1e9)
 
 
 def _is_loopback(host: str) -> bool:

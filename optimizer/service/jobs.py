@@ -84,7 +84,8 @@ class Job:
     where one came to its end; `error` says why a job failed. `n_events` is the number of the last
     event, `n_logs` of the last piece of log.
     `revision` grows by every change. `traceparent` is the place in a trace that it was submitted at
-    (W3C Trace Context), where its submission was traced.
+    (W3C Trace Context), where its submission was traced; `stored_bytes` are those of the files that
+    it keeps.
     """
 
     id: str
@@ -112,6 +113,7 @@ class Job:
     n_logs: int = 0
     revision: int = 0
     traceparent: str | None = None
+    stored_bytes: int = 0
 
 
 def claim(job: Job, lease: Lease, now_s: float) -> Job:
@@ -155,6 +157,12 @@ def told(job: Job, token: str, batch: int, reached: int) -> Job:
         reached=max(reached, job.reached),
         lost=0 if further else job.lost,
     )
+
+
+def kept(job: Job, token: str, stored_bytes: int) -> Job:
+    """Its worker is going to store its files."""
+    _held(job, token)
+    return replace(job, stored_bytes=stored_bytes)
 
 
 def expire(job: Job, now_s: float, blameless: bool = False) -> Job:
@@ -226,7 +234,7 @@ def retry(job: Job, now_s: float) -> Job:
 def delete(job: Job, now_s: float) -> Job:
     """It disappears; only the audit remembers."""
     _check("delete", job, ENDED)
-    return replace(job, state=State.DELETED, updated_s=now_s)
+    return replace(job, state=State.DELETED, stored_bytes=0, updated_s=now_s)
 
 
 def _ended(job: Job, state: State, now_s: float) -> Job:

@@ -41,9 +41,11 @@ class NotThere(Exception):
 
 @dataclass(frozen=True)
 class Quotas:
-    """Of one owner: jobs that are queued or running. How many of them run, workers see to."""
+    """Of one owner: jobs that are queued or running, and bytes of files that jobs keep. How many of
+    them run, and that one doesn't store too much, workers see to."""
 
     open_jobs: int = 100
+    stored_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Operations:
         self.policy = policy
         self._blobs = blobs
         self._audit = audit
-        self._quotas = quotas
+        self.quotas = quotas
 
     # --- jobs
 
@@ -88,7 +90,8 @@ class Operations:
         parent_id: str | None = None,
     ) -> tuple[Job, bool]:
         """A new job, or with an idempotency `key` that came before the job of then; and whether it
-        is new. Raises DocumentInvalid, RequestInvalid, KeyReused, QuotaExceeded, Forbidden."""
+        is new. Raises DocumentInvalid, RequestInvalid, KeyReused, QuotaExceeded,
+        StorageExceeded, Forbidden."""
         caller.check(Scope.SUBMIT)
         _check_labels(labels or {})
         if not -100 <= priority <= 100:
@@ -161,7 +164,7 @@ class Operations:
     def retry(self, caller: Caller, job_id: str) -> Job:
         self._own(caller, job_id)
         note = Note(caller.subject, "retry")
-        return self.ledger.retry(job_id, self._quotas.open_jobs, note)
+        return self.ledger.retry(job_id, self.quotas.open_jobs, note)
 
     def clone(
         self,
@@ -328,7 +331,10 @@ class Operations:
         about = {"trimserve.job.kind": submission.kind.value}
         with tracing.span("submit job", about, parent=parent, kind="producer") as span:
             traced = replace(submission, traceparent=tracing.traceparent())
-            job, is_new = self.ledger.submit(traced, key, self._quotas.open_jobs, note)
+            quotas = self.quotas
+            job, is_new = self.ledger.submit(
+                traced, key, quotas.open_jobs, note, quotas.stored_bytes
+            )
             span.set(JOB_ID, job.id)
         return job, is_new
 

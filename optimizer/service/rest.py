@@ -37,6 +37,7 @@ from optimizer.service.object_store import StoreUnavailable
 from optimizer.service.operations import Operations, RequestInvalid
 from optimizer.service.page.rendering import Pages
 from optimizer.service.page.routes import page_router
+from optimizer.service.provider_login import ProviderLogin
 from optimizer.service.requests import caller_of, is_own_origin, read_body
 from optimizer.service.sessions import Sessions
 from optimizer.service.status import (
@@ -134,6 +135,8 @@ class Overview(BaseModel):
     factories: list[str]
     max_wall_clock_s: float
     chunk_bytes: int
+    stored_bytes: int = Field(description="Of the files that your jobs keep.")
+    max_stored_bytes: int | None = Field(description="How many they may keep together.")
     jobs: dict[State, int]
 
 
@@ -153,6 +156,7 @@ def make_app(
     sessions: Sessions | None = None,
     telemetry: Telemetry | None = None,
     recheck_s: float = RECHECK_S,
+    provider_login: ProviderLogin | None = None,
 ) -> FastAPI:
     """The application; its lifespan must be entered on the loop that it runs on.
 
@@ -171,7 +175,7 @@ def make_app(
     app.state.operations, app.state.authenticator = operations, authenticator
     app.state.metrics, app.state.feed = metrics, None
     app.state.pages, app.state.sessions = Pages(), sessions
-    app.state.recheck_s = recheck_s
+    app.state.recheck_s, app.state.provider_login = recheck_s, provider_login
     app.include_router(_health())
     app.include_router(_jobs())
     app.include_router(_uploads())
@@ -256,7 +260,7 @@ def _jobs() -> APIRouter:
         "",
         operation_id="submit",
         status_code=201,
-        responses={200: {"model": d.JobDocument}, **problems(409, 413, 415, 429)},
+        responses={200: {"model": d.JobDocument}, **problems(409, 413, 415, 429, 507)},
         openapi_extra={"requestBody": _spec_body()},
     )
     async def submit(
@@ -371,7 +375,7 @@ def _jobs() -> APIRouter:
         """Stop it; its process is gone within 5 s."""
         return d.job_document(ops.cancel(who, job_id))
 
-    @router.post("/{job_id}/retry", operation_id="retry", responses=problems(404, 409, 429))
+    @router.post("/{job_id}/retry", operation_id="retry", responses=problems(404, 409, 429, 507))
     def retry(job_id: JobId, who: Who, ops: Ops) -> d.JobDocument:
         """Run an ended job again; what it has measured isn't measured again."""
         return d.job_document(ops.retry(who, job_id))
@@ -380,7 +384,7 @@ def _jobs() -> APIRouter:
         "/{job_id}/clone",
         operation_id="clone",
         status_code=201,
-        responses={200: {"model": d.JobDocument}, **problems(404, 409, 429)},
+        responses={200: {"model": d.JobDocument}, **problems(404, 409, 429, 507)},
     )
     def clone(
         job_id: JobId,
@@ -483,7 +487,7 @@ def _rest() -> APIRouter:
         "/publications/{publication_id}/load-test",
         operation_id="load_test",
         status_code=201,
-        responses={200: {"model": d.JobDocument}, **problems(404, 409, 429)},
+        responses={200: {"model": d.JobDocument}, **problems(404, 409, 429, 507)},
     )
     def load_test(
         publication_id: Annotated[str, Path(pattern=r"^[0-9a-f]{16}$")],
@@ -498,7 +502,7 @@ def _rest() -> APIRouter:
         return d.job_document(job)
 
     @router.get("/service", operation_id="overview")
-    def overview(_who: Who, ops: Ops) -> Overview:
+    def overview(who: Who, ops: Ops) -> Overview:
         """What this service allows, and how many jobs it has."""
         policy = ops.policy
         return Overview(
@@ -508,6 +512,8 @@ def _rest() -> APIRouter:
             factories=list(policy.factories),
             max_wall_clock_s=policy.max_wall_clock_s,
             chunk_bytes=ops.uploads.limits.chunk_bytes,
+            stored_bytes=ops.ledger.stored_bytes(who.subject),
+            max_stored_bytes=ops.quotas.stored_bytes,
             jobs=ops.ledger.counts(),
         )
 

@@ -23,8 +23,9 @@ from optimizer.service.addresses import AddressRefused, Stores
 from optimizer.service.blobs import Blobs
 from optimizer.service.child import REPOSITORY, Order
 from optimizer.service.database import DatabaseUnavailable
+from optimizer.service.disk import folder_bytes
 from optimizer.service.jobs import JOB_ID, Job, Kind, LeaseLost, State
-from optimizer.service.ledger import MAX_LOG_BYTES, Claim, Ledger
+from optimizer.service.ledger import MAX_LOG_BYTES, Claim, Ledger, StorageExceeded
 from optimizer.service.object_store import StoreUnavailable
 from optimizer.service.reporting import SPAN
 from optimizer.service.repositories import open_repository
@@ -51,7 +52,8 @@ class WorkerOptions:
     """`work` is the folder of the jobs that are under way, on the worker's own disk; `store` and
     `artifacts` are those of all studies (`optimizer.store`). `allowed_wall_clock_s` comes on top
     of a study's budget, for what a study does before and after it searches; a store of files that
-    is away is waited for `store_patience_s`."""
+    is away is waited for `store_patience_s`. `max_running` and `max_stored_bytes`, of files
+    that jobs keep, are of one owner, over all workers."""
 
     name: str
     work: Path
@@ -61,6 +63,7 @@ class WorkerOptions:
     lease_s: float = 15.0
     poll_s: float = 1.0
     max_running: int | None = None
+    max_stored_bytes: int | None = None
     limits: ChildLimits = field(default_factory=ChildLimits)
     allowed_wall_clock_s: float = 3_600.0
     max_fetched_bytes: int = 20 << 30
@@ -222,6 +225,7 @@ class Attempt:
             broken = self._watch(child)
             child.close()
             self._report(child)
+            broken = broken or child.broken_disk_limit()
         except BaseException:
             child.stop()
             raise
@@ -298,9 +302,7 @@ class Attempt:
             return limits
         own_s = float(asked_s) + self._options.allowed_wall_clock_s
         most_s = limits.wall_clock_s
-        return ChildLimits(
-            limits.memory_bytes, own_s if most_s is None else min(own_s, most_s), limits.file_bytes
-        )
+        return replace(limits, wall_clock_s=own_s if most_s is None else min(own_s, most_s))
 
     # --- while it runs
 
@@ -421,7 +423,12 @@ class Attempt:
     def _succeeded(self, outcome: str) -> State:
         """What was made is stored first, the word that it counts comes last."""
         token, claim = self._lease.token, self._lease.token[:CLAIM_CHARS]
-        blobs = self._worker._blobs
+        blobs, most = self._worker._blobs, self._options.max_stored_bytes
+        n_bytes = folder_bytes(self._out)
+        try:
+            self._patiently(lambda: self._ledger.keep(self._job.id, token, n_bytes, most))
+        except StorageExceeded as error:
+            return self._ended(str(error))
         try:
             with self._renewing(), tracing.span("store files", {JOB_ID: self._job.id}):
                 self._stored(lambda: blobs.store(self._job.id, claim, self._out))
