@@ -39,8 +39,8 @@ _NO_NEW_PRIVILEGES = 38  # PR_SET_NO_NEW_PRIVS, linux/prctl.h
 class Order:
     """What a child is to do. `kind` is the job's; `spec` the materialized spec of a study, or the
     SLO of a load test; `out` the folder for what is made. `model`, `version`, `repository` are a
-    load test's. `lifeline` and `events` are descriptors, `traceparent` the place in a trace that
-    it is a part of."""
+    load test's, with `trusts_code` where the version's files may carry code. `lifeline` and
+    `events` are descriptors, `traceparent` the place in a trace that it is a part of."""
 
     kind: str
     spec: str
@@ -54,6 +54,7 @@ class Order:
     model: str = ""
     version: str = ""
     repository: str = ""
+    trusts_code: bool = False
     traceparent: str | None = None
     command: tuple[str, ...] = field(default=())
 
@@ -147,6 +148,8 @@ def _load(order: Order, lines: Lines) -> str:
         "--load-model", order.model, "--version-policy", f"specific:{order.version}",
         "--slo", order.spec, "--control-port", "0",
     ]  # fmt: skip
+    if order.trusts_code:
+        serve.append("--trust-code")
     lines.tell("phase", {"name": "starting the server"})
     with running_server(serve, timeouts) as ports:
         lines.tell("phase", {"name": f"load test, {slo.window_s:g} s and its warm-up"})

@@ -254,6 +254,7 @@ class Operations:
                 "repository": publication.repository,
                 "model": publication.model,
                 "version": publication.version,
+                "digest": publication.digest,
                 "slo": dict(self.publisher.slo(publication)),
             },
             kind=Kind.LOAD_TEST,

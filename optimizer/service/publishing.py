@@ -14,7 +14,7 @@ import secrets
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ class NothingToPublish(Exception):
 
 @dataclass(frozen=True)
 class Publication:
-    """A version that a job's candidate became, or becomes: `state` is writing, done or failed."""
+    """A version that a job's candidate became, or becomes: `state` is writing, done or failed,
+    `digest` that of its files (`digest_of`) where it is known."""
 
     id: str
     job_id: str
@@ -64,6 +65,13 @@ class Publication:
     error: str | None
     created_s: float
     updated_s: float
+    digest: str | None = None
+
+
+def digest_of(manifest: Manifest) -> str:
+    """SHA-256 of the names, digests and sizes of a version's files, in whatever repository."""
+    files = {name: asdict(one) for name, one in manifest.files.items()}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ class Publisher:
             manifest = self._fetch(wish.job_id, wish.claim, folder)
             model = wish.model or manifest.model
             check_model_name(model)
-            publication, is_new = self._reserved(wish, model)
+            publication, is_new = self._reserved(wish, model, digest_of(manifest))
             return self._written(publication, folder) if is_new else publication
 
     def finish(self, claim_of: Mapping[str, str]) -> int:
@@ -179,7 +187,7 @@ class Publisher:
             raise NothingToPublish(f"repository: got {name!r}, want one of: {allowed}")
         return repository
 
-    def _reserved(self, wish: Wish, model: str) -> tuple[Publication, bool]:
+    def _reserved(self, wish: Wish, model: str, digest: str) -> tuple[Publication, bool]:
         """The row, with the next number that neither the table nor the repository has; and
         whether it is new."""
         table, repository, request = schema.publications, wish.repository, wish.repeatable
@@ -201,7 +209,7 @@ class Publisher:
             version = str(max(taken, int(highest or 0) + 1))
             publication = Publication(
                 secrets.token_hex(8), wish.job_id, repository, model, version, "writing",
-                wish.subject, None, now_s, now_s,
+                wish.subject, None, now_s, now_s, digest,
             )  # fmt: skip
             connection.execute(insert(table).values(**vars(publication)))
             if request is not None:

@@ -181,6 +181,7 @@ publications = Table(
     Column("error", Text),
     Column("created_s", Float, nullable=False),
     Column("updated_s", Float, nullable=False),
+    Column("digest", String(64)),
     UniqueConstraint("repository", "model", "version"),
     Index(None, "job_id"),
 )

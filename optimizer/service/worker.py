@@ -27,11 +27,14 @@ from optimizer.service.disk import folder_bytes
 from optimizer.service.jobs import JOB_ID, Job, Kind, LeaseLost, State
 from optimizer.service.ledger import MAX_LOG_BYTES, Claim, Ledger, StorageExceeded
 from optimizer.service.object_store import StoreUnavailable
+from optimizer.service.publishing import digest_of
 from optimizer.service.reporting import SPAN
 from optimizer.service.repositories import open_repository
 from optimizer.service.running import ChildLimits, Running
 from optimizer.service.submitted import SLO_FILE, UPLOAD, materialize
 from optimizer.service.uploads import UploadNotFound, Uploads
+from serve.artifact import read_manifest, verify_files
+from serve.engines import RUNS_CODE
 from serve.errors import ArtifactInvalid
 
 log = logging.getLogger(__name__)
@@ -265,6 +268,9 @@ class Attempt:
         repository = open_repository(where)
         try:
             served = self._stored(lambda: repository.local(model, version, folder))
+            carries_code = read_manifest(served / model / version).engine.name in RUNS_CODE
+            if carries_code:
+                served = self._trusted(served, model, version)
         except (ArtifactInvalid, OSError) as error:
             raise _Unusable(str(error)) from error
         (self._folder / SLO_FILE).write_text(json.dumps(asked["slo"]), "utf-8")  # JSON is YAML
@@ -277,7 +283,24 @@ class Attempt:
             model=model,
             version=version,
             repository=str(served),
+            trusts_code=carries_code,
         )
+
+    def _trusted(self, served: Path, model: str, version: str) -> Path:
+        """A repository of the job's own with the version, whose code is run if it is the one that
+        was published: others may write to the repository. Raises ArtifactInvalid."""
+        own = self._folder / "trusted"
+        copied = own / model / version
+        shutil.copytree(served / model / version, copied)
+        manifest = read_manifest(copied)
+        verify_files(copied, manifest)
+        if digest_of(manifest) != self._spec.get("digest"):
+            raise ArtifactInvalid(
+                f"{model}/{version}",
+                f"{manifest.engine.name} files can carry code, and these aren't those that a job "
+                "of this service has published",
+            )
+        return own
 
     def _fetched(self, reference: str) -> Path:
         inputs = self._folder / "inputs"
