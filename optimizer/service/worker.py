@@ -485,16 +485,19 @@ class Attempt:
 
     def _stored(self, call: Callable[[], T]) -> T:
         """A store of files that is away for a while shall not cost a study that is done. Raises
-        _Unusable where it stays away; the lease is renewed meanwhile by another thread."""
+        _Unusable where it stays away, and Stopped, with the job given back, where the worker is to
+        stop; the lease is renewed meanwhile by another thread."""
         until_s = time.monotonic() + self._options.store_patience_s
         while True:
             try:
                 return call()
             except StoreUnavailable as error:
-                if time.monotonic() > until_s or self._stop.is_set():
+                if time.monotonic() > until_s:
                     raise _Unusable(f"the store of files: {error}") from error
                 log.warning("the store of files is waited for: %s", error)
-                self._stop.wait(_BACK_OFF_S)
+                if self._stop.wait(_BACK_OFF_S):
+                    self._ledger.release(self._job.id, self._lease.token)
+                    raise Stopped("the worker stops") from error
 
 
 class _Unusable(Exception):

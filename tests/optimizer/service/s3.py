@@ -81,9 +81,10 @@ def _user(endpoint: str) -> tuple[str, str]:
         "iam", endpoint_url=endpoint, region_name="us-east-1",
         aws_access_key_id="root", aws_secret_access_key="root",
     )  # fmt: skip
-    iam.create_user(UserName="service")
-    iam.put_user_policy(UserName="service", PolicyName="s3", PolicyDocument=json.dumps(POLICY))
-    key = iam.create_access_key(UserName="service")["AccessKey"]
+    name = f"service-{uuid4().hex}"  # servers of one process share what they know
+    iam.create_user(UserName=name)
+    iam.put_user_policy(UserName=name, PolicyName="s3", PolicyDocument=json.dumps(POLICY))
+    key = iam.create_access_key(UserName=name)["AccessKey"]
     return key["AccessKeyId"], key["SecretAccessKey"]
 
 

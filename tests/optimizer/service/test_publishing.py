@@ -126,6 +126,7 @@ def test_a_publication_that_another_process_writes_is_left_to_it(
     assert (model / LOCK).exists()
 
 
+@pytest.mark.full
 def test_a_bucket_gets_what_a_folder_gets_and_a_server_reads_it(
     settings: Settings, server: S3Server, bucket: str, tmp_path: Path
 ) -> None:
@@ -154,6 +155,7 @@ def test_a_bucket_gets_what_a_folder_gets_and_a_server_reads_it(
     parts.database.close()
 
 
+@pytest.mark.full
 def test_a_publication_to_a_bucket_is_finished_from_wherever_its_process_died(
     settings: Settings, server: S3Server, bucket: str, tmp_path: Path
 ) -> None:
