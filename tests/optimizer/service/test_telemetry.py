@@ -2,6 +2,7 @@
 
 import json
 import logging
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -102,7 +103,8 @@ def test_rest_request_has_a_span_by_its_route_and_the_callers_trace(
     with TestClient(make_service(traced, settings), base_url="http://localhost") as client:
         job = client.post("/v1/jobs", json={"spec": spec}, headers=headers).json()
         assert client.get("/livez").status_code == 200
-        assert client.get("/login/provider?code=s3cr3t").status_code == 404
+        back = client.get("/login/provider?code=s3cr3t", follow_redirects=False)
+        assert back.status_code == 303
     spans = by_name(exporter)
     assert set(spans) == {"POST /v1/jobs", "submit job"}
     request, submitted = spans["POST /v1/jobs"], spans["submit job"]
@@ -232,3 +234,19 @@ def test_log_lines_have_the_ids_of_their_trace(monkeypatch: pytest.MonkeyPatch) 
     assert context is not None
     assert (lines[0]["trace_id"], lines[0]["span_id"]) == (context.trace_id, context.span_id)
     assert ["trace_id" in line for line in lines] == [True, False, False]
+
+
+@pytest.mark.full
+def test_nothing_that_exports_is_imported_when_nobody_asked() -> None:
+    code = (
+        "import sys, optimizer.service.server, optimizer.service.worker\n"
+        "from optimizer.service.telemetry import telemetry\n"
+        "with telemetry({}, 'x') as made: assert made is None\n"
+        # FastAPI has imported the interface.
+        "kinds = ('opentelemetry.sdk', 'opentelemetry.exporter', 'opentelemetry.instrumentation')\n"
+        "print([m for m in sys.modules if m.startswith(kinds)])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "[]"
