@@ -7,7 +7,6 @@ ledger carries the lease's token, so an outlived worker can't end a job that isn
 """
 
 import contextlib
-import json
 import logging
 import shutil
 import threading
@@ -19,7 +18,7 @@ from typing import Any, TypeVar
 
 from optimizer import tracing
 from optimizer.service import scratch
-from optimizer.service.addresses import AddressRefused, Stores
+from optimizer.service.addresses import Stores
 from optimizer.service.blobs import Blobs
 from optimizer.service.child import REPOSITORY, Order
 from optimizer.service.database import DatabaseUnavailable
@@ -27,15 +26,10 @@ from optimizer.service.disk import folder_bytes
 from optimizer.service.jobs import JOB_ID, Job, Kind, LeaseLost, State
 from optimizer.service.ledger import MAX_LOG_BYTES, Claim, Ledger, StorageExceeded
 from optimizer.service.object_store import StoreUnavailable
-from optimizer.service.publishing import digest_of
+from optimizer.service.orders import Orders, Surroundings, Unusable
 from optimizer.service.reporting import SPAN
-from optimizer.service.repositories import open_repository
 from optimizer.service.running import ChildLimits, Running
-from optimizer.service.submitted import SLO_FILE, UPLOAD, materialize
-from optimizer.service.uploads import UploadNotFound, Uploads
-from serve.artifact import read_manifest, verify_files
-from serve.engines import RUNS_CODE
-from serve.errors import ArtifactInvalid
+from optimizer.service.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +207,7 @@ class Attempt:
         try:
             with self._renewing(), tracing.span("fetch files", {JOB_ID: self._job.id}):
                 order = self._prepared()
-        except _Unusable as error:
+        except Unusable as error:
             return self._ended(str(error))
         with tracing.span("run process", {JOB_ID: self._job.id}):
             child, broken = self._carried_out(order)
@@ -237,87 +231,16 @@ class Attempt:
     # --- before
 
     def _prepared(self) -> Order:
-        options = self._options
+        """Raises Unusable."""
         self._untold.append(("phase", {"name": "fetching files"}))
         self._patiently(self._tell)
-        if self._job.kind is Kind.LOAD_TEST:
-            return self._load_test()
-        (self._folder / "inputs").mkdir(exist_ok=True)
-        files = {name: self._fetched(name) for name in self._spec["references"]}
-        spec = materialize(self._spec["spec"], files, self._folder)
-        return Order(
-            kind=self._job.kind,
-            spec=str(spec),
-            out=str(self._out),
-            lifeline=-1,
-            events=-1,
-            store=options.store,
-            artifacts=None if options.artifacts is None else str(options.artifacts),
-            verify=options.verify and bool(self._spec.get("verify", True)),
-            command=("trimserve", "jobs", "clone", self._job.id),
-        )
-
-    def _load_test(self) -> Order:
-        asked = self._spec
-        where = self._options.repositories.get(asked["repository"])
-        if where is None:
-            raise _Unusable(f"this worker has no repository {asked['repository']!r}")
-        model, version = asked["model"], asked["version"]
-        # Fetched here: the child, in which a version's code may run, has no credentials.
-        folder = self._folder / "repository"
-        repository = open_repository(where)
-        try:
-            served = self._stored(lambda: repository.local(model, version, folder))
-            carries_code = read_manifest(served / model / version).engine.name in RUNS_CODE
-            if carries_code:
-                served = self._trusted(served, model, version)
-        except (ArtifactInvalid, OSError) as error:
-            raise _Unusable(str(error)) from error
-        (self._folder / SLO_FILE).write_text(json.dumps(asked["slo"]), "utf-8")  # JSON is YAML
-        return Order(
-            kind=self._job.kind,
-            spec=str(self._folder / SLO_FILE),
-            out=str(self._out),
-            lifeline=-1,
-            events=-1,
-            model=model,
-            version=version,
-            repository=str(served),
-            trusts_code=carries_code,
-        )
-
-    def _trusted(self, served: Path, model: str, version: str) -> Path:
-        """A repository of the job's own with the version, whose code is run if it is the one that
-        was published: others may write to the repository. Raises ArtifactInvalid."""
-        own = self._folder / "trusted"
-        copied = own / model / version
-        shutil.copytree(served / model / version, copied)
-        manifest = read_manifest(copied)
-        verify_files(copied, manifest)
-        if digest_of(manifest) != self._spec.get("digest"):
-            raise ArtifactInvalid(
-                f"{model}/{version}",
-                f"{manifest.engine.name} files can carry code, and these aren't those that a job "
-                "of this service has published",
-            )
-        return own
-
-    def _fetched(self, reference: str) -> Path:
-        inputs = self._folder / "inputs"
-        try:
-            if reference.startswith(UPLOAD):
-                upload_id = reference.removeprefix(UPLOAD)
-                return self._stored(lambda: self._worker._uploads.fetch(upload_id, inputs))
-            name = self._worker._stores.check(reference)
-            if reference.startswith("file:"):
-                return self._worker._stores.local(reference)
-            folder = inputs / f"{len(list(inputs.iterdir())):04d}"
-            folder.mkdir()
-            target = folder / name
-            self._worker._stores.fetch(reference, target, self._options.max_fetched_bytes)
-        except (AddressRefused, UploadNotFound, OSError) as error:
-            raise _Unusable(f"{reference}: {error}") from error
-        return target
+        options, worker = self._options, self._worker
+        around = Surroundings(
+            worker._uploads, worker._stores, options.store, options.artifacts,
+            options.repositories, options.max_fetched_bytes, options.verify,
+        )  # fmt: skip
+        orders = Orders(around, self._job, self._spec, self._folder, self._out, self._stored)
+        return orders.load_test() if self._job.kind is Kind.LOAD_TEST else orders.study()
 
     def _limits(self) -> ChildLimits:
         limits, asked_s = self._options.limits, self._spec.get("wall_clock_s")
@@ -455,7 +378,7 @@ class Attempt:
         try:
             with self._renewing(), tracing.span("store files", {JOB_ID: self._job.id}):
                 self._stored(lambda: blobs.store(self._job.id, claim, self._out))
-        except _Unusable as error:
+        except Unusable as error:
             return self._ended(str(error))
         has_version = any((self._out / REPOSITORY).glob("*/*/manifest.json"))
         made = {"claim": claim, "outcome": outcome, "has_version": has_version}
@@ -485,7 +408,7 @@ class Attempt:
 
     def _stored(self, call: Callable[[], T]) -> T:
         """A store of files that is away for a while shall not cost a study that is done. Raises
-        _Unusable where it stays away, and Stopped, with the job given back, where the worker is to
+        Unusable where it stays away, and Stopped, with the job given back, where the worker is to
         stop; the lease is renewed meanwhile by another thread."""
         until_s = time.monotonic() + self._options.store_patience_s
         while True:
@@ -493,12 +416,8 @@ class Attempt:
                 return call()
             except StoreUnavailable as error:
                 if time.monotonic() > until_s:
-                    raise _Unusable(f"the store of files: {error}") from error
+                    raise Unusable(f"the store of files: {error}") from error
                 log.warning("the store of files is waited for: %s", error)
                 if self._stop.wait(_BACK_OFF_S):
                     self._ledger.release(self._job.id, self._lease.token)
                     raise Stopped("the worker stops") from error
-
-
-class _Unusable(Exception):
-    """The job can't be begun or kept: another attempt would end the same."""
