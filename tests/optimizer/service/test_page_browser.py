@@ -474,3 +474,29 @@ def test_a_browser_comes_back_from_the_provider_logged_in_and_logs_out(
             expect(page.locator("h1")).to_have_text("Log in")
             visit.context.close()
         parts.database.close()
+
+
+def test_a_page_says_that_its_progress_ends_when_its_key_is_revoked(
+    chromium: Any, settings: Settings
+) -> None:
+    guarded = replace(settings, keys=True, recheck_s=0.1)
+    parts = make_parts(guarded)
+    keys = parts.authenticator.keys
+    assert keys is not None
+    made, key = keys.make("ann", [Scope.READ])
+    with serving(parts, guarded) as site:
+        job_id = site.submit("running")
+        claim = told.taken(parts, job_id)
+        told.tell(parts, claim, [("phase", {"name": "searching"})])
+        visit = Visit(chromium, site.url)
+        page = visit.page
+        page.goto(f"/jobs/{job_id}")
+        page.locator("#key").fill(key)
+        page.keyboard.press("Enter")
+        expect(page.locator("#now")).to_have_text("searching")
+        keys.revoke(made.id)
+        expect(page.locator("#now")).to_have_text("You are logged out: reload the page.")
+        page.reload()
+        expect(page.locator("h1")).to_have_text("Log in")
+        visit.context.close()
+    parts.database.close()
