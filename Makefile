@@ -17,7 +17,7 @@ SHARED := $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorde
 
 # Image -> its extras; each gets a lock file with hashes.
 IMAGES := serve=cpu+openvino+image+text+s3 serve-gpu=gpu+image+text+s3 \
-  optimizer=cpu+openvino+optimizer+service+postgres+distributed+image+text+s3+loadtest loadtest=loadtest
+  optimizer=cpu+openvino+optimizer+service+telemetry+postgres+distributed+image+text+s3+loadtest loadtest=loadtest
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes pyproject.toml
 
 SHELL := /bin/bash

@@ -39,6 +39,7 @@ from optimizer.serving import Serving
 from optimizer.spec import Spec
 from optimizer.store import StoredVariant
 from optimizer.timing import Timing
+from optimizer.tracing import MAX_TEXT_CHARS, span
 from optimizer.variant import EngineModel, Model
 from serve.artifact import Quality
 
@@ -111,6 +112,14 @@ class Ascent:
 
     def run(self) -> Ended:
         """Climb until a rule ends it or the top is reached."""
+        with span("trial", {"trimserve.trial": self.trial.number}) as under_way:
+            ended = self._climbed()
+            if ended.row is not None:
+                under_way.set("trimserve.variant", ended.row.label[:MAX_TEXT_CHARS])
+                under_way.set("trimserve.status", ended.row.status)
+        return ended
+
+    def _climbed(self) -> Ended:
         looks: Mapping[Rung, Callable[[], Reason | None]] = {
             Rung.ESTIMATED: self._estimate,
             Rung.BUILT: self._build,
@@ -125,7 +134,8 @@ class Ascent:
             self.given.climbed(rung)
             start = self.clock()
             try:
-                reason = look()
+                with span(rung.title, {"trimserve.rung": rung.number}):
+                    reason = look()
             except (TechniqueNotApplicable, TechniqueFailed, ParityMismatch) as error:
                 self._seconds.append((rung, self.clock() - start))
                 return self._failed(error)

@@ -36,6 +36,7 @@ from optimizer.techniques import (
     Training,
 )
 from optimizer.torch_variant import bound, load_torch
+from optimizer.tracing import span
 from optimizer.variant import STRUCTURAL, Kind, Model, Stage, StoredTorch, TorchModel
 from serve.artifact import Step
 from serve.tensor import Array
@@ -278,7 +279,12 @@ class Builder:
         reason = self._reason_against(technique, model)
         if reason is not None:
             raise TechniqueNotApplicable(choice.traits.name, reason)
-        with self.store.workshop() as directory, blamed(choice.traits.name):
+        about = {"trimserve.technique": choice.traits.name, "trimserve.variant.id": variant_id}
+        with (
+            span(f"apply {choice.traits.name}", about),
+            self.store.workshop() as directory,
+            blamed(choice.traits.name),
+        ):
             check_parameters(technique.space(model, self.context), choice.parameters)
             start = self.clock()
             made = technique.apply(model, choice.parameters, self.context, directory)

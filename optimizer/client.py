@@ -16,6 +16,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -33,6 +34,11 @@ _RETRIES = urllib3.Retry(
     allowed_methods=frozenset({"GET", "DELETE", "PATCH"}),
     raise_on_status=False,
 )
+_AWAY = (502, 503, 504)
+"""Answers of a service whose database, or whose proxy, is away."""
+PATIENCE_S = 900.0
+"""A database that is restarted, or moved to another machine, is back by then."""
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.25, 15.0
 Document = dict[str, Any]
 
 
@@ -48,6 +54,28 @@ class ServiceError(Exception):
 
 class Unreachable(Exception):
     """Nothing answers at the service's address."""
+
+
+@dataclass
+class Outage:
+    """How long a service that doesn't answer is waited for: `patience_s` seconds, with pauses that
+    double up to MAX_PAUSE_S."""
+
+    patience_s: float
+    _began_s: float | None = None
+    _n_failures: int = 0
+
+    def failed(self, now_s: float) -> float | None:
+        """Seconds until it is tried again, None for no more."""
+        self._began_s = now_s if self._began_s is None else self._began_s
+        left_s = self._began_s + self.patience_s - now_s
+        pause_s = min(FIRST_PAUSE_S * 2**self._n_failures, MAX_PAUSE_S, max(0.0, left_s))
+        self._n_failures = min(self._n_failures + 1, 16)
+        return pause_s if left_s > 0 else None
+
+    def over(self) -> None:
+        """It has answered."""
+        self._began_s, self._n_failures = None, 0
 
 
 class Client:
@@ -110,26 +138,37 @@ class Client:
         """A job with its spec, progress and publications."""
         return self._call("GET", f"/v1/jobs/{job_id}")
 
-    def follow(self, job_id: str, after: int = 0) -> Iterator[Document]:
-        """The job's events, those that are there and those that come, until it has ended. A
-        connection that breaks is taken up where it was."""
-        failures = 0
+    def follow(
+        self, job_id: str, after: int = 0, patience_s: float = PATIENCE_S
+    ) -> Iterator[Document]:
+        """The job's events, those that are there and those that come, until it has ended.
+
+        A connection that breaks is taken up where it was, and an outage of the service or of its
+        database is waited out, for `patience_s` seconds since it last answered. Raises Unreachable
+        after that, and ServiceError for other refusals, as of a key that was revoked meanwhile."""
+        outage = Outage(patience_s)
         while True:
             try:
-                for event in self._stream(job_id, after):
+                for event in self._stream(job_id, after, outage.over):
                     if event is None:
                         return
-                    failures, after = 0, event["number"]
+                    after = event["number"]
                     yield event
+                problem: Exception = ConnectionError("the stream broke off")
+            except ServiceError as error:
+                if error.status not in _AWAY:
+                    raise
+                problem = error
             except (urllib3.exceptions.HTTPError, OSError) as error:
-                failures += 1
-                if failures > 5:
-                    raise Unreachable(f"{self._url}: {error}") from error
-                time.sleep(0.2 * 2**failures)
+                problem = error
+            delay_s = outage.failed(time.monotonic())
+            if delay_s is None:
+                raise Unreachable(f"{self._url}: {problem}") from problem
+            time.sleep(delay_s)
 
-    def wait(self, job_id: str) -> Document:
-        """Wait until it has ended; returns the job."""
-        for _ in self.follow(job_id):
+    def wait(self, job_id: str, patience_s: float = PATIENCE_S) -> Document:
+        """Wait until it has ended, patiently as `follow`; returns the job."""
+        for _ in self.follow(job_id, patience_s=patience_s):
             pass
         found: Document = self.job(job_id)["job"]
         return found
@@ -263,25 +302,30 @@ class Client:
             raise _error(answer.status, answer.data)
         return answer.data
 
-    def _stream(self, job_id: str, after: int) -> Iterator[Document | None]:
-        """Server-sent events (HTML Living Standard, 9.2): None for the stream's proper end."""
+    def _stream(
+        self, job_id: str, after: int, answered: Callable[[], None]
+    ) -> Iterator[Document | None]:
+        """Server-sent events (HTML Living Standard, 9.2): None for the stream's proper end.
+        `answered` is called for each piece of the stream that comes."""
         answer = self._pool.request(
             "GET",
             f"{self._url}/v1/jobs/{job_id}/events/stream",
             headers={**self._headers, "Last-Event-ID": str(after)},
             preload_content=False,
+            retries=False,  # `follow` has more patience
         )
         try:
             if answer.status >= 400:
                 raise _error(answer.status, answer.read())
-            yield from _events(answer)
+            yield from _events(answer, answered)
         finally:
             answer.close()
 
 
-def _events(answer: Any) -> Iterator[Document | None]:
+def _events(answer: Any, answered: Callable[[], None]) -> Iterator[Document | None]:
     name, data, held = "", [], b""
     for chunk in answer.stream(65_536):
+        answered()
         *lines, held = (held + chunk).split(b"\n")
         for raw in lines:
             line = raw.decode().rstrip("\r")
@@ -293,6 +337,9 @@ def _events(answer: Any) -> Iterator[Document | None]:
                 if name == "end":
                     yield None
                     return
+                if name == "refused":
+                    problem = json.loads("\n".join(data))
+                    raise ServiceError(int(problem["status"]), str(problem["detail"]), [])
                 yield json.loads("\n".join(data))
                 name, data = "", []
 

@@ -31,6 +31,7 @@ from optimizer.parity import check_engine_parity, fixed_sizes
 from optimizer.result import Fusion
 from optimizer.store import Key, Store, StoredVariant
 from optimizer.timing import Contender, Effort, Timing
+from optimizer.tracing import span
 from optimizer.variant import EngineModel, Model, OnnxModel
 from serve.engines import EngineSpec
 from serve.machine import Machine
@@ -244,8 +245,10 @@ class Evaluator:
             _add(self.saved_s, key.metric, float(seconds or 0.0))
             return stored
         start_s = self.clock()
+        about = {"trimserve.metric": key.metric, "trimserve.variant.id": key.variant_id}
         try:
-            stored = measure()
+            with span(f"measure {key.metric}", about):
+                stored = measure()
         finally:
             seconds = self.clock() - start_s
             _add(self.spent_s, key.metric, seconds)

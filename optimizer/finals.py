@@ -23,6 +23,7 @@ from optimizer.result import Outcome, RungRecord, Status, Variant
 from optimizer.search.ladder import Rung
 from optimizer.spec import Spec
 from optimizer.store import StoredVariant
+from optimizer.tracing import span
 from optimizer.trials import Trials
 from optimizer.verify import Candidate, Verifier
 from serve.machine import allowed_cpus
@@ -99,7 +100,8 @@ class Finals:
         refuted = 0
         for variant in contenders:
             self.observer.verification_began(variant, self.spec.slo.window_s)
-            with measuring_cores(len(allowed_cpus())):
+            about = {"trimserve.variant.id": variant.id}
+            with span("verify on the real server", about), measuring_cores(len(allowed_cpus())):
                 verification = verifier.verify(self._candidate(variant), self.spec.slo)
             variant = replace(variant, verification=verification)
             if verification.verdict == "met":

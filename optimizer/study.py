@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -374,7 +375,8 @@ class _Study:
                 raise InterruptedError("the study is ending, and the trial failed of that perhaps")
             return trials.log_end(trial, ascent, ended, self._spent_s())
 
-        jobs = [partial(run, trial, met) for trial, met in todo]
+        # In threads of their own, in which they are parts of what this one is in.
+        jobs = [partial(copy_context().run, run, trial, met) for trial, met in todo]
         if self._places.n == 1:
             made = [job() for job in jobs]
         else:

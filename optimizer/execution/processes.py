@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from optimizer import tracing
 from optimizer.errors import TechniqueFailed
 from optimizer.execution import Json
 from optimizer.execution.calls import error_from
@@ -65,7 +66,10 @@ class ProcessExecutor:
         blamed = str(arguments.get("technique") or _last(arguments["recipe"]))
         self.start()
         assert self._worker is not None
-        return self._told(self._worker, {"call": call, "arguments": arguments}, blamed)
+        request = {"call": call, "arguments": arguments}
+        if (traceparent := tracing.traceparent()) is not None:
+            request["traceparent"] = traceparent
+        return self._told(self._worker, request, blamed)
 
     def close(self) -> None:
         worker, self._worker = self._worker, None
@@ -133,9 +137,13 @@ class _Worker:
             if line is None:
                 raise WorkerLost(self._last_words())
             document: dict[str, Any] = json.loads(line)
-            if "told" not in document:
+            if "told" in document:
+                tell(document["told"])
+            elif "span" in document:
+                with suppress(ValueError):
+                    tracing.pass_on(tracing.SpanRecord.from_dict(document["span"]))
+            else:
                 return document
-            tell(document["told"])
 
     def stop(self) -> None:
         """End it and what it started, whatever it is doing."""

@@ -1,8 +1,8 @@
 """The worker: a process that builds, asked over its standard input and output.
 
 One JSON document a line: first what to build for, then calls (`optimizer.execution.calls`), each
-answered by a line, after lines that tell how far it is. What techniques print goes to standard
-error, and they have nothing to read.
+answered by a line, after lines that tell how far it is, and which span has ended where the call
+names a `traceparent`. What techniques print goes to standard error, and they have nothing to read.
 
     python -m optimizer.execution.worker LIFELINE
 
@@ -24,6 +24,7 @@ from optimizer.execution.setup import make_builder
 from optimizer.measuring.cores import building
 from optimizer.spec import read_spec
 from optimizer.telling import Seldom, Tell
+from optimizer.tracing import recording
 
 TELL_EVERY_S = 1.0
 
@@ -51,7 +52,12 @@ def _serve(requests: TextIO, answers: TextIO) -> int:
         return 1
     _say(answers, {"answer": "ready"})
     for line in requests:
-        _say(answers, _answered(builder, json.loads(line), given["max_wait_s"]))
+        request = json.loads(line)
+        with recording(
+            request.get("traceparent"), lambda one: _say(answers, {"span": one.to_dict()})
+        ):
+            document = _answered(builder, request, given["max_wait_s"])
+        _say(answers, document)
     return 0
 
 

@@ -43,6 +43,10 @@ class Unauthenticated(Exception):
     """No credentials, or none that are good; the message never shows them."""
 
 
+class ProviderUnavailable(Exception):
+    """The provider doesn't answer, or not as it should; the message shows no secret."""
+
+
 class Forbidden(Exception):
     def __init__(self, wanted: str) -> None:
         super().__init__(f"you may not: {wanted}")
@@ -215,6 +219,14 @@ class Authenticator:
         return self._of_provider(token, self.oidc)
 
     def _of_provider(self, token: str, oidc: Oidc) -> Caller:
+        claims = self.claims(token, oidc.audience)
+        return Caller(f"{claims['sub']}@{oidc.issuer}", _scopes(claims, oidc))
+
+    def claims(self, token: str, audience: str) -> Mapping[str, Any]:
+        """What a token of the provider for `audience` says. Raises Unauthenticated."""
+        oidc = self.oidc
+        if oidc is None:
+            raise Unauthenticated("this service has no OpenID provider")
         if self._jwks is None:
             self._jwks = jwt.PyJWKClient(
                 oidc.jwks_url, cache_keys=True, lifespan=_JWKS_KEPT_S, timeout=_JWKS_TIMEOUT_S
@@ -225,14 +237,14 @@ class Authenticator:
                 token,
                 signing.key,
                 algorithms=list(_ALGORITHMS),
-                audience=oidc.audience,
+                audience=audience,
                 issuer=oidc.issuer,
                 leeway=_LEEWAY_S,
                 options={"require": ["exp", "iat", "sub"]},
             )
         except jwt.PyJWTError as error:
             raise Unauthenticated(f"the token isn't good: {error}") from error
-        return Caller(f"{claims['sub']}@{oidc.issuer}", _scopes(claims, oidc))
+        return claims
 
 
 def _scopes(claims: Mapping[str, Any], oidc: Oidc) -> frozenset[Scope]:

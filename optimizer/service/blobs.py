@@ -8,25 +8,29 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
+from optimizer.service.object_store import ObjectStore
 
 _CHUNK_BYTES = 1 << 20
 
 
 class Blobs:
     """`url` is a folder or an fsspec address such as s3://bucket/prefix. Usable from several
-    threads."""
+    threads. Where an object store doesn't answer, or not as it should, StoreUnavailable is raised
+    by all of it."""
 
     def __init__(self, url: str) -> None:
-        self._fs: Any
-        self._fs, root = fsspec.core.url_to_fs(url)
-        self._root = root.rstrip("/")
-        self.is_local = isinstance(self._fs, LocalFileSystem)
+        """Raises StoreUnavailable where the address can't be used at all."""
+        self._store = ObjectStore(url)
+        self._fs, self._root = self._store.fs, self._store.root
+        self.is_local = self._store.is_local
+        self.shown = self._store.shown
         if self.is_local:
             Path(self._root).mkdir(parents=True, exist_ok=True)
+
+    def check(self) -> None:
+        """Raises StoreUnavailable where an object can't be written, read and deleted."""
+        self._store.check()
 
     # --- uploads
 
@@ -41,14 +45,18 @@ class Blobs:
                 file.write(content)
             Path(file.name).replace(target)
         else:
-            self._fs.pipe_file(path, content)
+            with self._store.translated():
+                self._fs.pipe_file(path, content)
 
     def parts(self, upload_id: str, size_bytes: int) -> Iterator[bytes]:
         """The upload's content from its beginning. Raises OSError where a part is missing."""
         offset = 0
         while offset < size_bytes:
-            with self._fs.open(self._part(upload_id, offset), "rb") as file:
-                start = offset
+            start = offset
+            with (
+                self._store.translated(),
+                self._fs.open(self._part(upload_id, offset), "rb") as file,
+            ):
                 while chunk := file.read(_CHUNK_BYTES):
                     offset += len(chunk)
                     yield chunk
@@ -62,14 +70,19 @@ class Blobs:
         return digest.hexdigest()
 
     def fetch_upload(self, upload_id: str, size_bytes: int, sha256: str, target: Path) -> None:
-        """Copy the upload to a file. Raises OSError, also where its content has changed."""
-        digest = hashlib.sha256()
-        with target.open("wb") as file:
-            for chunk in self.parts(upload_id, size_bytes):
-                digest.update(chunk)
-                file.write(chunk)
-        if digest.hexdigest() != sha256:
-            raise OSError(f"upload {upload_id}: what is stored isn't what was uploaded")
+        """Copy the upload to a file, which is there only once it is whole. Raises OSError, also
+        where its content has changed."""
+        digest, partial = hashlib.sha256(), target.with_name(f".{target.name}.part")
+        try:
+            with partial.open("wb") as file:
+                for chunk in self.parts(upload_id, size_bytes):
+                    digest.update(chunk)
+                    file.write(chunk)
+            if digest.hexdigest() != sha256:
+                raise OSError(f"upload {upload_id}: what is stored isn't what was uploaded")
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def delete_upload(self, upload_id: str) -> None:
         self._delete(f"{self._root}/uploads/{upload_id}")
@@ -87,24 +100,28 @@ class Blobs:
                     Path(path).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(file, path)
                 else:
-                    self._fs.put_file(str(file), path)
+                    with self._store.translated():
+                        self._fs.put_file(str(file), path)
 
     def read(self, job_id: str, claim: str, name: str, max_bytes: int) -> bytes | None:
         """The content of a file, None where there is none. Raises OSError where it is larger."""
         path = f"{self._root}/jobs/{job_id}/{claim}/{_inner(name)}"
         try:
-            if self._fs.size(path) > max_bytes:
-                raise OSError(f"{name}: over {max_bytes} bytes")
-            content: bytes = self._fs.cat_file(path)
+            with self._store.translated():
+                size_bytes = self._fs.size(path)
+                content: bytes = self._fs.cat_file(path) if size_bytes <= max_bytes else b""
         except FileNotFoundError:
             return None
+        if size_bytes > max_bytes:
+            raise OSError(f"{name}: over {max_bytes} bytes")
         return content
 
     def files(self, job_id: str, claim: str, folder: str) -> dict[str, str]:
         """The files of a folder: name in it -> name for `fetch`."""
         root = f"{self._root}/jobs/{job_id}/{claim}/{_inner(folder)}"
         try:
-            found = self._fs.find(root)
+            with self._store.translated():
+                found = self._fs.find(root)
         except FileNotFoundError:
             return {}
         return {str(path).removeprefix(f"{root}/"): str(path) for path in found}
@@ -112,12 +129,15 @@ class Blobs:
     def fetch(self, path: str, target: Path) -> None:
         """Copy one of `files` to a file."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        self._fs.get_file(path, str(target))
+        with self._store.translated():
+            self._fs.get_file(path, str(target))
 
     def keep_only(self, job_id: str, claim: str) -> None:
         """Delete what other claims of the job have stored. It may be there: what counts is."""
         root = f"{self._root}/jobs/{job_id}"
-        for path in self._fs.ls(root, detail=False):
+        with self._store.translated():
+            found = self._fs.ls(root, detail=False)
+        for path in found:
             if str(path).rstrip("/").rpartition("/")[2] != claim:
                 self._delete(str(path))
 
@@ -128,8 +148,9 @@ class Blobs:
         return f"{self._root}/uploads/{upload_id}/{offset:016d}"
 
     def _delete(self, path: str) -> None:
-        if self._fs.exists(path):
-            self._fs.rm(path, recursive=True)
+        with self._store.translated():
+            if self._fs.exists(path):
+                self._fs.rm(path, recursive=True)
 
 
 def _inner(name: str) -> str:

@@ -26,7 +26,8 @@ from typing import Any
 
 import psutil
 
-from optimizer.service.reporting import Lines, Reporter
+from optimizer.service.reporting import SPAN, Lines, Reporter
+from optimizer.tracing import recording, span
 
 EXIT_DONE, EXIT_USAGE, EXIT_INTERNAL = 0, 2, 70
 RESULT, REPORT, REPOSITORY = "result.json", "report.html", "versions"
@@ -38,7 +39,8 @@ _NO_NEW_PRIVILEGES = 38  # PR_SET_NO_NEW_PRIVS, linux/prctl.h
 class Order:
     """What a child is to do. `kind` is the job's; `spec` the materialized spec of a study, or the
     SLO of a load test; `out` the folder for what is made. `model`, `version`, `repository` are a
-    load test's. `lifeline` and `events` are descriptors."""
+    load test's, with `trusts_code` where the version's files may carry code. `lifeline` and
+    `events` are descriptors, `traceparent` the place in a trace that it is a part of."""
 
     kind: str
     spec: str
@@ -54,6 +56,8 @@ class Order:
     model: str = ""
     version: str = ""
     repository: str = ""
+    trusts_code: bool = False
+    traceparent: str | None = None
     command: tuple[str, ...] = field(default=())
 
     def write(self, path: Path) -> None:
@@ -74,7 +78,8 @@ def main(order_file: str) -> int:
     Path(os.environ["TMPDIR"]).mkdir(exist_ok=True)
     lines = Lines(order.events)
     try:
-        outcome = _study(order, lines) if order.kind == "optimization" else _load(order, lines)
+        with recording(order.traceparent, lambda span: lines.tell(SPAN, span.to_dict())):
+            outcome = _carried_out(order, lines)
     except KeyboardInterrupt:
         return 130
     except _mendable() as error:
@@ -89,6 +94,14 @@ def main(order_file: str) -> int:
         return EXIT_INTERNAL
     lines.tell("result", {"outcome": outcome})
     return EXIT_DONE
+
+
+def _carried_out(order: Order, lines: Lines) -> str:
+    is_study = order.kind == "optimization"
+    with span("study" if is_study else "load test") as under_way:
+        outcome = _study(order, lines) if is_study else _load(order, lines)
+        under_way.set("trimserve.outcome", outcome)
+    return outcome
 
 
 def _study(order: Order, lines: Lines) -> str:
@@ -139,6 +152,8 @@ def _load(order: Order, lines: Lines) -> str:
         "--load-model", order.model, "--version-policy", f"specific:{order.version}",
         "--slo", order.spec, "--control-port", "0",
     ]  # fmt: skip
+    if order.trusts_code:
+        serve.append("--trust-code")
     lines.tell("phase", {"name": "starting the server"})
     with running_server(serve, timeouts) as ports:
         lines.tell("phase", {"name": f"load test, {slo.window_s:g} s and its warm-up"})

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -26,10 +27,11 @@ from optimizer.execution.cluster import MEASURE_RESOURCE
 
 if TYPE_CHECKING:
     from optimizer.service.app import Settings
+    from optimizer.service.telemetry import Telemetry
     from optimizer.service.worker import WorkerOptions
 
 EXIT_USAGE = 2
-_NEEDED = ("alembic", "jinja2", "jwt", "psutil", "sqlalchemy", "urllib3")
+_NEEDED = ("alembic", "authlib", "jinja2", "jwt", "psutil", "requests", "sqlalchemy", "urllib3")
 
 HELP = """\
 Run optimization jobs as a service.
@@ -89,8 +91,9 @@ RepositoryOption = Annotated[
     list[str] | None,
     typer.Option(
         "--repository",
-        metavar="NAME=DIR",
-        help="A serving repository that jobs can be published to; again for more.",
+        metavar="NAME=DIR|URL",
+        help="A serving repository that jobs can be published to, a folder or s3://BUCKET/PREFIX; "
+        "again for more.",
     ),
 ]
 AllowStore = Annotated[
@@ -119,6 +122,18 @@ AllowPt2 = Annotated[
 MemoryLimit = Annotated[
     float | None,
     typer.Option(min=0.1, metavar="GB", help="Of a job with all its processes; then it's ended."),
+]
+JobDisk = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001,
+        metavar="GB",
+        help="Of a job: its files, and what it adds to the store of studies; then it's ended.",
+    ),
+]
+StoredQuota = Annotated[
+    float | None,
+    typer.Option(min=0.001, metavar="GB", help="Files that all jobs of one owner keep."),
 ]
 Format = Annotated[LogFormat, typer.Option(help="auto: text on a terminal, else JSON lines.")]
 
@@ -161,11 +176,28 @@ def run_command(
     oidc_jwks: Annotated[
         str | None, typer.Option(metavar="URL", help="The provider's keys (jwks_uri).")
     ] = None,
+    oidc_client_id: Annotated[
+        str | None,
+        typer.Option(
+            help="Log in to the page at the provider, as this client of it; its secret, if it has "
+            "one, is in TRIMSERVE_OIDC_CLIENT_SECRET."
+        ),
+    ] = None,
+    public_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Where browsers reach the service; they come back to "
+            "URL/login/provider, which the provider has to know.",
+        ),
+    ] = None,
     allow_store: AllowStore = None,
     allow_factory: AllowFactory = None,
     allow_agent: AllowAgent = None,
     allow_pt2: AllowPt2 = False,
     memory_limit_gb: MemoryLimit = None,
+    job_disk_gb: JobDisk = None,
+    stored_quota_gb: StoredQuota = None,
     max_job_s: Annotated[
         float, typer.Option(min=1, help="A spec's budget.wall_clock_s may be at most this.")
     ] = 86_400,
@@ -208,10 +240,11 @@ def run_command(
         scratch=data / "scratch",
         repositories=_repositories(repository),
         policy=_policy(allow_store, allow_factory, allow_agent, allow_pt2, max_job_s),
-        quotas=Quotas(max_open_jobs),
+        quotas=Quotas(max_open_jobs, _bytes(stored_quota_gb)),
         upload_limits=Limits(owner_bytes=int(upload_quota_gb * 1e9), pt2=allow_pt2),
         keys=keys,
         oidc=oidc,
+        login=_login_client(oidc_client_id, public_url, oidc is not None),
         keep_s=None if keep_days is None else keep_days * 86_400,
         hosts=frozenset({"localhost", "127.0.0.1", "::1", host}) if is_open else None,
     )
@@ -221,6 +254,8 @@ def run_command(
     arguments += [part for one in repository or () for part in ("--repository", one)]
     arguments += [part for one in allow_store or () for part in ("--allow-store", one)]
     arguments += _options("--memory-limit-gb", memory_limit_gb)
+    arguments += _options("--job-disk-gb", job_disk_gb)
+    arguments += _options("--stored-quota-gb", stored_quota_gb)
     arguments += _options("--max-running-jobs", max_running_jobs)
     arguments += ["--log-format", _chosen(log_format)]
     tls = (tls_cert, tls_key) if tls_cert is not None and tls_key is not None else None
@@ -246,6 +281,8 @@ def worker_command(
     ] = None,
     allow_store: AllowStore = None,
     memory_limit_gb: MemoryLimit = None,
+    job_disk_gb: JobDisk = None,
+    stored_quota_gb: StoredQuota = None,
     max_running_jobs: Annotated[
         int | None, typer.Option(min=1, help="Jobs of one owner that run, over all workers.")
     ] = None,
@@ -269,7 +306,6 @@ def worker_command(
     from optimizer.service.worker import WorkerOptions
 
     _prepare(log_format)
-    memory = None if memory_limit_gb is None else int(memory_limit_gb * 1e9)
     options = WorkerOptions(
         name=name or f"{socket.gethostname()}-{os.getpid()}",
         work=(work or data / "work").absolute(),
@@ -280,7 +316,12 @@ def worker_command(
         repositories=_repositories(repository),
         lease_s=lease_s,
         max_running=max_running_jobs,
-        limits=ChildLimits(memory_bytes=memory, file_bytes=64 << 30),
+        max_stored_bytes=_bytes(stored_quota_gb),
+        limits=ChildLimits(
+            memory_bytes=_bytes(memory_limit_gb),
+            file_bytes=64 << 30,
+            disk_bytes=_bytes(job_disk_gb),
+        ),
         cluster=cluster_of(ray, ray_build_cpus, ray_measure),
     )
     _work(
@@ -366,13 +407,18 @@ def _serve(
     import asyncio
 
     from optimizer.service.app import make_parts
+    from optimizer.service.object_store import StoreUnavailable
     from optimizer.service.server import serve
 
-    parts = make_parts(settings)
-    try:
-        asyncio.run(serve(parts, settings, host, port, grpc_port, tls, _announce))
-    finally:
-        parts.database.close()
+    with _telemetry("trimserve-service") as telemetry:
+        try:
+            parts = replace(make_parts(settings), telemetry=telemetry)
+        except StoreUnavailable as error:
+            _usage(f"--blobs or --repository: {error}")
+        try:
+            asyncio.run(serve(parts, settings, host, port, grpc_port, tls, _announce))
+        finally:
+            parts.database.close()
 
 
 def _announce(ports: dict[str, int]) -> None:
@@ -393,6 +439,7 @@ def _work(
     from optimizer.service.database import Database, DatabaseUnavailable
     from optimizer.service.ledger import Ledger
     from optimizer.service.metrics import PrometheusWorkerMetrics
+    from optimizer.service.object_store import StoreUnavailable
     from optimizer.service.uploads import Limits, Uploads
     from optimizer.service.worker import Worker
 
@@ -408,7 +455,10 @@ def _work(
         except DatabaseUnavailable as error:
             sys.stderr.write(f"waiting for the database: {error}\n")
             stop.wait(2.0)
-    held = Blobs(blobs)
+    try:
+        held = Blobs(blobs)
+    except StoreUnavailable as error:
+        _usage(f"--blobs: {error}")
     metrics = PrometheusWorkerMetrics()
     if metrics_port is not None:
         start_http_server(metrics_port, registry=metrics.registry)
@@ -416,8 +466,21 @@ def _work(
         Ledger(opened), Uploads(opened, held, Limits()), held, _stores(allow_store), options,
         os.environ, metrics,
     )  # fmt: skip
-    worker.run(stop)
+    with _telemetry("trimserve-worker"):
+        worker.run(stop)
     opened.close()
+
+
+@contextlib.contextmanager
+def _telemetry(service: str) -> Iterator["Telemetry | None"]:
+    from optimizer.service.telemetry import TelemetryUnusable, telemetry
+
+    with contextlib.ExitStack() as stack:
+        try:
+            made = stack.enter_context(telemetry(os.environ, service))
+        except TelemetryUnusable as error:
+            _usage(str(error))
+        yield made
 
 
 @contextlib.contextmanager
@@ -497,6 +560,19 @@ def _check_installed() -> None:
         _usage(f"{', '.join(missing)} missing: pip install 'trimserve[service]'")
 
 
+def _login_client(client_id: str | None, public_url: str | None, has_provider: bool) -> Any:
+    from optimizer.service.provider_login import LoginClient, is_safe
+
+    secret = os.environ.pop("TRIMSERVE_OIDC_CLIENT_SECRET", None) or None
+    if client_id is None and public_url is None:
+        return None
+    if client_id is None or public_url is None or not has_provider:
+        _usage("--oidc-client-id and --public-url: want both, with --oidc-issuer")
+    if not is_safe(public_url) or "?" in public_url or "#" in public_url:
+        _usage(f"--public-url: got {public_url!r}, want an https address, or one of this machine")
+    return LoginClient(client_id, secret, public_url)
+
+
 def _policy(
     stores: Sequence[str] | None,
     factories: Sequence[str] | None,
@@ -520,13 +596,16 @@ def _stores(allowed: Sequence[str]) -> Any:
         _usage(f"--allow-store: {error}")
 
 
-def _repositories(given: Sequence[str] | None) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+def _repositories(given: Sequence[str] | None) -> dict[str, Path | str]:
+    from optimizer.service.object_store import without_credentials
+
+    found: dict[str, Path | str] = {}
     for text in given or ():
-        name, _, folder = text.partition("=")
-        if not name or not folder or "://" in folder:
-            _usage(f"--repository: got {text!r}, want NAME=DIR")
-        found[name] = Path(folder).absolute()
+        name, _, where = text.partition("=")
+        if not name or not where:
+            shown = without_credentials(text)
+            _usage(f"--repository: got {shown!r}, want NAME=DIR or NAME=s3://BUCKET/PREFIX")
+        found[name] = where if "://" in where else Path(where).absolute()
     return found
 
 
@@ -541,6 +620,10 @@ def _migrated(database: str | None, data: Path) -> Any:
 
 def _options(name: str, value: object) -> list[str]:
     return [] if value is None else [name, str(value)]
+
+
+def _bytes(gigabytes: float | None) -> int | None:
+    return None if gigabytes is None else int(gigabytes * 1e9)
 
 
 def _is_loopback(host: str) -> bool:

@@ -43,6 +43,7 @@ class JobDocument(BaseModel):
     updated_at: str
     started_at: str | None
     ended_at: str | None
+    stored_bytes: int = Field(description="Of the files that it keeps.")
     n_events: int
 
 
@@ -126,6 +127,7 @@ def job_document(job: Job) -> JobDocument:
         updated_at=_when(job.updated_s) or "",
         started_at=_when(job.started_s),
         ended_at=_when(job.ended_s),
+        stored_bytes=job.stored_bytes,
         n_events=job.n_events,
     )
 

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from optimizer.service.database import DatabaseUnavailable
@@ -68,7 +68,7 @@ class Feed:
 
     async def follow(
         self, job_id: str, after: int, beat_s: float = 15.0
-    ) -> AsyncIterator[Event | None]:
+    ) -> AsyncGenerator[Event | None, None]:
         """The job's events with numbers above `after`: those that are there, and then those that
         come, until the job has ended and all was told. None whenever nothing came for `beat_s`.
 

@@ -36,6 +36,8 @@ OPEN: Final = frozenset({State.QUEUED}) | ACTIVE
 """Counted by quotas."""
 DEFAULT_ATTEMPTS: Final = 3
 """Workers that may be lost in a row with a job that gets no further, before it counts as failed."""
+JOB_ID: Final = "trimserve.job.id"
+"""The attribute of spans."""
 MAX_CLAIMS: Final = 30
 """Of one run, however far each of them came; what a worker gave back isn't counted."""
 
@@ -81,7 +83,9 @@ class Job:
     is the number of the last batch of events from the claim's worker. `outcome` is the study's,
     where one came to its end; `error` says why a job failed. `n_events` is the number of the last
     event, `n_logs` of the last piece of log.
-    `revision` grows by every change.
+    `revision` grows by every change. `traceparent` is the place in a trace that it was submitted at
+    (W3C Trace Context), where its submission was traced; `stored_bytes` are those of the files that
+    it keeps.
     """
 
     id: str
@@ -108,6 +112,8 @@ class Job:
     n_events: int = 0
     n_logs: int = 0
     revision: int = 0
+    traceparent: str | None = None
+    stored_bytes: int = 0
 
 
 def claim(job: Job, lease: Lease, now_s: float) -> Job:
@@ -151,6 +157,12 @@ def told(job: Job, token: str, batch: int, reached: int) -> Job:
         reached=max(reached, job.reached),
         lost=0 if further else job.lost,
     )
+
+
+def kept(job: Job, token: str, stored_bytes: int) -> Job:
+    """Its worker is going to store its files."""
+    _held(job, token)
+    return replace(job, stored_bytes=stored_bytes)
 
 
 def expire(job: Job, now_s: float, blameless: bool = False) -> Job:
@@ -222,7 +234,7 @@ def retry(job: Job, now_s: float) -> Job:
 def delete(job: Job, now_s: float) -> Job:
     """It disappears; only the audit remembers."""
     _check("delete", job, ENDED)
-    return replace(job, state=State.DELETED, updated_s=now_s)
+    return replace(job, state=State.DELETED, stored_bytes=0, updated_s=now_s)
 
 
 def _ended(job: Job, state: State, now_s: float) -> Job:

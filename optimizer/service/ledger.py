@@ -54,6 +54,18 @@ class QuotaExceeded(Exception):
         self.limit = limit
 
 
+class StorageExceeded(Exception):
+    """The owner's jobs keep as many bytes of files as are allowed."""
+
+    def __init__(self, used: int, more: int, limit: int) -> None:
+        asked = f"{more} bytes beside the {used}" if more else f"{used} bytes, which is all"
+        super().__init__(
+            f"stored files: got {asked} that the owner's jobs keep, want at most {limit} together: "
+            "delete jobs"
+        )
+        self.used, self.limit = used, limit
+
+
 @dataclass(frozen=True)
 class Event:
     """What happened to a job; `number` counts from 1 without a gap."""
@@ -85,10 +97,11 @@ class Submission:
     priority: int = 0
     max_attempts: int = life.DEFAULT_ATTEMPTS
     parent_id: str | None = None
+    traceparent: str | None = None
 
     @property
     def digest(self) -> str:
-        """Of all that was asked for: the same request has the same."""
+        """Of all that was asked for: the same request has the same, whatever trace it is in."""
         asked = [self.name, self.spec, self.kind, dict(self.labels or {}), self.priority,
                  self.max_attempts, self.parent_id]  # fmt: skip
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
@@ -132,9 +145,11 @@ class Ledger:
         key: str | None = None,
         max_open: int | None = None,
         note: Note | None = None,
+        max_stored_bytes: int | None = None,
     ) -> tuple[Job, bool]:
         """The job, and whether it is new: the same `key` with the same request gives the job of
-        before. Raises KeyReused, QuotaExceeded (`max_open` jobs of the owner are open).
+        before. Raises KeyReused, QuotaExceeded (`max_open` jobs of the owner are open),
+        StorageExceeded (those that ended keep `max_stored_bytes`).
 
         What is done is noted in the audit, here and where else a `note` is given."""
         request = Repeatable(submission.owner, key, submission.digest) if key is not None else None
@@ -146,6 +161,10 @@ class Ledger:
                     return self._read(connection, known), False
             if max_open is not None:
                 self._check_quota(connection, submission.owner, max_open)
+            if max_stored_bytes is not None:
+                used = self._stored_bytes(connection, submission.owner)
+                if used >= max_stored_bytes:
+                    raise StorageExceeded(used, 0, max_stored_bytes)
             job = Job(
                 id=_new_id(),
                 owner=submission.owner,
@@ -157,6 +176,7 @@ class Ledger:
                 priority=submission.priority,
                 parent_id=submission.parent_id,
                 max_attempts=submission.max_attempts,
+                traceparent=submission.traceparent,
             )
             if request is not None:
                 has_made(connection, request, job.id)
@@ -206,6 +226,17 @@ class Ledger:
         with self.database.reading() as connection:
             rows = connection.execute(select(state, func.count()).group_by(state)).all()
         return {State(name): int(n) for name, n in rows if name != State.DELETED}
+
+    def stored_bytes(self, owner: str | None = None) -> int:
+        """Of the files that jobs keep: an owner's, or all."""
+        with self.database.reading() as connection:
+            return self._stored_bytes(connection, owner)
+
+    def uploaded_bytes(self) -> int:
+        """Of all uploads, as they were announced."""
+        total = select(func.coalesce(func.sum(schema.uploads.c.size_bytes), 0))
+        with self.database.reading() as connection:
+            return int(connection.execute(total).scalar_one())
 
     def cancel(self, job_id: str, note: Note | None = None) -> Job:
         """Raises JobNotFound, NotAllowed."""
@@ -357,6 +388,21 @@ class Ledger:
                 self._remember(connection, job_id, events)
             if text:
                 self._log(connection, job, text, now_s)
+
+    def keep(
+        self, job_id: str, token: str, stored_bytes: int, max_stored_bytes: int | None = None
+    ) -> None:
+        """Reserve room for the files that the job is going to keep. Raises LeaseLost,
+        StorageExceeded where its owner's jobs would have more than `max_stored_bytes`."""
+        with self.database.writing() as connection:
+            job = self._own(connection, job_id)
+            if max_stored_bytes is not None:
+                if not self.database.is_sqlite:  # two jobs of an owner may end at the same time
+                    connection.execute(select(func.pg_advisory_xact_lock(_number(job.owner))))
+                used = self._stored_bytes(connection, job.owner) - job.stored_bytes
+                if used + stored_bytes > max_stored_bytes:
+                    raise StorageExceeded(used, stored_bytes, max_stored_bytes)
+            self._kept(connection, job, life.kept(job, token, stored_bytes), tell=False)
 
     def release(self, job_id: str, token: str) -> None:
         self._end(job_id, lambda job, now_s: life.release(job, token, now_s))
@@ -532,6 +578,13 @@ class Ledger:
         if n_open >= limit:
             raise QuotaExceeded(int(n_open), limit)
 
+    def _stored_bytes(self, connection: Connection, owner: str | None) -> int:
+        table = schema.jobs
+        total = select(func.coalesce(func.sum(table.c.stored_bytes), 0))
+        if owner is not None:
+            total = total.where(table.c.owner == owner)
+        return int(connection.execute(total).scalar_one())
+
     def _is_older(self, connection: Connection, job_id: str) -> Any:
         table = schema.jobs
         last = connection.execute(
@@ -602,6 +655,11 @@ def _job(row: Row[Any]) -> Job:
             "lease": lease,
         }
     )
+
+
+def _number(text: str) -> int:
+    """A lock's, 63 bits."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
 
 
 def _new_id() -> str:

@@ -63,7 +63,13 @@ class _Jobs(Collector):
         workers = GaugeMetricFamily(
             "trimserve_workers", "Workers seen lately, busy with a job or not.", labels=["busy"]
         )
+        stored = GaugeMetricFamily(
+            "trimserve_stored_bytes",
+            "Bytes of files kept: what jobs made, and uploads as they were announced.",
+            labels=["kind"],
+        )
         try:
+            jobs_bytes, uploads_bytes = self._ledger.stored_bytes(), self._ledger.uploaded_bytes()
             counts, seen = self._ledger.counts(), self._ledger.workers(SEEN_WITHIN_S)
         except DatabaseUnavailable:
             up.add_metric([], 0)
@@ -75,7 +81,9 @@ class _Jobs(Collector):
         n_busy = sum(job is not None for job in seen.values())
         workers.add_metric(["true"], n_busy)
         workers.add_metric(["false"], len(seen) - n_busy)
-        return [up, jobs, workers]
+        stored.add_metric(["jobs"], jobs_bytes)
+        stored.add_metric(["uploads"], uploads_bytes)
+        return [up, jobs, workers, stored]
 
 
 class PrometheusWorkerMetrics(WorkerMetrics):

@@ -6,14 +6,15 @@ changed something. It knows neither HTTP nor gRPC, and runs no job.
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from optimizer import tracing
 from optimizer.service.audit import Audit, Entry, Note
 from optimizer.service.auth import Caller, Scope
 from optimizer.service.blobs import Blobs
 from optimizer.service.child import LOAD_TEST_HTML, LOAD_TEST_JSON, REPORT, RESULT
-from optimizer.service.jobs import ENDED, Job, Kind, State
+from optimizer.service.jobs import ENDED, JOB_ID, Job, Kind, State
 from optimizer.service.ledger import Event, JobNotFound, Ledger, Piece, Query, Submission
 from optimizer.service.publishing import NothingToPublish, Publication, Publisher, Wish
 from optimizer.service.submitted import Policy, read_submitted
@@ -40,9 +41,11 @@ class NotThere(Exception):
 
 @dataclass(frozen=True)
 class Quotas:
-    """Of one owner: jobs that are queued or running. How many of them run, workers see to."""
+    """Of one owner: jobs that are queued or running, and bytes of files that jobs keep. How many of
+    them run, and that one doesn't store too much, workers see to."""
 
     open_jobs: int = 100
+    stored_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Operations:
         self.policy = policy
         self._blobs = blobs
         self._audit = audit
-        self._quotas = quotas
+        self.quotas = quotas
 
     # --- jobs
 
@@ -87,7 +90,8 @@ class Operations:
         parent_id: str | None = None,
     ) -> tuple[Job, bool]:
         """A new job, or with an idempotency `key` that came before the job of then; and whether it
-        is new. Raises DocumentInvalid, RequestInvalid, KeyReused, QuotaExceeded, Forbidden."""
+        is new. Raises DocumentInvalid, RequestInvalid, KeyReused, QuotaExceeded,
+        StorageExceeded, Forbidden."""
         caller.check(Scope.SUBMIT)
         _check_labels(labels or {})
         if not -100 <= priority <= 100:
@@ -110,7 +114,7 @@ class Operations:
             parent_id=parent_id,
         )
         note = Note(caller.subject, "submit", {"name": submitted.name, "parent": parent_id})
-        job, is_new = self.ledger.submit(submission, key, self._quotas.open_jobs, note)
+        job, is_new = self._queued(submission, key, note)
         if is_new:
             used = [one.removeprefix("upload:") for one in submitted.references]
             self.uploads.touch(used)
@@ -160,7 +164,7 @@ class Operations:
     def retry(self, caller: Caller, job_id: str) -> Job:
         self._own(caller, job_id)
         note = Note(caller.subject, "retry")
-        return self.ledger.retry(job_id, self._quotas.open_jobs, note)
+        return self.ledger.retry(job_id, self.quotas.open_jobs, note)
 
     def clone(
         self,
@@ -224,7 +228,13 @@ class Operations:
         if claim is None or job.kind is not Kind.OPTIMIZATION:
             raise NothingToPublish(f"job {job_id} has found nothing that could be published")
         wish = Wish(job_id, claim, repository, model, caller.subject, key)
-        return self.publisher.publish(wish)
+        about = {JOB_ID: job_id, "trimserve.repository": repository}
+        # In the job's trace, which the request that asks for it is linked with.
+        with tracing.span("publish version", about, parent=job.traceparent) as span:
+            publication = self.publisher.publish(wish)
+            span.set("trimserve.model", publication.model)
+            span.set("trimserve.version", publication.version)
+        return publication
 
     def load_test(
         self, caller: Caller, publication_id: str, key: str | None = None
@@ -244,13 +254,14 @@ class Operations:
                 "repository": publication.repository,
                 "model": publication.model,
                 "version": publication.version,
+                "digest": publication.digest,
                 "slo": dict(self.publisher.slo(publication)),
             },
             kind=Kind.LOAD_TEST,
             parent_id=publication.job_id,
         )
         note = Note(caller.subject, "load_test", {"publication": publication.id})
-        return self.ledger.submit(submission, key, self._quotas.open_jobs, note)
+        return self._queued(submission, key, note)
 
     def publications(self, caller: Caller, job_id: str) -> list[Publication]:
         self.job(caller, job_id)
@@ -311,6 +322,22 @@ class Operations:
             references = self.ledger.spec(job.id).get("references", ())
             in_use |= {one.removeprefix("upload:") for one in references}
         self.uploads.forget_unused(frozenset(in_use))
+
+    def _queued(self, submission: Submission, key: str | None, note: Note) -> tuple[Job, bool]:
+        """The job, in the trace of the one that it is made from if there is one."""
+        parent = None
+        if submission.kind is Kind.LOAD_TEST and submission.parent_id is not None:
+            with suppress(JobNotFound):
+                parent = self.ledger.job(submission.parent_id).traceparent
+        about = {"trimserve.job.kind": submission.kind.value}
+        with tracing.span("submit job", about, parent=parent, kind="producer") as span:
+            traced = replace(submission, traceparent=tracing.traceparent())
+            quotas = self.quotas
+            job, is_new = self.ledger.submit(
+                traced, key, quotas.open_jobs, note, quotas.stored_bytes
+            )
+            span.set(JOB_ID, job.id)
+        return job, is_new
 
     def _own(self, caller: Caller, job_id: str) -> Job:
         caller.check(Scope.SUBMIT)

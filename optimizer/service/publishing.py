@@ -1,22 +1,20 @@
 """Publishing what a job found to a serving repository, so that it happens once and whole.
 
 A version is a row first and files afterwards. The row reserves the version's number; the files
-are written by `serve.artifact.write_version`, whose manifest comes last, so that a server never
+are written by `optimizer.service.repositories`, with the manifest last, so that a server never
 sees half of them. Whoever dies in between leaves a row that says `writing`: the next one that looks
-finishes it, and finds by the manifest whether there is anything left to do. Files of a model are
-written by one process at a time, which holds a lock of the kernel's meanwhile (flock): so who is
-slow isn't taken for dead.
+finishes it, and finds by the manifest whether there is anything left to do. Who is slow isn't taken
+for dead: it says in the row that it is at it still, and in a folder it holds a kernel's lock.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import secrets
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +24,21 @@ from optimizer.service import audit, schema, scratch
 from optimizer.service.audit import Note
 from optimizer.service.blobs import Blobs
 from optimizer.service.child import REPOSITORY
-from optimizer.service.database import Database
+from optimizer.service.database import Database, DatabaseUnavailable
+from optimizer.service.object_store import StoreUnavailable
 from optimizer.service.repeats import Repeatable, has_made, made_before
-from serve.artifact import (
-    Manifest,
-    check_model_name,
-    next_version,
-    read_manifest,
-    verify_files,
-    write_atomically,
-    write_version,
-)
+from optimizer.service.repositories import Repository, open_repository
+from serve.artifact import MANIFEST, Manifest, check_model_name, read_manifest, verify_files
 from serve.errors import ArtifactInvalid
 
 log = logging.getLogger(__name__)
 
-MANIFEST, TRITON = "manifest.json", "config.pbtxt"
-LOCK = ".publishing.lock"
-"""In a model's folder, beside its versions."""
 _TAKEN_OVER_S = 10.0
-"""After which a publication that nobody finished is finished by another process."""
+"""After which a publication that nobody is at is finished by another process."""
+_AT_IT_S = 2.0
+"""How often its process says that it is at it."""
+_MAX_LOOKS = 5
+"""At a model's newest version, which others publish meanwhile."""
 
 
 class PublicationNotFound(Exception):
@@ -59,7 +52,8 @@ class NothingToPublish(Exception):
 
 @dataclass(frozen=True)
 class Publication:
-    """A version that a job's candidate became, or becomes: `state` is writing, done or failed."""
+    """A version that a job's candidate became, or becomes: `state` is writing, done or failed,
+    `digest` that of its files (`digest_of`) where it is known."""
 
     id: str
     job_id: str
@@ -71,6 +65,13 @@ class Publication:
     error: str | None
     created_s: float
     updated_s: float
+    digest: str | None = None
+
+
+def digest_of(manifest: Manifest) -> str:
+    """SHA-256 of the names, digests and sizes of a version's files, in whatever repository."""
+    files = {name: asdict(one) for name, one in manifest.files.items()}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -94,27 +95,36 @@ class Wish:
 
 
 class Publisher:
-    """`repositories`: name -> folder that servers read. `folder` is this machine's, for what is
-    under way."""
+    """`repositories`: name -> folder or fsspec address that servers read. `folder` is this
+    machine's, for what is under way."""
 
     def __init__(
-        self, database: Database, blobs: Blobs, repositories: Mapping[str, Path], folder: Path
+        self,
+        database: Database,
+        blobs: Blobs,
+        repositories: Mapping[str, Path | str],
+        folder: Path,
     ) -> None:
         self._database = database
         self._blobs = blobs
         self._scratch = folder
-        self.repositories = dict(repositories)
+        self.repositories = {name: open_repository(one) for name, one in repositories.items()}
+
+    def check(self) -> None:
+        """Raises StoreUnavailable where a repository can't be written."""
+        for repository in self.repositories.values():
+            repository.check()
 
     def publish(self, wish: Wish) -> Publication:
         """What became of the wish, or of the same one before, which may be under way.
 
-        Raises NothingToPublish, ArtifactInvalid, KeyReused, OSError."""
-        self._folder(wish.repository)
+        Raises NothingToPublish, ArtifactInvalid, KeyReused, OSError, StoreUnavailable."""
+        self._repository(wish.repository)
         with self._under_way() as folder:
             manifest = self._fetch(wish.job_id, wish.claim, folder)
             model = wish.model or manifest.model
             check_model_name(model)
-            publication, is_new = self._reserved(wish, model)
+            publication, is_new = self._reserved(wish, model, digest_of(manifest))
             return self._written(publication, folder) if is_new else publication
 
     def finish(self, claim_of: Mapping[str, str]) -> int:
@@ -161,23 +171,28 @@ class Publisher:
 
     def slo(self, publication: Publication) -> Mapping[str, Any]:
         """The SLO that the version was made for. Raises ArtifactInvalid, NothingToPublish."""
-        folder = self._folder(publication.repository)
-        manifest = read_manifest(folder / publication.model / publication.version)
+        repository = self._repository(publication.repository)
+        manifest = repository.manifest(publication.model, publication.version)
+        if manifest is None:
+            raise NothingToPublish("the version isn't there any more")
         if manifest.slo is None:
             raise NothingToPublish("the version names no SLO")
         return manifest.slo
 
-    def _folder(self, repository: str) -> Path:
-        folder = self.repositories.get(repository)
-        if folder is None:
+    def _repository(self, name: str) -> Repository:
+        """Raises NothingToPublish where it isn't one of the service's (any more)."""
+        repository = self.repositories.get(name)
+        if repository is None:
             allowed = ", ".join(sorted(self.repositories)) or "this service has none"
-            raise NothingToPublish(f"repository: got {repository!r}, want one of: {allowed}")
-        return folder
+            raise NothingToPublish(f"repository: got {name!r}, want one of: {allowed}")
+        return repository
 
-    def _reserved(self, wish: Wish, model: str) -> tuple[Publication, bool]:
-        """The row, with the next number that neither the table nor the folder has; and whether it
-        is new."""
+    def _reserved(self, wish: Wish, model: str, digest: str) -> tuple[Publication, bool]:
+        """The row, with the next number that neither the table nor the repository has; and
+        whether it is new."""
         table, repository, request = schema.publications, wish.repository, wish.repeatable
+        # Before the transaction: a store may take its time, and the row's number is its own.
+        taken = int(self._repository(repository).next_version(model))
         with self._database.writing() as connection:
             now_s = self._database.now_s(connection)
             known = made_before(connection, request, now_s) if request is not None else None
@@ -191,11 +206,10 @@ class Publisher:
                     table.c.repository == repository, table.c.model == model
                 )
             ).scalar_one()
-            taken = int(next_version(self._folder(repository), model))
             version = str(max(taken, int(highest or 0) + 1))
             publication = Publication(
                 secrets.token_hex(8), wish.job_id, repository, model, version, "writing",
-                wish.subject, None, now_s, now_s,
+                wish.subject, None, now_s, now_s, digest,
             )  # fmt: skip
             connection.execute(insert(table).values(**vars(publication)))
             if request is not None:
@@ -204,10 +218,6 @@ class Publisher:
             audit.write(connection, note, f"{repository}/{model}/{version}", now_s)
         return publication, True
 
-    def _directory(self, publication: Publication) -> Path:
-        """Raises NothingToPublish where its repository isn't one of the service's any more."""
-        return self._folder(publication.repository) / publication.model / publication.version
-
     @contextmanager
     def _under_way(self) -> Iterator[Path]:
         with scratch.held(self._scratch, f"publish-{secrets.token_hex(8)}") as folder:
@@ -215,28 +225,49 @@ class Publisher:
 
     def _written(self, publication: Publication, source: Path) -> Publication:
         """The publication as done: by us, or by another process that was quicker."""
+        repository = self._repository(publication.repository)
         try:
-            with alone(self._directory(publication).parent):
+            with self._at_it(publication), repository.alone(publication.model):
                 now = self.get(publication.id)
                 return now if now.state != "writing" else self._write(publication, source)
-        except (ArtifactInvalid, OSError) as error:
+        except (ArtifactInvalid, OSError, StoreUnavailable) as error:
             self._set(publication, "failed", str(error))
             raise
 
     def _write(self, publication: Publication, source: Path) -> Publication:
         """The files, as far as they aren't there, and the row."""
-        from optimizer.publish import TRITON_BACKENDS, triton_config
-
-        directory, folder = self._directory(publication), self._folder(publication.repository)
-        if not (directory / MANIFEST).exists():
+        repository = self._repository(publication.repository)
+        if repository.manifest(publication.model, publication.version) is None:
             manifest = replace(
                 read_manifest(source), model=publication.model, version=publication.version
             )
-            write_version(folder, manifest, {name: source / name for name in manifest.files})
-        version = read_manifest(directory)
-        if version.engine.name in TRITON_BACKENDS and not _has_newer(directory):
-            write_atomically(directory.parent / TRITON, triton_config(version).encode())
+            files = {name: source / name for name in manifest.files}
+            repository.write(publication.id, manifest, files)
+        _write_config(repository, publication.model)
         return self._set(publication, "done", None)
+
+    @contextmanager
+    def _at_it(self, publication: Publication) -> Iterator[None]:
+        """Say in the row, again and again, that it is being written."""
+        done = threading.Event()
+
+        def say() -> None:
+            table = schema.publications
+            while not done.wait(_AT_IT_S):
+                with suppress(DatabaseUnavailable), self._database.writing() as connection:
+                    connection.execute(
+                        update(table)
+                        .where(table.c.id == publication.id, table.c.state == "writing")
+                        .values(updated_s=self._database.now_s(connection))
+                    )
+
+        thread = threading.Thread(target=say, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def _fetch(self, job_id: str, claim: str, target: Path) -> Manifest:
         """The candidate's files into `target`, compared with their digests."""
@@ -270,16 +301,23 @@ class Publisher:
     def _finish(self, publication: Publication, claim: str | None) -> bool:
         """Whether it could be: another process may be at it still."""
         try:
-            directory = self._directory(publication)
-            with alone(directory.parent, waits=False), self._under_way() as folder:
+            repository = self._repository(publication.repository)
+            with (
+                repository.alone(publication.model, waits=False),
+                self._at_it(publication),
+                self._under_way() as folder,
+            ):
                 if self.get(publication.id).state != "writing":
                     return False
-                if not (directory / MANIFEST).exists():
+                if repository.manifest(publication.model, publication.version) is None:
                     if claim is None:
                         raise NothingToPublish("its job is gone")
                     self._fetch(publication.job_id, claim, folder)
                 self._write(publication, folder)
         except BlockingIOError:
+            return False
+        except StoreUnavailable as error:  # the next look may find it there
+            log.warning("publication %s can't be finished now: %s", publication.id, error)
             return False
         except (NothingToPublish, ArtifactInvalid, OSError) as error:
             log.error("publication %s can't be finished: %s", publication.id, error)
@@ -297,24 +335,17 @@ class Publisher:
         return replace(publication, state=state, error=error, updated_s=now_s)
 
 
-@contextmanager
-def alone(model: Path, waits: bool = True) -> Iterator[None]:
-    """Hold the lock of a model's folder, which is made if need be. Raises BlockingIOError where
-    another process has it and we don't wait."""
-    model.mkdir(parents=True, exist_ok=True)
-    file = os.open(model / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(file)
+def _write_config(repository: Repository, model: str) -> None:
+    """Triton's configuration, for the newest version, which may be another's by now."""
+    from optimizer.publish import TRITON_BACKENDS, triton_config
 
-
-def _has_newer(directory: Path) -> bool:
-    """Whether a later version of the model is there, which the model's own files follow."""
-    model = directory.parent
-    later = range(int(directory.name) + 1, int(next_version(model.parent, model.name)))
-    return any((model / str(number) / MANIFEST).exists() for number in later)
+    for _ in range(_MAX_LOOKS):
+        newest = repository.newest(model)
+        manifest = repository.manifest(model, newest) if newest is not None else None
+        if manifest is not None and manifest.engine.name in TRITON_BACKENDS:
+            repository.write_config(model, triton_config(manifest).encode())
+        if repository.newest(model) == newest:
+            return
 
 
 def _publication(row: Row[Any]) -> Publication:

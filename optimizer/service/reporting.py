@@ -2,11 +2,12 @@
 
 The kinds of events are `phase`, `trial_began`, `trial_climbed`, `step` (how far a long one is),
 `trial_ended`, `verification` and `note` here, `state` by the ledger, `result` and `error` by the
-child, `load_test` by a load test.
+child, `load_test` by a load test. A `span` is none, it goes to the traces.
 """
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from optimizer.wording import explain, slo_latency_s
 
 STEP_EVERY_S = 10.0
 """Events are kept, so a long step has few of them."""
+SPAN = "span"
+"""The kind of line that holds an `optimizer.tracing.SpanRecord`; its worker keeps it to itself."""
 MAX_FRONT = 64
 """Variants of the front that go with an event."""
 
@@ -27,11 +30,13 @@ class Lines:
 
     def __init__(self, descriptor: int) -> None:
         self._file = os.fdopen(descriptor, "w", encoding="utf-8")
+        self._lock = threading.Lock()  # spans end in the threads of trials
 
     def tell(self, kind: str, payload: Mapping[str, Any]) -> None:
         line = json.dumps({"kind": kind, "payload": payload}, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+        with self._lock:
+            self._file.write(line + "\n")
+            self._file.flush()
 
 
 class Reporter:

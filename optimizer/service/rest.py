@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from importlib import metadata
 from typing import Annotated, Any, Literal
 
@@ -25,23 +26,27 @@ from starlette.routing import compile_path
 
 from loadtest.document import MAX_DOCUMENT_BYTES, DocumentInvalid
 from optimizer.service import documents as d
-from optimizer.service.auth import Authenticator, Caller, Unauthenticated
+from optimizer.service.auth import Authenticator, Caller, Forbidden, Unauthenticated
 from optimizer.service.database import DatabaseUnavailable
 from optimizer.service.feed import Feed
 from optimizer.service.jobs import Kind, State
-from optimizer.service.ledger import MAX_PAGE, QuotaExceeded
+from optimizer.service.ledger import MAX_PAGE, Event, JobNotFound, QuotaExceeded
 from optimizer.service.ledger import Query as JobQuery
 from optimizer.service.metrics import ServiceMetrics
+from optimizer.service.object_store import StoreUnavailable
 from optimizer.service.operations import Operations, RequestInvalid
 from optimizer.service.page.rendering import Pages
 from optimizer.service.page.routes import page_router
+from optimizer.service.provider_login import ProviderLogin
 from optimizer.service.requests import caller_of, is_own_origin, read_body
 from optimizer.service.sessions import Sessions
 from optimizer.service.status import (
     UnsupportedMedia,
     status_of,
 )
+from optimizer.service.telemetry import NO_REQUESTS, Telemetry
 from optimizer.service.uploads import OffsetWrong
+from optimizer.service.watching import RECHECK_S, Watched
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +135,8 @@ class Overview(BaseModel):
     factories: list[str]
     max_wall_clock_s: float
     chunk_bytes: int
+    stored_bytes: int = Field(description="Of the files that your jobs keep.")
+    max_stored_bytes: int | None = Field(description="How many they may keep together.")
     jobs: dict[State, int]
 
 
@@ -147,6 +154,9 @@ def make_app(
     metrics: ServiceMetrics,
     hosts: frozenset[str] | None = None,
     sessions: Sessions | None = None,
+    telemetry: Telemetry | None = None,
+    recheck_s: float = RECHECK_S,
+    provider_login: ProviderLogin | None = None,
 ) -> FastAPI:
     """The application; its lifespan must be entered on the loop that it runs on.
 
@@ -160,10 +170,12 @@ def make_app(
         docs_url=None,
         redoc_url=None,
         responses=problems(),
+        telemetry=NO_REQUESTS if telemetry is None else telemetry.fastapi(),
     )
     app.state.operations, app.state.authenticator = operations, authenticator
     app.state.metrics, app.state.feed = metrics, None
     app.state.pages, app.state.sessions = Pages(), sessions
+    app.state.recheck_s, app.state.provider_login = recheck_s, provider_login
     app.include_router(_health())
     app.include_router(_jobs())
     app.include_router(_uploads())
@@ -248,7 +260,7 @@ def _jobs() -> APIRouter:
         "",
         operation_id="submit",
         status_code=201,
-        responses={200: {"model": d.JobDocument}, **problems(409, 413, 415, 429)},
+        responses={200: {"model": d.JobDocument}, **problems(409, 413, 415, 429, 507)},
         openapi_extra={"requestBody": _spec_body()},
     )
     async def submit(
@@ -311,18 +323,23 @@ def _jobs() -> APIRouter:
         after: After = 0,
     ) -> AsyncIterator[ServerSentEvent]:
         """Follow a job as server-sent events: `id` is an event's number, `event` its kind, `data`
-        the event as JSON. The stream ends with the job; Last-Event-ID goes on where it broke."""
+        the event as JSON. The stream ends with the job (`end`); Last-Event-ID goes on where it
+        broke. Where the caller's key is revoked or its token expires, it ends within 15 s by
+        `refused`, whose data is the problem document."""
         feed: Feed = request.app.state.feed
         start = after if last_event_id is None else last_event_id
-        async for event in feed.follow(job, start):
-            if event is None:
-                yield ServerSentEvent(comment="still here")
-            else:
-                yield ServerSentEvent(
-                    raw_data=d.event_document(event).model_dump_json(),
-                    event=event.kind,
-                    id=str(event.number),
-                )
+        operations, every_s = request.app.state.operations, request.app.state.recheck_s
+        watched = Watched(lambda: operations.job(caller_of(request), job), every_s)
+        events = watched.stream(feed.follow(job, start, every_s))
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    yield _sent(event)
+        except (Unauthenticated, Forbidden, JobNotFound) as error:
+            status = status_of(error)
+            problem = Problem(title=status.title, status=status.http, detail=str(error))
+            yield ServerSentEvent(raw_data=problem.model_dump_json(), event="refused")
+            return
         yield ServerSentEvent(raw_data="{}", event="end")
 
     @router.get("/{job_id}/logs", operation_id="list_logs", responses=problems(404))
@@ -358,7 +375,7 @@ def _jobs() -> APIRouter:
         """Stop it; its process is gone within 5 s."""
         return d.job_document(ops.cancel(who, job_id))
 
-    @router.post("/{job_id}/retry", operation_id="retry", responses=problems(404, 409, 429))
+    @router.post("/{job_id}/retry", operation_id="retry", responses=problems(404, 409, 429, 507))
     def retry(job_id: JobId, who: Who, ops: Ops) -> d.JobDocument:
         """Run an ended job again; what it has measured isn't measured again."""
         return d.job_document(ops.retry(who, job_id))
@@ -367,7 +384,7 @@ def _jobs() -> APIRouter:
         "/{job_id}/clone",
         operation_id="clone",
         status_code=201,
-        responses={200: {"model": d.JobDocument}, **problems(404, 409, 429)},
+        responses={200: {"model": d.JobDocument}, **problems(404, 409, 429, 507)},
     )
     def clone(
         job_id: JobId,
@@ -470,7 +487,7 @@ def _rest() -> APIRouter:
         "/publications/{publication_id}/load-test",
         operation_id="load_test",
         status_code=201,
-        responses={200: {"model": d.JobDocument}, **problems(404, 409, 429)},
+        responses={200: {"model": d.JobDocument}, **problems(404, 409, 429, 507)},
     )
     def load_test(
         publication_id: Annotated[str, Path(pattern=r"^[0-9a-f]{16}$")],
@@ -485,7 +502,7 @@ def _rest() -> APIRouter:
         return d.job_document(job)
 
     @router.get("/service", operation_id="overview")
-    def overview(_who: Who, ops: Ops) -> Overview:
+    def overview(who: Who, ops: Ops) -> Overview:
         """What this service allows, and how many jobs it has."""
         policy = ops.policy
         return Overview(
@@ -495,6 +512,8 @@ def _rest() -> APIRouter:
             factories=list(policy.factories),
             max_wall_clock_s=policy.max_wall_clock_s,
             chunk_bytes=ops.uploads.limits.chunk_bytes,
+            stored_bytes=ops.ledger.stored_bytes(who.subject),
+            max_stored_bytes=ops.quotas.stored_bytes,
             jobs=ops.ledger.counts(),
         )
 
@@ -513,6 +532,13 @@ def _rest() -> APIRouter:
         return [d.audit_document(one) for one in ops.audit(who, before, limit)]
 
     return router
+
+
+def _sent(event: Event | None) -> ServerSentEvent:
+    if event is None:
+        return ServerSentEvent(comment="still here")
+    data = d.event_document(event).model_dump_json()
+    return ServerSentEvent(raw_data=data, event=event.kind, id=str(event.number))
 
 
 def _followed(job_id: JobId, who: Who, ops: Ops) -> str:
@@ -601,7 +627,7 @@ def _handle_errors(app: FastAPI) -> None:
             answer.headers["WWW-Authenticate"] = "Bearer"
         if isinstance(error, OffsetWrong):
             answer.headers["Upload-Offset"] = str(error.received_bytes)
-        if isinstance(error, QuotaExceeded | DatabaseUnavailable):
+        if isinstance(error, QuotaExceeded | DatabaseUnavailable | StoreUnavailable):
             answer.headers["Retry-After"] = "5"
         return answer
 

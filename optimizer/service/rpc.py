@@ -8,7 +8,8 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from optimizer.service.operations import Operations, RequestInvalid
 from optimizer.service.publishing import Publication
 from optimizer.service.status import status_of
 from optimizer.service.uploads import Upload
+from optimizer.service.watching import RECHECK_S, Watched
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +46,13 @@ class JobsService:
         authenticator: Authenticator,
         metrics: ServiceMetrics,
         feed: Feed,
+        recheck_s: float = RECHECK_S,
     ) -> None:
         self._ops = operations
         self._authenticator = authenticator
         self._metrics = metrics
         self._feed = feed
+        self._recheck_s = recheck_s
 
     def handlers(self) -> Any:
         unary: dict[str, tuple[Call, type[Message], type[Message]]] = {
@@ -116,8 +120,13 @@ class JobsService:
                 job = await asyncio.to_thread(self._ops.job, caller, request.id)
                 if request.after < 0:
                     raise RequestInvalid("after", request.after, "0 or more")
-                async for message in stream(job.id, request.after):
-                    yield message
+                watched = Watched(
+                    lambda: self._ops.job(self._caller(context), job.id), self._recheck_s
+                )
+                async with aclosing(watched.stream(stream(job.id, request.after))) as messages:
+                    async for message in messages:
+                        if message is not None:
+                            yield message
             except asyncio.CancelledError:
                 code = "CANCELLED"
                 raise
@@ -230,9 +239,13 @@ class JobsService:
 
     # --- streams
 
-    async def _follow(self, job_id: str, after: int) -> AsyncIterator[Message]:
-        async for event in self._feed.follow(job_id, after):
-            if event is not None:
+    async def _follow(self, job_id: str, after: int) -> AsyncGenerator[Message | None, None]:
+        """None, as in the other stream, where there was nothing for a while."""
+        async with aclosing(self._feed.follow(job_id, after, self._recheck_s)) as events:
+            async for event in events:
+                if event is None:
+                    yield None
+                    continue
                 yield pb.Event(
                     number=event.number,
                     at_s=event.at_s,
@@ -240,7 +253,7 @@ class JobsService:
                     payload_json=json.dumps(event.payload),
                 )
 
-    async def _logs(self, job_id: str, after: int) -> AsyncIterator[Message]:
+    async def _logs(self, job_id: str, after: int) -> AsyncGenerator[Message | None, None]:
         ledger = self._ops.ledger
         while True:
             heads = await asyncio.to_thread(ledger.heads, [job_id])
@@ -251,14 +264,20 @@ class JobsService:
             if not pieces:
                 if job_id not in heads or heads[job_id][1] in (*ENDED, State.DELETED):
                     return
+                yield None
                 await asyncio.sleep(_LOG_LOOK_S)
 
 
 def make_server(
-    service: JobsService, max_message_bytes: int, tls: tuple[Path, Path] | None, address: str
+    service: JobsService,
+    max_message_bytes: int,
+    tls: tuple[Path, Path] | None,
+    address: str,
+    interceptors: Sequence[Any] = (),
 ) -> tuple[Any, int]:
     """A server that isn't started yet, and its port. Raises OSError where it can't listen."""
     server = grpc.aio.server(
+        interceptors=tuple(interceptors),
         options=(
             ("grpc.max_receive_message_length", max_message_bytes + _OVERHEAD_BYTES),
             ("grpc.max_concurrent_streams", 1_000),

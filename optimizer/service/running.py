@@ -17,10 +17,13 @@ from typing import IO, Any
 import psutil
 
 from optimizer.service.child import Order
+from optimizer.service.disk import KEPT_FILE, usage
+from optimizer.store.artifacts import KEPT
 
 GRACE_S = 1.5
 """Between SIGTERM and SIGKILL. A job that is cancelled is gone within 5 s, and its worker looks
 once a second."""
+_DISK_EVERY_S = 5.0
 _MAX_LINE_BYTES = 4_000_000
 _MAX_PENDING_LOG = 1_000_000
 # What a child needs of its worker's environment: never its keys, tokens and database.
@@ -33,11 +36,13 @@ _PASSED_PREFIXES = ("OMP_", "MKL_", "ONEDNN_", "TORCH", "ORT_", "OV_", "RAY_")
 
 @dataclass(frozen=True)
 class ChildLimits:
-    """Of the child with all its processes: resident bytes, seconds; and the size of a file."""
+    """Of the child with all its processes: resident bytes, seconds, the size of a file, and bytes
+    of disk, of its own files and of the artifacts that it keeps in the store of studies."""
 
     memory_bytes: int | None = None
     wall_clock_s: float | None = None
     file_bytes: int | None = None
+    disk_bytes: int | None = None
 
 
 class Running:
@@ -47,6 +52,9 @@ class Running:
         self, order: Order, order_file: Path, limits: ChildLimits, environ: Mapping[str, str]
     ) -> None:
         self._limits = limits
+        self._made = (Path(order.out), order_file.parent / "tmp")
+        self._kept = order_file.parent / KEPT_FILE
+        self._disk_seen_s = -_DISK_EVERY_S
         self._started_s = time.monotonic()
         lifeline, self._lifeline = os.pipe()
         events, events_in = os.pipe()
@@ -62,7 +70,7 @@ class Running:
                 pass_fds=(lifeline, events_in),
                 start_new_session=True,
                 cwd=order_file.parent,
-                env=child_environment(environ),
+                env=child_environment(environ) | {KEPT: str(self._kept)},
             )
         except BaseException:
             os.close(self._lifeline)
@@ -105,7 +113,18 @@ class Running:
             used = resident_bytes(self.pid)
             if used > limits.memory_bytes:
                 return f"used {used} bytes of memory, allowed are {limits.memory_bytes}"
+        if spent_s - self._disk_seen_s >= _DISK_EVERY_S:
+            self._disk_seen_s = spent_s
+            return self.broken_disk_limit()
         return None
+
+    def broken_disk_limit(self) -> str | None:
+        """Looks at all its files."""
+        limit = self._limits.disk_bytes
+        if limit is None:
+            return None
+        used = usage(self._made, self._kept)
+        return f"used {used}, allowed are {limit}" if used.total > limit else None
 
     def stop(self, grace_s: float = GRACE_S) -> None:
         """End it with all that it started, however deep and in whatever sessions."""

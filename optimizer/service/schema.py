@@ -56,6 +56,8 @@ jobs = Table(
     Column("n_events", Integer, nullable=False),
     Column("n_logs", Integer, nullable=False),
     Column("revision", Integer, nullable=False),
+    Column("traceparent", String(64)),
+    Column("stored_bytes", BigInteger, nullable=False),
     # What was asked for, and how far it is: read for one job at a time.
     Column("spec", Text, nullable=False),
     Column("progress", Text, nullable=False),
@@ -125,8 +127,24 @@ sessions = Table(
     "sessions",
     metadata,
     Column("hash", String(64), primary_key=True),
-    Column("key_id", ForeignKey("keys.id"), nullable=False),
+    # Of one that an API key began; the others have who it is, and what they may do.
+    Column("key_id", ForeignKey("keys.id")),
+    Column("subject", String(256)),
+    Column("scopes", String(128)),
     Column("created_s", Float, nullable=False),
+    Column("expires_s", Float, nullable=False),
+    Index(None, "expires_s"),
+)
+
+# At the provider; the hash is of what the browser's cookie holds.
+logins = Table(
+    "logins",
+    metadata,
+    Column("hash", String(64), primary_key=True),
+    Column("state", String(128), nullable=False),
+    Column("nonce", String(128), nullable=False),
+    Column("verifier", String(128), nullable=False),
+    Column("target", Text, nullable=False),
     Column("expires_s", Float, nullable=False),
     Index(None, "expires_s"),
 )
@@ -163,6 +181,7 @@ publications = Table(
     Column("error", Text),
     Column("created_s", Float, nullable=False),
     Column("updated_s", Float, nullable=False),
+    Column("digest", String(64)),
     UniqueConstraint("repository", "model", "version"),
     Index(None, "job_id"),
 )

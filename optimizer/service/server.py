@@ -69,6 +69,7 @@ class _with_grpc:  # noqa: N801 - a context manager, used like a function
         self._app = app
         self._parts = parts
         self._limit = settings.upload_limits.chunk_bytes
+        self._recheck_s = settings.recheck_s
         self._address, self._tls = address, tls
         self._ports, self._failures = ports, failures
         self._server: Any = None
@@ -76,9 +77,15 @@ class _with_grpc:  # noqa: N801 - a context manager, used like a function
     async def __aenter__(self) -> None:
         await self._inner.__aenter__()
         state, parts = self._app.state, self._parts
-        service = JobsService(parts.operations, parts.authenticator, state.metrics, state.feed)
+        service = JobsService(
+            parts.operations, parts.authenticator, state.metrics, state.feed, self._recheck_s
+        )
         try:
-            self._server, port = make_server(service, self._limit, self._tls, self._address)
+            telemetry = parts.telemetry
+            interceptors = telemetry.grpc_interceptors() if telemetry is not None else []
+            self._server, port = make_server(
+                service, self._limit, self._tls, self._address, interceptors
+            )
             await self._server.start()
         except OSError as error:
             self._failures.append(error)

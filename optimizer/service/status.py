@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 from loadtest.document import DocumentInvalid
-from optimizer.service.auth import Forbidden, Unauthenticated
+from optimizer.service.auth import Forbidden, ProviderUnavailable, Unauthenticated
 from optimizer.service.database import DatabaseUnavailable
 from optimizer.service.feed import TooManyFollowers
 from optimizer.service.jobs import NotAllowed
-from optimizer.service.ledger import JobNotFound, QuotaExceeded
+from optimizer.service.ledger import JobNotFound, QuotaExceeded, StorageExceeded
+from optimizer.service.object_store import StoreUnavailable
 from optimizer.service.operations import NotThere, RequestInvalid
 from optimizer.service.publishing import NothingToPublish, PublicationNotFound
 from optimizer.service.repeats import KeyReused
@@ -51,8 +52,11 @@ TABLE: dict[type[Exception], Status] = {
     PayloadTooLarge: Status(413, "RESOURCE_EXHAUSTED", "The body is too large"),
     UnsupportedMedia: Status(415, "INVALID_ARGUMENT", "The body is of another type"),
     QuotaExceeded: Status(429, "RESOURCE_EXHAUSTED", "You have too many jobs"),
+    StorageExceeded: Status(507, "RESOURCE_EXHAUSTED", "You have stored too much"),
     TooManyFollowers: Status(503, "RESOURCE_EXHAUSTED", "Too many follow events"),
     DatabaseUnavailable: Status(503, "UNAVAILABLE", "The database doesn't answer"),
+    ProviderUnavailable: Status(502, "UNAVAILABLE", "The OpenID provider doesn't answer"),
+    StoreUnavailable: Status(503, "UNAVAILABLE", "The store of files doesn't answer"),
 }
 INTERNAL = Status(500, "INTERNAL", "An internal error; the service's log has it")
 

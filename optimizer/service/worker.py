@@ -7,27 +7,30 @@ ledger carries the lease's token, so an outlived worker can't end a job that isn
 """
 
 import contextlib
-import json
 import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from optimizer import tracing
 from optimizer.execution.cluster import Cluster
 from optimizer.service import scratch
-from optimizer.service.addresses import AddressRefused, Stores
+from optimizer.service.addresses import Stores
 from optimizer.service.blobs import Blobs
 from optimizer.service.child import REPOSITORY, Order
 from optimizer.service.database import DatabaseUnavailable
-from optimizer.service.jobs import Job, Kind, LeaseLost, State
-from optimizer.service.ledger import MAX_LOG_BYTES, Claim, Ledger
+from optimizer.service.disk import folder_bytes
+from optimizer.service.jobs import JOB_ID, Job, Kind, LeaseLost, State
+from optimizer.service.ledger import MAX_LOG_BYTES, Claim, Ledger, StorageExceeded
+from optimizer.service.object_store import StoreUnavailable
+from optimizer.service.orders import Orders, Surroundings, Unusable
+from optimizer.service.reporting import SPAN
 from optimizer.service.running import ChildLimits, Running
-from optimizer.service.submitted import SLO_FILE, UPLOAD, materialize
-from optimizer.service.uploads import UploadNotFound, Uploads
+from optimizer.service.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
@@ -39,26 +42,31 @@ _RENEW_S = 1.0
 _BACK_OFF_S = 2.0
 _EVENTS = ("error", "result")
 """The child's last word, which decides how the job ended."""
+LET_GO = "let_go"
 
 
 @dataclass(frozen=True)
 class WorkerOptions:
     """`work` is the folder of the jobs that are under way, on the worker's own disk; `store` and
     `artifacts` are those of all studies (`optimizer.store`). `allowed_wall_clock_s` comes on top
-    of a study's budget, for what a study does before and after it searches."""
+    of a study's budget, for what a study does before and after it searches; a store of files that
+    is away is waited for `store_patience_s`. `max_running` and `max_stored_bytes`, of files
+    that jobs keep, are of one owner, over all workers."""
 
     name: str
     work: Path
     store: str
     artifacts: Path | None = None
-    repositories: Mapping[str, Path] = field(default_factory=dict)
+    repositories: Mapping[str, Path | str] = field(default_factory=dict)
     lease_s: float = 15.0
     poll_s: float = 1.0
     max_running: int | None = None
+    max_stored_bytes: int | None = None
     limits: ChildLimits = field(default_factory=ChildLimits)
     allowed_wall_clock_s: float = 3_600.0
     max_fetched_bytes: int = 20 << 30
     min_free_bytes: int = 1 << 30
+    store_patience_s: float = 300.0
     verify: bool = True
     cluster: Cluster | None = None
     """On whose nodes studies build and measure; then they see `work` as the worker does."""
@@ -88,6 +96,7 @@ class Worker:
         self._options = options
         self._environ = environ
         self._metrics = metrics or WorkerMetrics()
+        self._claimed_ns = 0
         options.work.mkdir(parents=True, exist_ok=True)
 
     def run(self, stop: threading.Event) -> None:
@@ -102,11 +111,12 @@ class Worker:
             if claim is None:
                 stop.wait(self._options.poll_s)
                 continue
-            self._carry_out(claim, stop)
+            self._traced(claim, stop)
 
     def _claim(self) -> Claim | None:
         options = self._options
         self._ledger.see_worker(options.name, None)
+        self._claimed_ns = time.time_ns()
         free = shutil.disk_usage(options.work).free
         if free < options.min_free_bytes:
             log.error("%d bytes are free in %s, too few to take a job", free, options.work)
@@ -116,25 +126,40 @@ class Worker:
             self._ledger.see_worker(options.name, claim.job.id)
         return claim
 
-    def _carry_out(self, claim: Claim, stop: threading.Event) -> None:
-        """Run the job to its end, or let go of it. Nothing that a job does ends the worker."""
+    def _traced(self, claim: Claim, stop: threading.Event) -> None:
+        job = claim.job
+        about = {
+            JOB_ID: job.id, "trimserve.job.kind": job.kind.value, "trimserve.job.run": job.run,
+            "trimserve.job.attempt": job.attempt, "trimserve.worker": self._options.name,
+        }  # fmt: skip
+        with tracing.span(
+            "run job", about, parent=job.traceparent, kind="consumer", start_ns=self._claimed_ns
+        ) as span:
+            with tracing.span("claim job", {JOB_ID: job.id}, start_ns=self._claimed_ns):
+                pass  # it is ours already: the span tells when and for how long
+            how = self._carry_out(claim, stop)
+            span.set("trimserve.job.ended", how)
+            if how in (State.FAILED, LET_GO):
+                span.fail()
+
+    def _carry_out(self, claim: Claim, stop: threading.Event) -> str:
+        """Run the job to its end, or let go of it; says which. Nothing that a job does ends the
+        worker."""
         about = {"job": claim.job.id, "attempt": claim.job.attempt}
         log.info("begins", extra=about)
         began_s = time.monotonic()
-        attempt = Attempt(self, claim, stop)
+        how: str = LET_GO
         try:
-            state = attempt.run()
-            log.info("ended as %s", state, extra=about)
-            self._metrics.ended(state, time.monotonic() - began_s)
+            how = Attempt(self, claim, stop).run()
+            log.info("ended as %s", how, extra=about)
         except (LeaseLost, Stopped) as error:
             log.warning("let go: %s", error, extra=about)
-            self._metrics.ended("let_go", time.monotonic() - began_s)
         except DatabaseUnavailable as error:
             log.error("let go, the database doesn't answer: %s", error, extra=about)
-            self._metrics.ended("let_go", time.monotonic() - began_s)
         except Exception:  # the job is taken back when its lease ends
             log.exception("let go by an internal error", extra=about)
-            self._metrics.ended("let_go", time.monotonic() - began_s)
+        self._metrics.ended(how, time.monotonic() - began_s)
+        return how
 
 
 class WorkerMetrics:
@@ -172,6 +197,8 @@ class Attempt:
         self._unlogged = ""
         self._batch: _Batch | None = None
         self._n_batches = 0
+        self._traceparent: str | None = None
+        self._n_spans = 0
 
     def run(self) -> State:
         """Raises LeaseLost, Stopped, DatabaseUnavailable."""
@@ -181,76 +208,42 @@ class Attempt:
 
     def _run(self) -> State:
         try:
-            with self._renewing():
+            with self._renewing(), tracing.span("fetch files", {JOB_ID: self._job.id}):
                 order = self._prepared()
-        except _Unusable as error:
+        except Unusable as error:
             return self._ended(str(error))
+        with tracing.span("run process", {JOB_ID: self._job.id}):
+            child, broken = self._carried_out(order)
+        return self._concluded(child, broken)
+
+    def _carried_out(self, order: Order) -> tuple[Running, str | None]:
+        """The child that has ended, and the limit that it broke."""
+        self._traceparent = tracing.traceparent()
+        order = replace(order, traceparent=self._traceparent)
         child = Running(order, self._folder / "order.json", self._limits(), self._worker._environ)
         try:
             broken = self._watch(child)
             child.close()
             self._report(child)
+            broken = broken or child.broken_disk_limit()
         except BaseException:
             child.stop()
             raise
-        return self._concluded(child, broken)
+        return child, broken
 
     # --- before
 
     def _prepared(self) -> Order:
-        options = self._options
+        """Raises Unusable."""
         self._untold.append(("phase", {"name": "fetching files"}))
         self._patiently(self._tell)
-        if self._job.kind is Kind.LOAD_TEST:
-            return self._load_test()
-        (self._folder / "inputs").mkdir(exist_ok=True)
-        files = {name: self._fetched(name) for name in self._spec["references"]}
-        spec = materialize(self._spec["spec"], files, self._folder)
-        return Order(
-            kind=self._job.kind,
-            spec=str(spec),
-            out=str(self._out),
-            lifeline=-1,
-            events=-1,
-            store=options.store,
-            artifacts=None if options.artifacts is None else str(options.artifacts),
-            verify=options.verify and bool(self._spec.get("verify", True)),
-            cluster=None if options.cluster is None else asdict(options.cluster),
-            command=("trimserve", "jobs", "clone", self._job.id),
-        )
-
-    def _load_test(self) -> Order:
-        asked = self._spec
-        repository = self._options.repositories.get(asked["repository"])
-        if repository is None:
-            raise _Unusable(f"this worker has no repository {asked['repository']!r}")
-        (self._folder / SLO_FILE).write_text(json.dumps(asked["slo"]), "utf-8")  # JSON is YAML
-        return Order(
-            kind=self._job.kind,
-            spec=str(self._folder / SLO_FILE),
-            out=str(self._out),
-            lifeline=-1,
-            events=-1,
-            model=asked["model"],
-            version=asked["version"],
-            repository=str(repository),
-        )
-
-    def _fetched(self, reference: str) -> Path:
-        inputs = self._folder / "inputs"
-        try:
-            if reference.startswith(UPLOAD):
-                return self._worker._uploads.fetch(reference.removeprefix(UPLOAD), inputs)
-            name = self._worker._stores.check(reference)
-            if reference.startswith("file:"):
-                return self._worker._stores.local(reference)
-            folder = inputs / f"{len(list(inputs.iterdir())):04d}"
-            folder.mkdir()
-            target = folder / name
-            self._worker._stores.fetch(reference, target, self._options.max_fetched_bytes)
-        except (AddressRefused, UploadNotFound, OSError) as error:
-            raise _Unusable(f"{reference}: {error}") from error
-        return target
+        options, worker = self._options, self._worker
+        around = Surroundings(
+            worker._uploads, worker._stores, options.store, options.artifacts,
+            options.repositories, options.max_fetched_bytes, options.verify, options.cluster,
+        )  # fmt: skip
+        orders = Orders(around, self._job, self._spec, self._folder, self._out, self._stored)
+        return orders.load_test() if self._job.kind is Kind.LOAD_TEST else orders.study()
 
     def _limits(self) -> ChildLimits:
         limits, asked_s = self._options.limits, self._spec.get("wall_clock_s")
@@ -258,9 +251,7 @@ class Attempt:
             return limits
         own_s = float(asked_s) + self._options.allowed_wall_clock_s
         most_s = limits.wall_clock_s
-        return ChildLimits(
-            limits.memory_bytes, own_s if most_s is None else min(own_s, most_s), limits.file_bytes
-        )
+        return replace(limits, wall_clock_s=own_s if most_s is None else min(own_s, most_s))
 
     # --- while it runs
 
@@ -331,10 +322,25 @@ class Attempt:
         """Pass on what the child has told; where the database is away, later."""
         events, text = child.taken()
         self._last_word |= {kind: payload for kind, payload in events if kind in _EVENTS}
-        self._untold += [(kind, payload) for kind, payload in events if kind not in _EVENTS]
+        self._pass_on([payload for kind, payload in events if kind == SPAN])
+        own = (*_EVENTS, SPAN)
+        self._untold += [(kind, payload) for kind, payload in events if kind not in own]
         self._unlogged = (self._unlogged + text)[-MAX_LOG_BYTES:]
         with contextlib.suppress(DatabaseUnavailable):
             self._tell()
+
+    def _pass_on(self, documents: Sequence[Mapping[str, Any]]) -> None:
+        """Spans of the child, to whom only this claim's trace is open."""
+        root = tracing.Context.parse(self._traceparent)
+        if root is None:
+            return
+        for document in documents[: max(0, tracing.MAX_SPANS - self._n_spans)]:
+            self._n_spans += 1
+            with contextlib.suppress(ValueError):
+                record = tracing.SpanRecord.from_dict(document)
+                if record.trace_id == root.trace_id:
+                    attributes = {**record.attributes, JOB_ID: self._job.id}
+                    tracing.pass_on(replace(record, attributes=attributes))
 
     def _tell(self) -> None:
         """All that is untold. A database that died may have taken what it didn't confirm: that is
@@ -366,14 +372,24 @@ class Attempt:
     def _succeeded(self, outcome: str) -> State:
         """What was made is stored first, the word that it counts comes last."""
         token, claim = self._lease.token, self._lease.token[:CLAIM_CHARS]
-        with self._renewing():
-            self._worker._blobs.store(self._job.id, claim, self._out)
+        blobs, most = self._worker._blobs, self._options.max_stored_bytes
+        n_bytes = folder_bytes(self._out)
+        try:
+            self._patiently(lambda: self._ledger.keep(self._job.id, token, n_bytes, most))
+        except StorageExceeded as error:
+            return self._ended(str(error))
+        try:
+            with self._renewing(), tracing.span("store files", {JOB_ID: self._job.id}):
+                self._stored(lambda: blobs.store(self._job.id, claim, self._out))
+        except Unusable as error:
+            return self._ended(str(error))
         has_version = any((self._out / REPOSITORY).glob("*/*/manifest.json"))
         made = {"claim": claim, "outcome": outcome, "has_version": has_version}
         self._untold.append(("made", made))
         self._patiently(self._tell)
         job = self._patiently(lambda: self._ledger.succeed(self._job.id, token, outcome))
-        self._worker._blobs.keep_only(self._job.id, claim)
+        with contextlib.suppress(StoreUnavailable):  # what it leaves goes with the job
+            blobs.keep_only(self._job.id, claim)
         return job.state
 
     def _ended(self, error: str) -> State:
@@ -393,6 +409,18 @@ class Attempt:
                     raise
                 time.sleep(0.5)
 
-
-class _Unusable(Exception):
-    """The job can't be begun: another attempt would end the same."""
+    def _stored(self, call: Callable[[], T]) -> T:
+        """A store of files that is away for a while shall not cost a study that is done. Raises
+        Unusable where it stays away, and Stopped, with the job given back, where the worker is to
+        stop; the lease is renewed meanwhile by another thread."""
+        until_s = time.monotonic() + self._options.store_patience_s
+        while True:
+            try:
+                return call()
+            except StoreUnavailable as error:
+                if time.monotonic() > until_s:
+                    raise Unusable(f"the store of files: {error}") from error
+                log.warning("the store of files is waited for: %s", error)
+                if self._stop.wait(_BACK_OFF_S):
+                    self._ledger.release(self._job.id, self._lease.token)
+                    raise Stopped("the worker stops") from error

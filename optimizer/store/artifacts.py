@@ -5,6 +5,7 @@ database; which variant has which artifact is the store's matter.
 """
 
 import errno
+import os
 import shutil
 import tempfile
 import time
@@ -19,6 +20,9 @@ _CHECKPOINTS = ".training"
 _LEFTOVER_S = 7 * 86_400.0
 _MAX_ATTEMPTS = 5
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
+KEPT = "TRIMSERVE_ARTIFACTS_KEPT"
+"""A variable that may name a file: it gets a line for each artifact that this process keeps anew,
+digest and bytes, so that who started several processes knows what they have stored together."""
 
 
 class Artifacts:
@@ -72,6 +76,7 @@ class Artifacts:
                     raise
             else:
                 model.directory.mkdir()
+                _report(model.digest, kept)
                 return kept
         raise OSError(errno.EBUSY, "other processes keep replacing it", str(kept))
 
@@ -97,3 +102,12 @@ class Artifacts:
             with suppress(OSError):
                 if time.time() - workshop.stat().st_mtime > _LEFTOVER_S:
                     shutil.rmtree(workshop, ignore_errors=True)
+
+
+def _report(digest: str, kept: Path) -> None:
+    name = os.environ.get(KEPT)
+    if not name:
+        return
+    n_bytes = sum(file.stat().st_size for file in kept.rglob("*") if file.is_file())
+    with open(name, "a", encoding="ascii") as file:  # short lines, so that none is torn
+        file.write(f"{digest} {n_bytes}\n")

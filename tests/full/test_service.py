@@ -1,4 +1,5 @@
-"""The service by its commands: a job whose worker is killed, published and load-tested."""
+"""The service by its commands: a job whose worker is killed, published and load-tested, and traced
+from one end to the other."""
 
 import contextlib
 import json
@@ -19,6 +20,7 @@ import pytest
 from optimizer.client import Client
 from optimizer.service import jobs_pb2 as pb
 from serve.artifact import read_manifest
+from tests.full.traces import receiver
 
 pytestmark = pytest.mark.full
 
@@ -47,13 +49,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def a_service(folder: Path) -> Iterator[dict[str, int]]:
+def a_service(folder: Path, **variables: str) -> Iterator[dict[str, int]]:
     command = [
         sys.executable, "-m", "trimserve", "service", "--data", "service", "--port", "0",
         "--repository", f"prod={folder / 'prod'}", "--allow-factory", "model:build",
     ]  # fmt: skip
     environ = {
         **os.environ,
+        **variables,
         "PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     }
     with (folder / "log").open("w") as log:
@@ -79,7 +82,26 @@ def worker_of(folder: Path) -> psutil.Process:
 
 
 def test_a_job_outlives_its_worker_and_is_published_and_load_tested(folder: Path) -> None:
-    with a_service(folder) as ports:
+    with receiver() as traces:
+        told = lived_through(folder, {"OTEL_EXPORTER_OTLP_ENDPOINT": traces.url})
+    (submitted,) = (
+        span
+        for _, span in traces.spans
+        if span.name == "submit job" and told in {one.value.string_value for one in span.attributes}
+    )
+    names = traces.of(submitted.trace_id)
+    # Of all its processes; the worker that was killed has taken its last spans with it.
+    assert names["POST /v1/jobs"] == names["publish version"] == "trimserve-service"
+    of_worker = {"run job", "claim job", "run process", "study", "trial", "timed", "store files",
+                 "apply compilation", "load test"}  # fmt: skip
+    assert of_worker <= names.keys(), sorted(names)
+    assert {names[name] for name in of_worker} == {"trimserve-worker"}
+    assert any(name.startswith("measure ") for name in names)
+
+
+def lived_through(folder: Path, variables: dict[str, str]) -> str:
+    """The job's id."""
+    with a_service(folder, **variables) as ports:
         url = f"http://127.0.0.1:{ports['http_port']}"
         submitted = subprocess.run(
             [sys.executable, "-m", "trimserve", "jobs", "submit", "spec.yaml", "--no-verify",
@@ -142,3 +164,4 @@ def test_a_job_outlives_its_worker_and_is_published_and_load_tested(folder: Path
             with pytest.raises(grpc.RpcError) as refused:
                 get(pb.JobRequest(id="none"), timeout=30)
             assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+    return job_id

@@ -8,15 +8,18 @@ from urllib.parse import parse_qs, urlsplit
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import RedirectResponse
 
-from optimizer.service.auth import Caller, Forbidden, Unauthenticated
+from optimizer.service.auth import Caller, Forbidden, ProviderUnavailable, Unauthenticated
 from optimizer.service.jobs import Kind, State
 from optimizer.service.ledger import Query as JobQuery
 from optimizer.service.operations import Operations, RequestInvalid
 from optimizer.service.page.comparison import MAX_COMPARED, comparison, recipe_lines
 from optimizer.service.page.job_view import budget_of, job_view, spec_text, study
 from optimizer.service.page.rendering import HEADERS, PageRoute, Pages, static
+from optimizer.service.provider_login import COOKIE as LOGIN_COOKIE
+from optimizer.service.provider_login import PATH, ProviderLogin
+from optimizer.service.provider_login import VALID_S as LOGIN_S
 from optimizer.service.requests import caller_of, is_own_origin, read_body, session_caller
-from optimizer.service.sessions import COOKIE, VALID_S, Sessions
+from optimizer.service.sessions import COOKIE, VALID_BY_PROVIDER_S, VALID_S, Sessions
 
 MAX_FORM_BYTES = 16_000
 PAGE_SIZE = 25
@@ -186,6 +189,46 @@ def _log_in(router: APIRouter) -> None:
         )  # fmt: skip
         return answer
 
+    @router.get(f"{PATH}/begin", name="page_provider")
+    def to_provider(request: Request, pages: Show, next: str = "/") -> Response:  # noqa: A002
+        login: ProviderLogin | None = request.app.state.provider_login
+        if login is None:
+            return _to("/login")
+        try:
+            url, cookie = login.begin(_own_path(next))
+        except ProviderUnavailable as error:
+            return _login_page(request, pages, next, f"{error}", 502)
+        answer = _to(url)
+        # Lax: it has to come along when the provider sends the browser back.
+        answer.set_cookie(
+            LOGIN_COOKIE, cookie, max_age=LOGIN_S, path=PATH, httponly=True, samesite="lax",
+            secure=_is_https(request),
+        )  # fmt: skip
+        return answer
+
+    @router.get(PATH, name="page_from_provider")
+    def from_provider(request: Request, pages: Show) -> Response:
+        """The browser comes back. It is answered by a page that goes on by itself: with a redirect
+        it would be the provider that leads on, and a strict cookie would stay behind."""
+        login: ProviderLogin | None = request.app.state.provider_login
+        sessions: Sessions | None = request.app.state.sessions
+        if login is None or sessions is None:
+            return _to("/login")
+        cookie = request.cookies.get(LOGIN_COOKIE, "")
+        try:
+            caller, target = login.finish(cookie, dict(request.query_params))
+        except Unauthenticated as error:
+            return _login_page(request, pages, "/", f"{error}", 401)
+        except ProviderUnavailable as error:
+            return _login_page(request, pages, "/", f"{error}", 502)
+        answer = pages.answer("logged_in.html", None, target=target)
+        answer.set_cookie(
+            COOKIE, sessions.begin_for(caller), max_age=VALID_BY_PROVIDER_S, httponly=True,
+            samesite="strict", secure=_is_https(request),
+        )  # fmt: skip
+        answer.delete_cookie(LOGIN_COOKIE, path=PATH, httponly=True, samesite="lax")
+        return answer
+
     @router.post("/logout", name="page_log_out")
     def log_out(request: Request, _form: Form) -> Response:
         sessions: Sessions | None = request.app.state.sessions
@@ -199,10 +242,13 @@ def _log_in(router: APIRouter) -> None:
 def _login_page(
     request: Request, pages: Pages, target: str, error: str, status: int = 200
 ) -> Response:
-    takes_keys = request.app.state.sessions is not None
+    sessions: Sessions | None = request.app.state.sessions
     return pages.answer(
-        "login.html", None, status, next=_own_path(target), error=error, takes_keys=takes_keys
-    )
+        "login.html", None, status,
+        next=_own_path(target), error=error,
+        takes_keys=sessions is not None and sessions.take_keys,
+        has_provider=request.app.state.provider_login is not None, provider_path=f"{PATH}/begin",
+    )  # fmt: skip
 
 
 def _own_path(target: str) -> str:

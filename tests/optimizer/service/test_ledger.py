@@ -15,10 +15,12 @@ from optimizer.service.database import Database
 from optimizer.service.jobs import LeaseLost, NotAllowed, State
 from optimizer.service.ledger import (
     MAX_LOG_BYTES,
+    Claim,
     JobNotFound,
     Ledger,
     Query,
     QuotaExceeded,
+    StorageExceeded,
     Submission,
 )
 from optimizer.service.repeats import KeyReused
@@ -92,6 +94,24 @@ def test_one_owner_cant_take_all_workers(ledger: Ledger) -> None:
     assert second is not None
     assert (first.job.name, second.job.name) == ("a", "c")
     assert ledger.claim("w", 10, max_running=1) is None
+
+
+def test_owner_keeps_no_more_bytes_than_allowed_when_jobs_end_at_once(ledger: Ledger) -> None:
+    for _ in range(4):
+        ledger.submit(submission())
+    claims = [ledger.claim("w", 60.0) for _ in range(4)]
+
+    def keep(claim: Claim | None) -> bool:
+        assert claim is not None
+        try:
+            ledger.keep(claim.job.id, claim.lease.token, 400, 1_000)
+        except StorageExceeded:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sorted(pool.map(keep, claims)) == [False, False, True, True]
+    assert ledger.stored_bytes() == 800
 
 
 def test_an_outlived_worker_can_say_nothing_any_more(ledger: Ledger) -> None:

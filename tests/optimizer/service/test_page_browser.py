@@ -15,9 +15,11 @@ import uvicorn
 from playwright.sync_api import expect, sync_playwright
 
 from optimizer.service.app import Parts, Settings, make_parts, make_service
-from optimizer.service.auth import LOCAL, Scope
+from optimizer.service.auth import LOCAL, Oidc, Scope
+from optimizer.service.provider_login import LoginClient
 from tests.optimizer.service import told
 from tests.optimizer.service.conftest import a_spec, uploaded
+from tests.optimizer.service.test_provider_login import AUDIENCE, CLIENT, SECRET, a_provider
 from tests.optimizer.study_result import large, met
 
 pytestmark = pytest.mark.full
@@ -48,19 +50,30 @@ class Site:
 
 @contextmanager
 def serving(parts: Parts, settings: Settings) -> Iterator[Site]:
+    with a_listener() as listener, listening(listener, parts, settings) as site:
+        yield site
+
+
+@contextmanager
+def a_listener() -> Iterator[socket.socket]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        app = make_service(parts, settings)
-        config = uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=2)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        try:
-            yield Site(f"http://127.0.0.1:{listener.getsockname()[1]}", parts)
-        finally:
-            server.should_exit = True
-            app.state.feed.close()
-            thread.join(30)
+        yield listener
+
+
+@contextmanager
+def listening(listener: socket.socket, parts: Parts, settings: Settings) -> Iterator[Site]:
+    app = make_service(parts, settings)
+    config = uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        yield Site(f"http://127.0.0.1:{listener.getsockname()[1]}", parts)
+    finally:
+        server.should_exit = True
+        app.state.feed.close()
+        thread.join(30)
 
 
 @pytest.fixture
@@ -430,5 +443,60 @@ def test_a_browser_logs_in_with_the_keyboard_and_out(settings: Settings, chromiu
         expect(page.locator("h1")).to_have_text("Log in")
         # The one refusal that was asked for; nothing else went wrong.
         assert all("401" in one for one in visit.wrong), visit.wrong
+        visit.context.close()
+    parts.database.close()
+
+
+def test_a_browser_comes_back_from_the_provider_logged_in_and_logs_out(
+    chromium: Any, settings: Settings
+) -> None:
+    # Another site than the service's, as a provider is: localhost.
+    with a_provider("localhost") as provider, a_listener() as listener:
+        provider.site = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        guarded = replace(
+            settings,
+            oidc=Oidc(provider.issuer, AUDIENCE, f"{provider.issuer}/jwks"),
+            login=LoginClient(CLIENT, SECRET, provider.site),
+        )
+        parts = make_parts(guarded)
+        with listening(listener, parts, guarded) as site:
+            job_id = site.submit("running")
+            visit = Visit(chromium, site.url)
+            page = visit.page
+            page.goto(f"/jobs/{job_id}")
+            page.get_by_role("link", name="company's account").click()
+            expect(page.locator("h1")).to_have_text("running")
+            expect(page.locator(".who")).to_have_text(f"ann@{provider.issuer}")
+            assert page.evaluate("document.cookie") == ""
+            page.get_by_role("button", name="Log out").click()
+            expect(page.locator("h1")).to_have_text("Log in")
+            page.goto(f"/jobs/{job_id}")
+            expect(page.locator("h1")).to_have_text("Log in")
+            visit.context.close()
+        parts.database.close()
+
+
+def test_a_page_says_that_its_progress_ends_when_its_key_is_revoked(
+    chromium: Any, settings: Settings
+) -> None:
+    guarded = replace(settings, keys=True, recheck_s=0.1)
+    parts = make_parts(guarded)
+    keys = parts.authenticator.keys
+    assert keys is not None
+    made, key = keys.make("ann", [Scope.READ])
+    with serving(parts, guarded) as site:
+        job_id = site.submit("running")
+        claim = told.taken(parts, job_id)
+        told.tell(parts, claim, [("phase", {"name": "searching"})])
+        visit = Visit(chromium, site.url)
+        page = visit.page
+        page.goto(f"/jobs/{job_id}")
+        page.locator("#key").fill(key)
+        page.keyboard.press("Enter")
+        expect(page.locator("#now")).to_have_text("searching")
+        keys.revoke(made.id)
+        expect(page.locator("#now")).to_have_text("You are logged out: reload the page.")
+        page.reload()
+        expect(page.locator("h1")).to_have_text("Log in")
         visit.context.close()
     parts.database.close()

@@ -37,13 +37,23 @@ export function follow(main, setUp) {
     });
   // The log is no event.
   const timer = setInterval(refresh, LATER_MS);
-  source.addEventListener("end", () => {
+  // A browser may tell of an error after the stream was closed here, too.
+  let isOver = false;
+  const stop = () => {
+    isOver = true;
     source.close();
     clearInterval(timer);
+  };
+  source.addEventListener("end", () => {
+    stop();
     refresh();
   });
+  source.addEventListener("refused", () => {
+    stop();
+    say("You are logged out: reload the page.");
+  });
   source.addEventListener("error", () => {
-    if (source.readyState !== EventSource.CLOSED) return; // it tries again by itself
+    if (isOver || source.readyState !== EventSource.CLOSED) return; // it tries again by itself
     clearInterval(timer);
     say("Live progress ended: reload the page.");
   });
