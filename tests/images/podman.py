@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-BASE, IMAGE = "localhost/base:test", "localhost/trimserve-serve:test"
+BASE = "localhost/base:test"
 CERTIFICATES = Path("/etc/ssl/certs")
 LIMITS = ("--ulimit=nofile=4096:4096", "--ulimit=nproc=4096:4096")
 """podman's own are above what root may set where it lacks CAP_SYS_RESOURCE."""
@@ -40,13 +40,13 @@ class Podman:
     def run(self, *arguments: str, given: bytes | None = None) -> str:
         return run([*self.command, *arguments], given).decode()
 
-    def program(self, *options: str, image: str = IMAGE) -> list[str]:
+    def program(self, target: str, *options: str) -> list[str]:
         """Starts a container as the pods of the manifests run it: user, capabilities, files."""
         return [
             *self.command, "run", "--rm", "--pull=never", "--network=host", *LIMITS,
             "--user=10001:10001", "--cap-drop=all", "--security-opt=no-new-privileges",
             "--read-only", "--read-only-tmpfs=false", "--tmpfs=/tmp:rw,mode=1777,size=256m",
-            *options, image,
+            *options, image_of(target),
         ]  # fmt: skip
 
     def prepare(self) -> None:
@@ -54,14 +54,19 @@ class Podman:
         self.run("import", "--quiet", "-", BASE, given=base(self.folder))
         self.run("run", "--rm", "--pull=never", "--network=host", *LIMITS, BASE, "true")
 
-    def build(self) -> None:
+    def build(self, target: str, *options: str) -> None:
+        """An image of the Dockerfile, as `image_of(target)`."""
         settings = self.folder / "pip.conf"
         settings.write_text(pip_settings())
         self.run(
-            "build", "--pull=never", "--network=host", *LIMITS, "--target=serve",
+            "build", "--pull=never", "--network=host", *LIMITS, f"--target={target}",
             f"--secret=id=pip,src={settings}", f"--volume={CERTIFICATES}:{CERTIFICATES}:ro",
-            f"--build-arg=BASE_IMAGE={BASE}", f"--tag={IMAGE}", str(ROOT),
+            f"--build-arg=BASE_IMAGE={BASE}", *options, f"--tag={image_of(target)}", str(ROOT),
         )  # fmt: skip
+
+
+def image_of(target: str) -> str:
+    return f"localhost/trimserve-{target}:test"
 
 
 def run(command: Sequence[str], given: bytes | None = None) -> bytes:
@@ -106,8 +111,8 @@ def pip_settings() -> str:
 
 
 @contextmanager
-def built() -> Iterator[Podman]:
-    """With the server's image; all of it is gone afterwards."""
+def built(*targets: str) -> Iterator[Podman]:
+    """With the images of the Dockerfile's `targets`; all of it is gone afterwards."""
     _require()
     with tempfile.TemporaryDirectory(prefix="trimserve-image-") as name:
         podman = Podman(Path(name))
@@ -116,7 +121,8 @@ def built() -> Iterator[Podman]:
                 podman.prepare()
             except (AssertionError, subprocess.TimeoutExpired) as error:
                 pytest.skip(f"images can't be built: no container runs here: {error}")
-            podman.build()
+            for target in targets:
+                podman.build(target)
             yield podman
         finally:
             subprocess.run(["umount", str(podman.folder / "root/overlay")],
