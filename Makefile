@@ -24,10 +24,10 @@ LOCK_optimizer-cpu := --override locks/torch-cpu.override locks/torch-cpu.in
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-cifar10 check test test-full format proto locks clean
+.PHONY: help venv demo demo-cifar10 check test test-full image-optimizer format proto locks clean
 
 help: ## Show this help
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
 
 venv: $(STAMP) ## Make .venv with all that development needs
 
@@ -56,6 +56,10 @@ test-full: $(STAMP) ## Also those that need Debian's packages (installed here) o
 	./.ci/packages
 	$(SHARED) -m full --ignore tests/loadtest --ignore tests/full
 	$(BIN)/pytest -m full tests/loadtest tests/full
+
+image-optimizer: $(STAMP) ## Build the optimizer's image without CUDA and run a small study in it
+	./.ci/packages
+	TRIMSERVE_IMAGE_OPTIMIZER=1 $(BIN)/pytest -m full tests/images/test_optimizer_image.py
 
 format: $(STAMP) ## Format and sort imports
 	$(BIN)/ruff check --fix .

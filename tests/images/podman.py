@@ -110,6 +110,17 @@ def pip_settings() -> str:
     return "\n".join(["[global]", *lines, ""])
 
 
+def torch_page() -> list[str]:
+    """Options of a build by which torch without CUDA comes from where this machine's pip is told to
+    find links, where that is a folder."""
+    for line in run(["python3", "-m", "pip", "config", "list"]).decode().splitlines():
+        name, _, value = line.partition("=")
+        folder = Path(value.strip("'"))
+        if name.endswith(".find-links") and folder.is_dir():
+            return [f"--volume={folder}:{folder}:ro", f"--build-arg=TORCH_PAGE={folder}"]
+    return []
+
+
 @contextmanager
 def built(*targets: str) -> Iterator[Podman]:
     """With the images of the Dockerfile's `targets`; all of it is gone afterwards."""
