@@ -36,11 +36,11 @@ FROM environment AS serve-environment
 COPY locks/serve.txt locks/serve.txt
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/python", "install", \
-     "--no-deps", "--require-hashes", "-r", "locks/serve.txt"]
+     "--no-compile", "--no-deps", "--require-hashes", "-r", "locks/serve.txt"]
 COPY --from=wheel /wheels /wheels
 RUN ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/python", "install", \
-     "--no-deps", "--no-index", "--find-links", "/wheels", "trimserve"]
-# A step of its own: the layer is no part of the image.
+     "--no-compile", "--no-deps", "--no-index", "--find-links", "/wheels", "trimserve"]
+# A step of its own: the layer is no part of the image. It compiles what is left and loaded, too.
 # hadolint ignore=DL3059
 RUN ["/opt/trimserve/bin/python", "-m", "images.slim"]
 # hadolint ignore=DL3059
@@ -52,10 +52,10 @@ FROM environment AS serve-onnxruntime-environment
 COPY locks/serve-onnxruntime.txt locks/serve-onnxruntime.txt
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/python", "install", \
-     "--no-deps", "--require-hashes", "-r", "locks/serve-onnxruntime.txt"]
+     "--no-compile", "--no-deps", "--require-hashes", "-r", "locks/serve-onnxruntime.txt"]
 COPY --from=wheel /wheels /wheels
 RUN ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/python", "install", \
-     "--no-deps", "--no-index", "--find-links", "/wheels", "trimserve"]
+     "--no-compile", "--no-deps", "--no-index", "--find-links", "/wheels", "trimserve"]
 # hadolint ignore=DL3059
 RUN ["/opt/trimserve/bin/python", "-m", "images.slim"]
 # hadolint ignore=DL3059
@@ -67,11 +67,11 @@ FROM environment AS serve-gpu-environment
 COPY locks/serve-gpu.txt locks/serve-gpu.txt
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/python", "install", \
-     "--no-deps", "--require-hashes", "-r", "locks/serve-gpu.txt"]
+     "--no-compile", "--no-deps", "--require-hashes", "-r", "locks/serve-gpu.txt"]
 COPY --from=wheel /wheels /wheels
 RUN ["/opt/build/bin/python", "-m", "pip", "--python", "/opt/trimserve/bin/python", "install", \
-     "--no-deps", "--no-index", "--find-links", "/wheels", "trimserve"]
-# A step of its own: the layer is no part of the image.
+     "--no-compile", "--no-deps", "--no-index", "--find-links", "/wheels", "trimserve"]
+# A step of its own: the layer is no part of the image. It compiles what is left and loaded, too.
 # hadolint ignore=DL3059
 RUN ["/opt/trimserve/bin/python", "-m", "images.slim"]
 # hadolint ignore=DL3059

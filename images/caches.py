@@ -1,8 +1,8 @@
-"""Takes the bytecode out of an environment that serving never loads.
+"""Compiles the modules of an environment that serving loads, and no others.
 
-Runs while the image is built, by the environment's own interpreter. An installer compiles every
-module. Of those that the server loads the bytecode stays: its start would take longer without, and
-a container can't write it. Any other module that is asked for all the same is compiled then.
+Runs while the image is built, by the environment's own interpreter, after an installation that
+compiled nothing. A container can't write bytecode, so without it each start would take longer; any
+other module that is asked for all the same is compiled then.
 """
 
 import importlib
@@ -10,7 +10,6 @@ import pkgutil
 import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
-from pathlib import Path
 
 PACKAGES = ("serve",)
 """All of their modules."""
@@ -22,28 +21,19 @@ MODULES = (
 """What those modules, and the packages below them, import when they are asked to."""
 
 
-def take_out(folder: Path, loaded: Iterable[Path]) -> int:
-    """Bytecode below the site-packages `folder` but for the files `loaded`; returns the bytes."""
-    kept, n_bytes = set(loaded), 0
-    for path in folder.rglob("__pycache__/*.pyc"):
-        if path not in kept:
-            n_bytes += path.stat().st_size
-            path.unlink()
-    return n_bytes
-
-
-def load(packages: Iterable[str] = PACKAGES, modules: Iterable[str] = MODULES) -> set[Path]:
-    """Import them; returns the bytecode's files of all that is loaded then. What isn't installed is
+def write(packages: Iterable[str] = PACKAGES, modules: Iterable[str] = MODULES) -> None:
+    """Import them, which writes the bytecode of all that is loaded then. What isn't installed is
     passed over; anything else that can't be imported raises ImportError."""
-    inside = (
-        one.name
-        for package in packages
-        for one in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}.")
-    )
-    for name in (*inside, *modules):
-        _load(name)
-    cached = (getattr(one, "__cached__", None) for one in list(sys.modules.values()))
-    return {Path(one) for one in cached if one}
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, False
+    try:
+        for package in packages:
+            path = importlib.import_module(package).__path__
+            for one in pkgutil.walk_packages(path, f"{package}."):
+                _load(one.name)
+        for name in modules:
+            _load(name)
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def _load(name: str) -> None:

@@ -2,8 +2,8 @@
 
 Runs while the image is built. What is taken out is in `UNUSED`; files that an installed package has
 no longer are an error, so that an update of the package is seen. After them go the ends of shared
-libraries (segments.py) and bytecode (caches.py). It doesn't know images, nor what installed the
-packages, whose metadata stay.
+libraries (segments.py); then what is left is compiled as far as it is loaded (caches.py). It
+doesn't know images, nor what installed the packages, whose metadata stay.
 """
 
 import shutil
@@ -98,9 +98,6 @@ def _size_bytes(path: Path) -> int:
 
 if __name__ == "__main__":
     site = Path(sysconfig.get_path("purelib"))
-    for what, taken_bytes in (
-        ("files", slim(site)),
-        ("ends of libraries", segments.shorten_all(site)),
-        ("bytecode", caches.take_out(site, caches.load())),
-    ):
-        sys.stdout.write(f"{what}: {taken_bytes / 1e6:.0f} MB taken out\n")
+    taken_bytes = slim(site) + segments.shorten_all(site)
+    sys.stdout.write(f"{taken_bytes / 1e6:.0f} MB taken out\n")
+    caches.write()

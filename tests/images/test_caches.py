@@ -1,6 +1,5 @@
-"""The bytecode that stays in the server's image: of what is loaded, no more."""
+"""The bytecode that is in the server's image: of what is loaded, no more."""
 
-import compileall
 import sys
 from collections.abc import Iterator
 from importlib.util import cache_from_source, find_spec
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from images.caches import MODULES, load, take_out
+from images.caches import MODULES, write
 
 SOURCES = {
     "server_of_test/__init__.py": "",
@@ -21,11 +20,10 @@ SOURCES = {
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Two packages, compiled."""
+    """Two packages, not compiled."""
     for name, text in SOURCES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert compileall.compile_dir(tmp_path, quiet=1)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     for name in [one for one in sys.modules if one.partition(".")[0].endswith("_of_test")]:
@@ -36,18 +34,23 @@ def compiled(site: Path) -> set[str]:
     return {name for name in SOURCES if Path(cache_from_source(str(site / name))).exists()}
 
 
-def test_bytecode_stays_of_what_the_packages_load_and_goes_of_all_else(site: Path) -> None:
-    assert compiled(site) == set(SOURCES)
-    taken_bytes = take_out(site, load(["server_of_test"], ["module_that_is_not_installed"]))
-    assert taken_bytes > 0
+@pytest.mark.parametrize("dont_write", [False, True])
+def test_what_the_packages_load_is_compiled_and_nothing_else(
+    dont_write: bool, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", dont_write)
+    assert compiled(site) == set()
+    write(["server_of_test"], ["module_that_is_not_installed"])
     assert compiled(site) == {
-        "server_of_test/__init__.py", "server_of_test/engine.py", "library_of_test/__init__.py"
+        "server_of_test/__init__.py", "server_of_test/engine.py", "library_of_test/__init__.py",
+        "server_of_test/other_engine.py",
     }  # fmt: skip
+    assert sys.dont_write_bytecode is dont_write
 
 
 def test_a_module_that_an_installed_package_lacks_is_an_error(site: Path) -> None:
     with pytest.raises(ModuleNotFoundError, match="was_renamed"):
-        load(["server_of_test"], ["library_of_test.was_renamed"])
+        write(["server_of_test"], ["library_of_test.was_renamed"])
 
 
 @pytest.mark.parametrize("name", MODULES)
