@@ -16,16 +16,18 @@ TEST_WORKERS ?= 2
 SHARED := $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Image -> its extras; each gets a lock file with hashes.
-IMAGES := serve=cpu+openvino+image+text+s3 serve-gpu=gpu+image+text+s3 \
-  optimizer=cpu+openvino+optimizer+service+telemetry+postgres+distributed+image+text+s3+loadtest loadtest=loadtest
-LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes pyproject.toml
+IMAGES := serve=cpu+openvino+image+text+s3 serve-onnxruntime=cpu+image+text+s3 serve-gpu=gpu+image+text+s3 \
+  optimizer=cpu+openvino+optimizer+service+telemetry+postgres+distributed+image+text+s3+loadtest loadtest=loadtest \
+  optimizer-cpu=cpu+openvino+optimizer+service+telemetry+postgres+distributed+image+text+s3+loadtest
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes
+LOCK_optimizer-cpu := --override locks/torch-cpu.override locks/torch-cpu.in
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-cifar10 check test test-full format proto locks clean
+.PHONY: help venv demo demo-cifar10 check test test-full image-optimizer format proto locks clean
 
 help: ## Show this help
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
 
 venv: $(STAMP) ## Make .venv with all that development needs
 
@@ -55,6 +57,10 @@ test-full: $(STAMP) ## Also those that need Debian's packages (installed here) o
 	$(SHARED) -m full --ignore tests/loadtest --ignore tests/full
 	$(BIN)/pytest -m full tests/loadtest tests/full
 
+image-optimizer: $(STAMP) ## Build the optimizer's image without CUDA and run a small study in it
+	./.ci/packages
+	TRIMSERVE_IMAGE_OPTIMIZER=1 $(BIN)/pytest -m full tests/images/test_optimizer_image.py
+
 format: $(STAMP) ## Format and sort imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -63,10 +69,10 @@ proto: $(STAMP) ## Generate the modules of proto/*.proto
 	$(BIN)/python proto/generate.py
 
 locks: $(STAMP) ## Lock the dependencies of the images (locks/*.txt)
-	for image in $(IMAGES); do \
-	  $(LOCK) $$(tr + '\n' <<<"$${image#*=}" | sed 's/^/--extra /') -o "locks/$${image%%=*}.txt" || exit 1; \
-	done
-	$(subst pyproject.toml,locks/build.in,$(LOCK)) -o locks/build.txt
+	$(foreach image,$(IMAGES),$(LOCK) --override locks/unused.override pyproject.toml \
+	  $(addprefix --extra ,$(subst +, ,$(lastword $(subst =, ,$(image))))) \
+	  $(LOCK_$(firstword $(subst =, ,$(image)))) -o locks/$(firstword $(subst =, ,$(image))).txt &&) true
+	$(LOCK) locks/build.in -o locks/build.txt
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-output

@@ -7,8 +7,10 @@ so the help of all of them is there whatever is installed.
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 import loadtest.cli
 import loadtest.kubernetes.cli
@@ -34,6 +36,22 @@ USAGE_ERRORS = (
 )  # fmt: skip
 
 
+class _Commands(TyperGroup):
+    """Says of an option's value that is refused what it was; Typer says what is allowed."""
+
+    # Typer keeps the class of `ctx` private.
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            from pydantic import ValidationError
+
+            if isinstance(error.__cause__, ValidationError):
+                given = error.__cause__.errors()[0]["input"]
+                error.message = f"got {given!r}: {error.message}"
+            raise
+
+
 class _Service(DefaultCommand):
     """`trimserve service` starts the service; its other commands are named."""
 
@@ -42,6 +60,7 @@ class _Service(DefaultCommand):
 
 app = typer.Typer(
     name="trimserve",
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",

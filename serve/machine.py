@@ -54,8 +54,12 @@ class Machine:
 
     def differences(self, other: "Machine") -> list[str]:
         """One line for each field in which `other` differs, itself first. What one of the two
-        doesn't know is no difference."""
+        doesn't know is no difference, nor is a runtime that one of them lacks: what both run is run
+        by one that both have."""
         mine, theirs = asdict(self), asdict(other)
+        shared = self.runtimes.keys() & other.runtimes.keys()
+        for one in (mine, theirs):
+            one["runtimes"] = {name: one["runtimes"][name] for name in sorted(shared)}
         return [
             f"{name}: {mine[name]} here, {theirs[name]} there"
             for name in mine

@@ -96,6 +96,7 @@ def render(
         from loadtest.kubernetes.component import Promise, component
         from loadtest.rules import rules_of
         from loadtest.rules_cli import say_what_is_left_out
+        from loadtest.scaling import check_utilization
         from loadtest.session import SettingsInvalid
         from loadtest.slo import read_slo
 
@@ -106,6 +107,7 @@ def render(
         text, period_s = slo.read_text("utf-8"), period_days * 86_400
         scaling = None
         try:
+            check_utilization(utilization)
             if capacity is not None:
                 scaling = _autoscaling(capacity, given, model, replicas, utilization)
             rules = rules_of(given, model, period_s)
@@ -133,9 +135,8 @@ def _autoscaling(
 ) -> "Autoscaling":
     from loadtest.kubernetes.component import Autoscaling
     from loadtest.kubernetes.replica import load_at, read_replica
-    from loadtest.scaling import check_utilization, scaling_target
+    from loadtest.scaling import scaling_target
 
-    check_utilization(utilization)
     replica = read_replica(capacity, slo, replicas)
     rate_per_s = utilization * replica.capacity_per_s
     load = load_at(replica, rate_per_s)
@@ -159,7 +160,7 @@ def _check_name(option: str, name: str) -> None:
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:
-    """Raises SettingsInvalid for a kustomization that was written by hand."""
+    """Raises SettingsInvalid for a folder that holds anything but what was rendered."""
     from loadtest.kubernetes.component import KUSTOMIZATION, RENDERED
     from loadtest.report import write_atomically
     from loadtest.session import SettingsInvalid
@@ -171,6 +172,11 @@ def _write(folder: Path, files: dict[str, str]) -> None:
         raise SettingsInvalid(
             f"--output: got {folder}, whose {KUSTOMIZATION} isn't one that was rendered, want "
             "another folder"
+        )
+    if not there.exists() and folder.exists() and (others := sorted(folder.iterdir())):
+        raise SettingsInvalid(
+            f"--output: got {folder}, which holds {others[0].name}, want a new or empty folder, or "
+            "one that was rendered before"
         )
     for name, text in files.items():
         path = folder / name

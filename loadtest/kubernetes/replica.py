@@ -3,6 +3,7 @@
 Knows no cluster.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -61,6 +62,10 @@ def read_replica(path: Path, slo: Slo, n_replicas: int | None = None) -> Replica
     if report.capacity_per_s is None or report.verdict == "inconclusive":
         raise DocumentInvalid(
             str(path), [f"{path}: inconclusive ({report.message}), want a capacity that was found"]
+        )
+    if not 0 < report.capacity_per_s < math.inf:
+        raise DocumentInvalid(
+            str(path), [f"{path}: capacity_per_s: got {report.capacity_per_s:g}, want above 0"]
         )
     n = n_replicas or len(report.targets)
     others = (report.confirmation, report.operation)

@@ -31,6 +31,7 @@ where the search confirms what it found.
 `trimserve k8s size slo.yaml --capacity cpu.json --capacity gpu.json --rate 1000 --rate 1000000
 --price-per-hour 0.68 --price-per-hour 1.01 --max-per-node 3 --max-per-node 1`
 """
+MAX_CORES, MAX_BYTES = 100_000, 1e12
 RATES = (100.0, 1_000.0, 10_000.0, 100_000.0, 1_000_000.0)
 Value = TypeVar("Value")
 
@@ -50,7 +51,7 @@ def size(
         ),
     ] = None,
     price_per_hour: Annotated[
-        list[float] | None, typer.Option(min=0, help="Of a node, in any currency.")
+        list[float] | None, typer.Option(min=0, max=1e9, help="Of a node, in any currency.")
     ] = None,
     replicas: Annotated[
         int | None,
@@ -69,19 +70,21 @@ def size(
     ] = "zone",
     zones: Annotated[int, typer.Option(min=1, max=100, help="Over which replicas are spread.")] = 3,
     imbalance: Annotated[
-        float, typer.Option(min=1, help="The busiest replica's rate by the mean of all.")
+        float, typer.Option(min=1, max=1000, help="The busiest replica's rate by the mean of all.")
     ] = 1.0,
     clients: Annotated[
         int, typer.Option(min=0, help="Each keeps a connection to every replica, as gRPC's do.")
     ] = 100,
     replica_cores: Annotated[
-        list[float] | None, typer.Option(min=0.001, help="Of a pod. By default 4, k8s/base's.")
+        list[float] | None,
+        typer.Option(min=0.001, max=MAX_CORES, help="Of a pod. By default 4, k8s/base's."),
     ] = None,
     node_cores: Annotated[
-        list[float] | None, typer.Option(min=0.001, help="Of a node. By default 16.")
+        list[float] | None,
+        typer.Option(min=0.001, max=MAX_CORES, help="Of a node. By default 16."),
     ] = None,
     reserved_cores: Annotated[
-        float, typer.Option(min=0, help="Of a node, for the system and daemons.")
+        float, typer.Option(min=0, max=MAX_CORES, help="Of a node, for the system and daemons.")
     ] = 1.0,
     max_per_node: Annotated[
         list[int] | None,
@@ -91,16 +94,18 @@ def size(
         int, typer.Option(min=1, help="Replicas on a node: kubelet's 110 less the system's.")
     ] = 100,
     node_gbit_per_s: Annotated[
-        float, typer.Option(min=0.001, help="A node's network each way, lasting.")
+        float, typer.Option(min=0.001, max=1e6, help="A node's network each way, lasting.")
     ] = 10.0,
     network_share: Annotated[
         float, typer.Option(help="The share of it that bodies of requests may have.")
     ] = 0.7,
     request_bytes: Annotated[
-        float | None, typer.Option(min=0, help="By default as the capacity's file says.")
+        float | None,
+        typer.Option(min=0, max=MAX_BYTES, help="By default as the capacity's file says."),
     ] = None,
     response_bytes: Annotated[
-        float | None, typer.Option(min=0, help="By default unknown: the way out isn't counted.")
+        float | None,
+        typer.Option(min=0, max=MAX_BYTES, help="By default unknown: the way out isn't counted."),
     ] = None,
     max_connections: Annotated[
         int, typer.Option(min=1, help="Of a replica; trimserve serve refuses more than 8192.")

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-BASE, IMAGE = "localhost/base:test", "localhost/trimserve-serve:test"
+BASE = "localhost/base:test"
 CERTIFICATES = Path("/etc/ssl/certs")
 LIMITS = ("--ulimit=nofile=4096:4096", "--ulimit=nproc=4096:4096")
 """podman's own are above what root may set where it lacks CAP_SYS_RESOURCE."""
 WITHOUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*")
-_TIMEOUT_S = 600
+_TIMEOUT_S = 1200
 
 
 @dataclass(frozen=True)
@@ -40,28 +41,40 @@ class Podman:
     def run(self, *arguments: str, given: bytes | None = None) -> str:
         return run([*self.command, *arguments], given).decode()
 
-    def program(self, *options: str, image: str = IMAGE) -> list[str]:
+    def program(self, target: str, *options: str) -> list[str]:
         """Starts a container as the pods of the manifests run it: user, capabilities, files."""
         return [
             *self.command, "run", "--rm", "--pull=never", "--network=host", *LIMITS,
             "--user=10001:10001", "--cap-drop=all", "--security-opt=no-new-privileges",
             "--read-only", "--read-only-tmpfs=false", "--tmpfs=/tmp:rw,mode=1777,size=256m",
-            *options, image,
+            *options, image_of(target),
         ]  # fmt: skip
 
     def prepare(self) -> None:
         """Have the base, and show that a container of it runs. Raises AssertionError."""
+        (self.folder / "pip.conf").write_text(pip_settings())
         self.run("import", "--quiet", "-", BASE, given=base(self.folder))
         self.run("run", "--rm", "--pull=never", "--network=host", *LIMITS, BASE, "true")
 
-    def build(self) -> None:
-        settings = self.folder / "pip.conf"
-        settings.write_text(pip_settings())
+    def build(self, target: str, *options: str) -> None:
+        """An image of the Dockerfile, as `image_of(target)`."""
         self.run(
-            "build", "--pull=never", "--network=host", *LIMITS, "--target=serve",
-            f"--secret=id=pip,src={settings}", f"--volume={CERTIFICATES}:{CERTIFICATES}:ro",
-            f"--build-arg=BASE_IMAGE={BASE}", f"--tag={IMAGE}", str(ROOT),
+            "build", "--pull=never", "--network=host", *LIMITS, f"--target={target}",
+            f"--secret=id=pip,src={self.folder / 'pip.conf'}",
+            f"--volume={CERTIFICATES}:{CERTIFICATES}:ro",
+            f"--build-arg=BASE_IMAGE={BASE}", *options, f"--tag={image_of(target)}", str(ROOT),
         )  # fmt: skip
+
+    def build_all(self, targets: Sequence[str]) -> None:
+        """The first one alone, since the others share its first stages; then two at a time."""
+        for one in targets[:1]:
+            self.build(one)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(self.build, targets[1:]))
+
+
+def image_of(target: str) -> str:
+    return f"localhost/trimserve-{target}:test"
 
 
 def run(command: Sequence[str], given: bytes | None = None) -> bytes:
@@ -105,9 +118,20 @@ def pip_settings() -> str:
     return "\n".join(["[global]", *lines, ""])
 
 
+def torch_page() -> list[str]:
+    """Options of a build by which torch without CUDA comes from where this machine's pip is told to
+    find links, where that is a folder."""
+    for line in run(["python3", "-m", "pip", "config", "list"]).decode().splitlines():
+        name, _, value = line.partition("=")
+        folder = Path(value.strip("'"))
+        if name.endswith(".find-links") and folder.is_dir():
+            return [f"--volume={folder}:{folder}:ro", f"--build-arg=TORCH_PAGE={folder}"]
+    return []
+
+
 @contextmanager
-def built() -> Iterator[Podman]:
-    """With the server's image; all of it is gone afterwards."""
+def built(*targets: str) -> Iterator[Podman]:
+    """With the images of the Dockerfile's `targets`; all of it is gone afterwards."""
     _require()
     with tempfile.TemporaryDirectory(prefix="trimserve-image-") as name:
         podman = Podman(Path(name))
@@ -116,7 +140,7 @@ def built() -> Iterator[Podman]:
                 podman.prepare()
             except (AssertionError, subprocess.TimeoutExpired) as error:
                 pytest.skip(f"images can't be built: no container runs here: {error}")
-            podman.build()
+            podman.build_all(targets)
             yield podman
         finally:
             subprocess.run(["umount", str(podman.folder / "root/overlay")],

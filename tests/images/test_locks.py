@@ -44,9 +44,25 @@ def wanted(extras: list[str]) -> Iterator[Requirement]:
 @pytest.mark.parametrize("image", images())
 def test_lock_has_a_version_that_the_project_wants_of_every_dependency(image: str) -> None:
     locked = pins(ROOT / f"locks/{image}.txt")
+    locked |= without_cuda() if image == "optimizer-cpu" else {}
     for one in wanted(images()[image]):
         assert locked[canonicalize_name(one.name)] in one.specifier, one
-    assert ("torch" in locked) == (image == "optimizer")
+    assert ("torch" in locked) == image.startswith("optimizer")
+    assert not {"huggingface-hub", "hf-xet"} & set(locked)
+
+
+def without_cuda() -> dict[str, Version]:
+    """Of the optimizer's image without CUDA: torch, which no lock has."""
+    (version,) = re.findall(r"torch==(\S+)", (ROOT / "Dockerfile").read_text())
+    return {"torch": Version(version)}
+
+
+def test_lock_for_torch_without_cuda_differs_by_torch_and_its_libraries_alone() -> None:
+    whole, small = (pins(ROOT / f"locks/{one}.txt") for one in ("optimizer", "optimizer-cpu"))
+    assert whole.items() >= small.items()
+    gone = {name.partition("-")[0] for name in set(whole) - set(small)}
+    assert gone == {"cuda", "nvidia", "torch", "triton"}
+    assert without_cuda()["torch"].public == str(whole["torch"])
 
 
 def test_lock_for_gpus_brings_cudas_libraries_and_that_for_cpus_none() -> None:

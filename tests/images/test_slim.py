@@ -1,16 +1,11 @@
 """What is taken out of the server's image: what is named, all of it, and nothing else."""
 
-import runpy
 import sysconfig
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-SLIM: dict[str, Any] = runpy.run_path(
-    str(Path(__file__).resolve().parents[2] / "images/slim.py"), run_name="slim"
-)
-slim, UNUSED, PatternUnmatched = SLIM["slim"], SLIM["UNUSED"], SLIM["PatternUnmatched"]
+from images.slim import UNUSED, PatternUnmatched, slim
 
 
 @pytest.fixture
@@ -35,6 +30,12 @@ def test_slim_takes_out_what_is_named_and_says_its_size(folder: Path) -> None:
     assert slim(folder, unused) == 300
     assert left(folder) == {"engine/run.so"}
     assert (folder / "engine-1.dist-info/METADATA").exists()
+
+
+def test_slim_counts_once_what_two_patterns_name(folder: Path) -> None:
+    unused = {"engine": {"engine/core": "no core", "engine/**/a": "data"}}
+    assert slim(folder, unused) == 100
+    assert len(left(folder)) == 3
 
 
 def test_slim_passes_over_packages_that_are_not_installed(folder: Path) -> None:

@@ -25,7 +25,7 @@ COMPONENTS: dict[str, tuple[str, Sequence[str]]] = {
 """Component -> the folder below it, and the components with it, in their order."""
 APPLIED = (
     "base", "overlays/dev", "overlays/cpu", "overlays/gpu", "service", "jobs/loadtest",
-    "jobs/loadtest-distributed", "jobs/optimize",
+    "jobs/loadtest-distributed", "jobs/optimize", "jobs/tools", "jobs/files",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Commands in the documentation of Kubernetes: they name what the manifests and programs have."""
+"""Commands in the documentation of Kubernetes, and of the start: they name what is there."""
 
 import re
 import shlex
@@ -14,6 +14,7 @@ from tests.k8s.resolved import pods, resolved
 
 PAGES = ("docs/kubernetes.md", "docs/runbooks.md")
 pages = pytest.mark.parametrize("page", PAGES)
+with_start = pytest.mark.parametrize("page", [*PAGES, "README.md"])
 
 
 def blocks(page: str) -> list[str]:
@@ -29,6 +30,18 @@ def commands(page: str, program: str) -> list[list[str]]:
         line.strip() for block in blocks(page) for line in block.replace("\\\n", " ").splitlines()
     ]
     return [shlex.split(line, comments=True) for line in lines if line.startswith(f"{program} ")]
+
+
+def test_targets_that_are_built_are_the_dockerfiles() -> None:
+    text = (ROOT / "docs/kubernetes.md").read_text()
+    there = re.findall(r"^FROM runtime AS (\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    built = [words[words.index("--target") + 1] for words in commands(PAGES[0], "docker")
+             if "--target" in words]  # fmt: skip
+    assert built
+    assert set(built) <= set(there)
+    assert set(re.findall(r"^\| `([a-z-]+)` \| [^|]+ \| [^|]+ \| [^|]*\|$", text, re.M)) == set(
+        there
+    )
 
 
 @pages
@@ -67,12 +80,14 @@ def test_folders_that_are_applied_are_there() -> None:
         for words in commands(page, "kubectl")
         if "-k" in words[:-1]
     ]
-    assert {f"k8s/{name}" for name in ("overlays/cpu", "service", "jobs/loadtest")} <= set(applied)
+    jobs = (f"jobs/{name}" for name in ("loadtest", "optimize", "tools", "files"))
+    wanted = {f"k8s/{name}" for name in ("namespace", "overlays/cpu", "service", *jobs)}
+    assert wanted <= set(applied)
     for folder in applied:
         assert (ROOT / folder / "kustomization.yaml").is_file(), folder
 
 
-@pages
+@with_start
 def test_options_of_our_commands_are_theirs(page: str) -> None:
     root: Any = typer.main.get_command(trimserve.app)
     tried = 0
@@ -82,14 +97,14 @@ def test_options_of_our_commands_are_theirs(page: str) -> None:
             command = command.commands[rest.pop(0)]
         options = [word.partition("=")[0] for word in rest if word.startswith("-")]
         if hasattr(command, "commands"):  # loadtest SLO is loadtest run SLO
-            command = command.commands["run"]
+            command = command.commands.get("run", command)
         known = {name for one in command.params for name in (*one.opts, *one.secondary_opts)}
         assert set(options) <= known, words
         tried += bool(options)
     assert tried
 
 
-@pages
+@with_start
 def test_files_that_are_linked_are_there(page: str) -> None:
     folder = (ROOT / page).parent
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):

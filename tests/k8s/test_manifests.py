@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "k8s"
 SERVERS = ("overlays/dev", "overlays/cpu", "overlays/gpu")
 LOAD_TESTS = ("jobs/loadtest", "jobs/loadtest-distributed")
-ALL = ("base", *SERVERS, "service", *LOAD_TESTS, "jobs/optimize")
+ALL = ("base", *SERVERS, "service", *LOAD_TESTS, "jobs/optimize", "jobs/tools", "jobs/files")
 QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
 SCALE = {"": 1, "m": Decimal("0.001"), "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
          "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}  # fmt: skip
@@ -137,7 +137,7 @@ def test_arguments_are_options_that_the_command_has(name: str) -> None:
     for _, pod in pods(resolved(K8S / name)):
         for container in containers(pod):
             command: Any = root
-            if not container["image"].startswith("trimserve-"):
+            if not container["image"].startswith("trimserve-") or "command" in container:
                 continue
             words = [one.replace("$(LOAD_MODEL)", "m") for one in container["args"]]
             while words and words[0] in getattr(command, "commands", {}):
@@ -296,6 +296,45 @@ def test_load_test_may_reach_the_port_that_it_is_told_to(sender: str) -> None:
     enters = found(resolved(K8S / "base"), "NetworkPolicy", "serve")["spec"]["ingress"][0]
     assert labels_meet(enters["from"][0]["podSelector"]["matchLabels"], pod["metadata"]["labels"])
     assert told["targetPort"] in {one["port"] for one in enters["ports"]} <= set(ports(container))
+
+
+def test_tools_may_reach_what_a_search_for_the_capacity_asks() -> None:
+    documents = resolved(K8S / "jobs/tools")
+    labels = found(documents, "Job", "tools")["spec"]["template"]["metadata"]["labels"]
+    leaves = found(documents, "NetworkPolicy", "tools")["spec"]
+    assert labels_meet(leaves["podSelector"]["matchLabels"], labels)
+    policies = [
+        found(resolved(K8S / "base"), "NetworkPolicy", "serve"),
+        found(documents, "NetworkPolicy", "serve-tools"),
+    ]
+    _, container = server(resolved(K8S / "base"))
+    entered = set()
+    for entrance in (one["spec"]["ingress"][0] for one in policies):
+        assert labels_meet(entrance["from"][0]["podSelector"]["matchLabels"], labels)
+        entered |= {one["port"] for one in entrance["ports"]}
+    assert {one["port"] for one in leaves["egress"][0]["ports"]} == entered == set(ports(container))
+
+
+def test_files_are_copied_to_the_volumes_that_server_and_study_read() -> None:
+    (_, copier), *_ = pods(resolved(K8S / "jobs/files"))
+    held = {
+        one["persistentVolumeClaim"]["claimName"]
+        for one in copier["spec"]["volumes"]
+        if "persistentVolumeClaim" in one
+    }
+    wanted = {
+        volume["persistentVolumeClaim"]["claimName"]
+        for name in ("overlays/dev", "jobs/optimize")
+        for _, pod in pods(resolved(K8S / name))
+        for volume in pod["spec"]["volumes"]
+        if "persistentVolumeClaim" in volume
+    }
+    assert held == wanted == {"study", "models"}
+    (container,) = containers(copier)
+    assert (
+        f"activeDeadlineSeconds: {container['command'][1]}"
+        in (K8S / "jobs/tools/job.yaml").read_text()
+    )
 
 
 def test_workers_alone_reach_the_master_where_it_listens() -> None:

@@ -272,3 +272,21 @@ def test_replicas_are_refused_without_a_capacity(
 ) -> None:
     assert rendered.render("--replicas", "2") == 2
     assert "--replicas: got it without --capacity" in capsys.readouterr().err
+
+
+def test_utilization_is_checked_without_a_capacity_too(
+    rendered: Rendered, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rendered.render("--utilization", "2") == 2
+    assert "utilization: got 2, want above 0 and at most 1" in capsys.readouterr().err
+
+
+def test_folder_with_something_else_in_it_is_left_alone(
+    rendered: Rendered, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "notes.txt").touch()
+    assert rendered.render("--output", str(folder)) == 2
+    assert "which holds notes.txt" in capsys.readouterr().err
+    assert [one.name for one in folder.iterdir()] == ["notes.txt"]

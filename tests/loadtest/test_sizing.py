@@ -261,6 +261,13 @@ def test_table_shows_the_cheaper_fleet_and_what_is_assumed(
         (["--utilization", "0"], "utilization: got 0"),
         (["--network-share", "2"], "network_share: got 2"),
         (["--replica-cores", "64"], "no replica fits on a node"),
+        (["--imbalance", "inf"], "'--imbalance': got 'inf': Input should be less"),
+        (["--rate", "1", "--rate", "much"], "'--rate': got 'much': Input should be"),
+        (["--reserved-cores", "inf"], "'--reserved-cores'"),
+        (["--node-cores", "inf"], "'--node-cores'"),
+        (["--request-bytes", "inf"], "'--request-bytes'"),
+        (["--response-bytes", "inf"], "'--response-bytes'"),
+        (["--price-per-hour", "inf"], "'--price-per-hour'"),
     ],
 )
 def test_command_says_what_is_wrong(
@@ -268,3 +275,10 @@ def test_command_says_what_is_wrong(
 ) -> None:
     assert run(tmp_path, *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_command_refuses_a_capacity_of_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, capacity_per_s=0.0) == 2
+    assert "capacity_per_s: got 0, want above 0" in capsys.readouterr().err

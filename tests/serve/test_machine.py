@@ -22,6 +22,14 @@ def test_machine_names_each_difference_when_another_is_compared() -> None:
     assert runtimes.endswith("{'numpy': '0'} there")
 
 
+def test_runtime_that_one_machine_lacks_is_no_difference_and_another_version_is() -> None:
+    here = replace(this_machine(), runtimes={"numpy": "2.4", "onnxruntime": "1.32"})
+    there = replace(here, runtimes={"onnxruntime": "1.32", "numpy": "2.4", "torch": "2.13"})
+    assert here.differences(there) == there.differences(here) == []
+    (runtimes,) = here.differences(replace(there, runtimes={"onnxruntime": "1.31", "torch": "2"}))
+    assert runtimes == "runtimes: {'onnxruntime': '1.32'} here, {'onnxruntime': '1.31'} there"
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this system")
 def test_allowed_cores_stay_within_the_affinity_when_counted() -> None:
     assert 1 <= allowed_cores() <= len(os.sched_getaffinity(0))
