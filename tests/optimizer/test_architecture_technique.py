@@ -22,7 +22,7 @@ from optimizer.architecture.search import Looked, Worth
 from optimizer.architecture.setting import N_WHOLE, Setting
 from optimizer.architecture.worth import Shared
 from optimizer.architectures import architectures
-from optimizer.blocks import Block
+from optimizer.blocks import PROTOCOL_VERSION, Block
 from optimizer.builder import Builder
 from optimizer.errors import SpecInvalid
 from optimizer.kernels import precision_of
@@ -43,6 +43,7 @@ from optimizer.training.fake_quantization import fake_quantized
 from optimizer.training.recalibration import recalibrate
 from optimizer.variant import Stage, TorchModel, TorchVariant
 from serve.engines import load_engine
+from serve.machine import this_machine
 from tests.optimizer.test_recovery_technique import Dying, Killed
 from tests.optimizer.tiny_study import QUICK, FakeVerifier, write_study
 from tests.optimizer.torch_bench import TorchBench, make_torch_bench
@@ -720,5 +721,6 @@ def test_study_finds_a_network_of_the_space_and_shows_the_search(tmp_path: Path)
     looked = {one.precision for trail in record.proposers for one in trail.networks}
     assert looked == {"int8"}
     assert f"Looking for {record.label}" in render_html(result)
-    notes = [note for row in result.variants for note in row.notes]
-    assert any("int8 are corrected by 6 networks timed whole" in one for one in notes), notes
+    with Store(tmp_path / "store.sqlite") as store:
+        timed = list(store.values("network", PROTOCOL_VERSION, this_machine()))
+    assert len(timed) == 1 + N_WHOLE

@@ -494,6 +494,9 @@ def test_a_page_says_that_its_progress_ends_when_its_key_is_revoked(
         page.locator("#key").fill(key)
         page.keyboard.press("Enter")
         expect(page.locator("#now")).to_have_text("searching")
+        # The page is drawn with it: what comes later comes by the stream, which is open then.
+        told.tell(parts, claim, [("phase", {"name": "measuring"})])
+        expect(page.locator("#now")).to_have_text("measuring")
         keys.revoke(made.id)
         expect(page.locator("#now")).to_have_text("You are logged out: reload the page.")
         page.reload()
