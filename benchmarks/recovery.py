@@ -3,8 +3,8 @@
     python -m benchmarks.recovery PART [--seed 0]
 
 resnet56: blocks and channels pruned, then distilled from the whole network for some epochs.
-resnet56-bf16, resnet56-bf16-short, minilm-bf16: the same in bf16, on a CPU that has it; ResNet-56
-for 15 epochs, or as many.
+resnet56-bf16, resnet56-bf16-short, minilm-bf16, vgg-bf16: the same in bf16, on a CPU that has it;
+ResNet-56 for 15 epochs, or as many; VGG for 12, of flipped and cropped images.
 student: a ResNet-20 from scratch, taught by ResNet-56, against the same schedule on labels alone.
 minilm: heads and neurons pruned, then taught without labels by the whole encoder.
 vgg: convolutions decomposed, then distilled; the network is trained first, and kept as safetensors
@@ -85,9 +85,17 @@ VGG_TRAINING = TrainingSpec(
     epochs=10, learning_rate=0.1, alphas=(1.0,), augmentation="flip_and_crop"
 )
 VGG_RECOVERY = TrainingSpec(epochs=6, learning_rate=0.01, alphas=(0.1,), augmentation="flip")
+VGG_BF16_TRAINING = VGG_TRAINING.model_copy(update={"precision": "bf16"})
+VGG_BF16_RECOVERY = TrainingSpec(
+    epochs=12, learning_rate=0.05, alphas=(0.1,), augmentation="flip_and_crop", precision="bf16"
+)
+VGG_LAYERS: Mapping[str, Value] = {"layers": "convolutions", "form": "tucker"}
 VGG_RANKS: Mapping[str, Mapping[str, Value]] = {
-    "evbmf": {"rank_by": "evbmf"},
-    **{f"share {share}": {"rank_by": "share", "share": share} for share in (0.5, 0.375, 0.25)},
+    "evbmf": {**VGG_LAYERS, "rank_by": "evbmf"},
+    **{
+        f"share {share}": {**VGG_LAYERS, "rank_by": "share", "share": share}
+        for share in (0.5, 0.375, 0.25)
+    },
 }
 MASKS_ROWS = 5000
 MASKS_TRAINING = TrainingSpec(epochs=2, batch_size=64, alphas=(0.1,), augmentation="flip_and_crop")
@@ -184,20 +192,32 @@ def student(seed: int) -> None:
 
 def vgg(seed: int) -> None:
     """All ranks are timed first; what is recovered was chosen by those times."""
-    subject = trained_vgg(seed)
+    subject = trained_vgg(seed, VGG_TRAINING, VGG_RECOVERY)
     with tempfile.TemporaryDirectory() as scratch:
         chain = Chain(subject, Path(scratch))
-        given: Mapping[str, Value] = {"layers": "convolutions", "form": "tucker"}
         cut = {
-            name: chain.step("decomposition", subject.model, **given, **ranks)
-            for name, ranks in VGG_RANKS.items()
+            name: chain.step("decomposition", subject.model, **given)
+            for name, given in VGG_RANKS.items()
         }
         for name, one in cut.items():
             kept(RESULTS, f"vgg seed {seed} {name} time", partial(chain.times, one))
         kept(RESULTS, f"vgg seed {seed} processor time", partial(chain.processor_times, cut))
-        make = partial(chain.accuracies, cut[VGG_RECOVERED], "decomposed")
-        kept(RESULTS, f"vgg seed {seed} {VGG_RECOVERED}", make)
-        kept(RESULTS, f"vgg seed {seed} control", chain.control)
+        decomposed(f"vgg seed {seed}", chain, cut[VGG_RECOVERED])
+
+
+def vgg_bf16(seed: int) -> None:
+    """Not timed: that doesn't depend on weights."""
+    subject = trained_vgg(seed, VGG_BF16_TRAINING, VGG_BF16_RECOVERY)
+    with tempfile.TemporaryDirectory() as scratch:
+        chain = Chain(subject, Path(scratch))
+        cut = chain.step("decomposition", subject.model, **VGG_RANKS[VGG_RECOVERED])
+        decomposed(f"vgg bf16 seed {seed}", chain, cut)
+
+
+def decomposed(named: str, chain: "Chain", cut: Model) -> None:
+    make = partial(chain.accuracies, cut, "decomposed")
+    kept(RESULTS, f"{named} {VGG_RECOVERED}", make)
+    kept(RESULTS, f"{named} control", chain.control)
 
 
 def masks(seed: int) -> None:
@@ -226,6 +246,7 @@ PARTS = {
     "minilm": sentence_encoder,
     "minilm-bf16": sentence_encoder_bf16,
     "vgg": vgg,
+    "vgg-bf16": vgg_bf16,
     "masks": masks,
     "rounds": rounds,
 }
@@ -247,17 +268,17 @@ def cifar(spec: str, training: TrainingSpec, seed: int, n_rows: int | None = Non
     return Subject(bench.model, context, dict(read.inputs), read.labels)
 
 
-def trained_vgg(seed: int) -> Subject:
+def trained_vgg(seed: int, training: TrainingSpec, recovery: TrainingSpec) -> Subject:
     """Trained on labels alone, where it isn't kept; its data are those of its training."""
-    untrained = cifar("spec.yaml", VGG_TRAINING, seed)
-    weights = CHECKPOINTS / f"vgg7-seed-{seed}.safetensors"
+    untrained = cifar("spec.yaml", training, seed)
+    weights = CHECKPOINTS / f"vgg7-{training.precision}-seed-{seed}.safetensors"
     if not weights.exists():
         print(f"vgg, whole: {from_scratch(untrained, VGG_FACTORY, weights)}", flush=True)
     assert isinstance(untrained.model.source, TorchSource)
     source = replace(untrained.model.source, factory=VGG_FACTORY, weights=weights)
     model = source_model(source, source_digest(source))
     assert isinstance(model, TorchModel)
-    context = replace(untrained.context, training=VGG_RECOVERY)
+    context = replace(untrained.context, training=recovery)
     return replace(untrained, model=model, context=context)
 
 
