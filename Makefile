@@ -46,7 +46,7 @@ demo-cifar10: $(STAMP) ## The same for ResNet-56 (needs TRIMSERVE_DATA and TRIMS
 check: $(STAMP) ## Lint, format, types, generated code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --num-workers 2
+	$(BIN)/mypy
 	$(BIN)/python proto/generate.py --check
 
 test: $(STAMP) ## The tests that pip's packages suffice for, under 10 minutes

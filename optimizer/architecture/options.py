@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from loadtest.document import Strict
 from loadtest.slo import PositiveFloat
-from optimizer.spec_values import FunctionName, listed
+from optimizer.spec_values import FunctionName, Weights, listed
 
 Sizes = Annotated[
     tuple[Annotated[int, Field(ge=1, le=65_536)], ...],
@@ -81,6 +81,13 @@ class EncoderSpaceSpec(Strict):
 SpaceSpec = Annotated[VisionSpaceSpec | EncoderSpaceSpec, Field(discriminator="kind")]
 
 
+class InitialSpec(Strict):
+    """A trained network with the layers of the space's largest."""
+
+    factory: FunctionName
+    weights: Weights
+
+
 class ArchitectureSpec(Strict):
     """Another network in the model's place: see docs/techniques.md."""
 
@@ -94,10 +101,13 @@ class ArchitectureSpec(Strict):
     search of its own, on the same supernet."""
     weights: Literal["shared", "own"] = "shared"
     """`shared`: of a supernet that is trained once; `own`: each network trained from scratch."""
+    initial: Literal["model"] | InitialSpec | None = None
+    """What the supernet begins as: the model, or another trained network, whose layers are those
+    of the space's largest network in the same order. Without it weights are drawn at random."""
     epochs: PositiveFloat = 20.0
     """Passes over train of the supernet, or of a network that comes to the last round."""
     learning_rate: PositiveFloat = 0.1
-    """The peak, for weights drawn at random."""
+    """The peak; the default is for weights drawn at random."""
     evaluations: int = Field(default=60, ge=2, le=100_000)
     """Networks that the controller, and each of its controls, looks at."""
     controllers: Annotated[
@@ -114,6 +124,10 @@ class ArchitectureSpec(Strict):
     @model_validator(mode="after")
     def _values_fit_each_other(self) -> Self:
         _check_rising(self, ("speedups", "controllers", "precisions"))
+        if self.initial is not None and self.weights != "shared":
+            raise ValueError(
+                f"want weights: shared with initial, which a supernet begins as, got {self.weights}"
+            )
         return self
 
 

@@ -13,6 +13,12 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from optimizer.architecture.inheriting import (
+    inherit,
+    initial_digest,
+    largest_like,
+    load_initial,
+)
 from optimizer.architecture.judging import Judge, Part, parted
 from optimizer.architecture.latency import Unmeasured, blocks_in
 from optimizer.architecture.making import (
@@ -25,7 +31,7 @@ from optimizer.architecture.making import (
     space_of,
 )
 from optimizer.architecture.networks import BlockFactory
-from optimizer.architecture.options import ArchitectureSpec
+from optimizer.architecture.options import ArchitectureSpec, InitialSpec
 from optimizer.architecture.plan import plan_json
 from optimizer.architecture.space import ArchitectureSpace, Choices
 from optimizer.architecture.supernet import Supernet
@@ -33,6 +39,7 @@ from optimizer.architecture.table import SpaceTable, blocks_of_space, space_tabl
 from optimizer.block_times import TABLE_SIZE
 from optimizer.blocks import Block, blocks_of
 from optimizer.model_source import Signature, read_signature, source_digest
+from optimizer.pruning.graph import InputShape
 from optimizer.quantization.processor import kernel_layout
 from optimizer.quantization.qdq import Arithmetic
 from optimizer.search.block_table import Pair
@@ -66,11 +73,30 @@ class Setting:
 
     def reason_against(self) -> str | None:
         """Why no network of the space can take the model's place, or None."""
+        return self._reason
+
+    @cached_property
+    def _reason(self) -> str | None:
         try:
-            Supernet(self.space.structures, self.factories)
+            supernet = Supernet(self.space.structures, self.factories)
+            if self.spec.initial is not None:
+                largest_like(supernet, self._initial(self.spec.initial), self._example)
         except (Unfit, ValueError) as error:
             return str(error)
         return None
+
+    def supernet(self) -> tuple[Supernet, tuple[str, ...]]:
+        """Untrained, as the spec has it begin, with notes on that; drawn by torch's generator.
+        Raises ValueError where `initial` isn't the space's largest network."""
+        supernet = Supernet(self.space.structures, self.factories)
+        if self.spec.initial is None:
+            return supernet, ()
+        inputs = [InputShape(one.datatype, one.shape) for one in self.signature.inputs]
+        initial = self._initial(self.spec.initial)
+        return supernet, (inherit(supernet, initial, inputs, self._example),)
+
+    def _initial(self, initial: InitialSpec | str) -> torch.nn.Module:
+        return load_initial(initial, self.source)
 
     @cached_property
     def factories(self) -> dict[str, BlockFactory]:
@@ -187,19 +213,21 @@ class Setting:
         return table.latency(self.base_blocks) if table.base_s is None else table.base_s
 
     def training(self, epochs: float) -> dict[str, Value]:
-        """What decides a training beside the model: the space, and how the spec trains, at the
-        rate for weights that begin at random."""
+        """What decides a training beside the model: the space, what a supernet begins as, and how
+        the spec trains."""
         given = self.context.training
         losses = tuple(one for one in given.losses if one in _LOSSES)
         plain = given.model_copy(update={"losses": losses or _LOSSES[:1]})
         base = TorchModel(self.source, "")
         space = plain_space(base, replace(self.context, training=plain), epochs)
+        initial = self.spec.initial
         by_kind = "sgd" if self.spec.space.kind == "vision" else "adamw"
         return {
             **{name: one.default for name, one in space.items()},
             "optimizer": given.optimizer or by_kind,
             "learning_rate": self.spec.learning_rate,
             "space": space_digest(self.spec),
+            **({} if initial is None else {"initial": initial_digest(initial)}),
         }
 
     def lesson(self, model: TorchModel, network: torch.nn.Module, parameters: Parameters) -> Lesson:

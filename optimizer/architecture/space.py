@@ -235,7 +235,7 @@ def _of_layer(number: int, position: int, stage: StageChoices) -> Iterator[Decis
     if blocks:
         yield Decision(f"{own}.expansion", stage.expansions, inner)
         yield Decision(f"{own}.squeezes", stage.squeezes, inner)
-    if position > 0:  # the first one's input has other channels, or its stride is above 1
+    if position > 0:  # the first one's input mostly has other channels, or its stride is above 1
         yield Decision(f"{own}.shortcut", stage.shortcuts, exists)
 
 
@@ -257,7 +257,7 @@ def _layer(
         stride=stage.stride if position == 0 else 1,
         expansion=1 if expansion is None else _number(expansion),
         squeezes=bool(chosen.get(f"{own}.squeezes")),
-        shortcut=bool(chosen.get(f"{own}.shortcut", True)),
+        shortcut=bool(chosen.get(f"{own}.shortcut", True in stage.shortcuts)),
     )
 
 

@@ -37,7 +37,7 @@ class Supernet(nn.Module):
         self.space = space
         self._blocks = blocks
         shared: dict[str, torch.Tensor] = {}
-        for choices in _largest(space):
+        for choices in self.largest():
             for name, weight in build(space.plan(choices), blocks).named_parameters():
                 known = shared.get(name)
                 if known is None or weight.numel() > known.numel():
@@ -45,6 +45,10 @@ class Supernet(nn.Module):
         self.weights = nn.ParameterDict(
             {_key(name): nn.Parameter(weight.detach()) for name, weight in shared.items()}
         )
+
+    def largest(self) -> list[Choices]:
+        """Networks that have among them every weight at its largest."""
+        return _largest(self.space)
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """What the largest network gives, extracted and not yet recalibrated."""
@@ -67,6 +71,12 @@ class Supernet(nn.Module):
             for name, weight in module.named_parameters():
                 weight.copy_(self.part(name, weight.shape))
         return module.eval()
+
+    def begin_with(self, network: nn.Module) -> None:
+        """Takes over the weights of a network of the space. The others stay."""
+        with torch.no_grad():
+            for name, weight in network.named_parameters():
+                self.part(name, weight.shape).copy_(weight)
 
     def part(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """The view of the weight of that name that a network with one of `shape` has."""
@@ -146,8 +156,7 @@ class Sandwich:
 
 
 def _largest(space: ArchitectureSpace) -> list[Choices]:
-    """Networks that have among them every weight at its largest: the last option of each decision,
-    for each option of those that aren't sizes."""
+    """The last option of each decision, for each option of those that aren't sizes."""
     most = max((len(one.options) for one in space.decisions if _is_kind(one)), default=1)
     return [space.completed(partial(_last, space, nth)) for nth in range(most)]
 

@@ -64,8 +64,7 @@ class SupernetTraining:
     ) -> TorchVariant:
         import torch
 
-        from optimizer.architecture.making import factories_of
-        from optimizer.architecture.supernet import Sandwich, Supernet
+        from optimizer.architecture.supernet import Sandwich
         from optimizer.training.loop import train
         from optimizer.training.teacher import answering
 
@@ -73,7 +72,7 @@ class SupernetTraining:
         setting = self._setting(model, context)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
-            supernet = Supernet(setting.space.structures, factories_of(self._spec))
+            supernet, begun = setting.supernet()
         lesson = setting.lesson(model, supernet, parameters)
         answer = answering(setting.signature.output_names, str(parameters["output"]))
         loss = Sandwich(lesson.loss(), answer, kind_of(parameters))
@@ -84,7 +83,7 @@ class SupernetTraining:
             checkpoint.remove()
         operations = {"space": parameters["space"], "place": setting.place.to_json()}
         note = f"{setting.space.structures.n_networks:,} networks share these weights"
-        return torch_model(directory, model, supernet, self, operations, (note,))
+        return torch_model(directory, model, supernet, self, operations, (note, *begun))
 
     def restructure(self, module: "nn.Module", operations: Json) -> "nn.Module":
         """The supernet, whatever the module was. Raises ValueError where it is of another space."""
