@@ -23,7 +23,7 @@ _SAMPLES = "reconstruction_samples"
 class Recovery:
     traits = Traits(
         name="recovery",
-        version="4",
+        version="5",
         stage=Stage.RECOVER,
         accepts=Kind.TORCH,
         gives=Kind.TORCH,

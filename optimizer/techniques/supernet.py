@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class SupernetTraining:
     traits = Traits(
         name="supernet",
-        version="1",
+        version="2",
         stage=Stage.SUPERNET,
         accepts=Kind.TORCH,
         gives=Kind.TORCH,

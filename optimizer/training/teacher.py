@@ -4,11 +4,14 @@ It is in eval mode, sees the very batches that the student sees, and keeps its a
 don't change. What is learned from them is the loss's matter.
 """
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from optimizer.torch_source import named_outputs
 from optimizer.training.batches import Batch
@@ -16,6 +19,12 @@ from optimizer.training.features import captured
 
 MAX_KEPT_BYTES = 256 * 1024**2
 """Of answers; more are computed again each time."""
+_TOLERANCE = 1e-3
+"""Of the largest answer, by which a folded teacher's may differ."""
+
+_FOLDED: Mapping[type, type] = {
+    nn.BatchNorm1d: nn.Conv1d, nn.BatchNorm2d: nn.Conv2d, nn.BatchNorm3d: nn.Conv3d,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +51,10 @@ def answering(output_names: Sequence[str], output: str) -> Answering:
 
 
 class Teacher:
-    """`module` must be nobody else's: it is put in eval mode and its gradients are off."""
+    """`module` must be nobody else's: it is put in eval mode and its gradients are off.
+
+    Without features its batch normalizations are folded into the convolutions before them, where
+    it can be traced and then answers the same: that is a third of its time."""
 
     def __init__(
         self,
@@ -57,6 +69,7 @@ class Teacher:
         self._answer = answer
         self._places = tuple(places)
         self._n_rows = 0 if places else n_rows
+        self._is_checked = bool(self._places)
         self._kept: torch.Tensor | None = None
         self._is_known = torch.zeros(self._n_rows, dtype=torch.bool)
 
@@ -66,6 +79,9 @@ class Teacher:
         if self._kept is not None and bool(self._is_known[rows].all()):
             return Answers(self._kept[rows])
         with torch.no_grad():
+            if not self._is_checked:
+                self.module = _folded(self.module, lambda one: self._answer(one, batch, ()).output)
+                self._is_checked = True
             answers = self._answer(self.module, batch, self._places)
         self._keep(rows, answers.output)
         return answers
@@ -78,3 +94,39 @@ class Teacher:
             self._kept = torch.zeros((self._n_rows, *output.shape[1:]))
         self._kept[rows] = output
         self._is_known[rows] = True
+
+
+def _folded(module: nn.Module, answer: Callable[[nn.Module], torch.Tensor]) -> nn.Module:
+    """The module without batch normalizations, or as it is where that can't be or shows."""
+    try:
+        folded = _without_norms(module)
+    except Exception:  # noqa: BLE001  tracing fails in as many ways as there are models
+        return module
+    with torch.autocast("cpu", enabled=False):
+        own, wanted = answer(folded), answer(module)
+    allowed = _TOLERANCE * max(1.0, float(wanted.abs().max()))
+    is_alike = own.shape == wanted.shape and float((own - wanted).abs().max()) <= allowed
+    return folded if is_alike else module
+
+
+def _without_norms(module: nn.Module) -> nn.Module:
+    """A copy in which each batch normalization right behind a convolution is folded into it.
+    Raises whatever tracing does."""
+    traced = fx.symbolic_trace(copy.deepcopy(module))
+    for node in list(traced.graph.nodes):
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module":
+            continue
+        norm: Any = traced.get_submodule(str(node.target))
+        convolution: Any = traced.get_submodule(str(before.target))
+        if _folds(norm, convolution) and len(before.users) == 1:
+            traced.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
+            node.replace_all_uses_with(before)
+            traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced
+
+
+def _folds(norm: nn.Module, convolution: nn.Module) -> bool:
+    return _FOLDED.get(type(norm)) is type(convolution)

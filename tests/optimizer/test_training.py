@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -222,19 +222,90 @@ def test_distillation_refuses_to_learn_from_answers_without_a_teacher() -> None:
 
 
 def test_teacher_answers_once_for_each_sample_when_answers_can_be_kept() -> None:
-    module = network()
     runs: list[int] = []
-    module.register_forward_hook(lambda _module, inputs, _output: runs.append(len(inputs[0])))
-    teacher = Teacher(module, ANSWER, n_rows=64)
+
+    def counting(module: nn.Module, batch: Batch, places: Sequence[str]) -> Answers:
+        runs.append(len(batch.rows))
+        return ANSWER(module, batch, places)
+
+    teacher = Teacher(untraceable(), counting, n_rows=64)
     first = teacher.answers(data().read(np.arange(0, 40)))
     teacher.answers(data().read(np.arange(30, 64)))
     again = teacher.answers(data().read(np.arange(39, 4, -1)))
     assert runs == [40, 34]
     torch.testing.assert_close(again.output, first.output.flip(0)[:35])
-    fresh = Teacher(module, ANSWER)
+    fresh = Teacher(untraceable(), counting)
     fresh.answers(data().read(np.arange(4)))
     fresh.answers(data().read(np.arange(4)))
     assert runs == [40, 34, 4, 4]
+
+
+def untraceable() -> nn.Module:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.inner(image)
+            return logits if logits.sum() > 0 else logits + 0
+
+    return Branching()
+
+
+def n_norms(module: nn.Module) -> int:
+    return sum(isinstance(part, nn.BatchNorm2d) for part in module.modules())
+
+
+def normed(module: nn.Module) -> nn.Module:
+    """With statistics as after a training."""
+    module.train()
+    with torch.no_grad():
+        for _ in range(20):
+            module(3 * torch.randn(32, 1, 6, 6) + 1)
+    return module.eval()
+
+
+def test_teacher_answers_the_same_with_its_normalizations_folded() -> None:
+    module = normed(network())
+    batch = data().read(np.arange(20))
+    with torch.no_grad():
+        wanted = module(*batch.inputs)
+    teacher = Teacher(module, ANSWER)
+    torch.testing.assert_close(teacher.answers(batch).output, wanted, rtol=1e-4, atol=1e-4)
+    assert n_norms(module) == 1
+    assert n_norms(teacher.module) == 0
+
+
+def test_teacher_that_cant_be_traced_or_whose_features_are_asked_for_is_left_as_it_is() -> None:
+    for teacher in (Teacher(untraceable(), ANSWER), Teacher(network(), ANSWER, ("2",))):
+        module = teacher.module
+        teacher.answers(data().read(np.arange(4)))
+        assert teacher.module is module
+        assert n_norms(module) == 1
+
+
+class Twice(nn.Module):
+    """One convolution under two normalizations, which can't be folded into it both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 4, 3, padding=1)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        first = self.norms[0](self.convolution(image))
+        return (first + self.norms[1](self.convolution(2 * image))).mean((2, 3))
+
+
+def test_teacher_that_answers_otherwise_once_folded_is_left_as_it_is() -> None:
+    module = normed(Twice())
+    batch = data().read(np.arange(20))
+    with torch.no_grad():
+        wanted = module(*batch.inputs)
+    teacher = Teacher(module, ANSWER)
+    assert torch.equal(teacher.answers(batch).output, wanted)
+    assert teacher.module is module
 
 
 def test_places_are_the_last_of_each_size_in_either_network() -> None:
