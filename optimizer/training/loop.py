@@ -20,6 +20,7 @@ from optimizer.training.augmentation import augmented
 from optimizer.training.batches import Batch, Batches, Rows
 from optimizer.training.checkpoint import Checkpoint
 from optimizer.training.masks import Masks
+from optimizer.training.memory import kept_memory
 from optimizer.training.schedule import SCHEDULES
 
 _MAX_NORM = 5.0
@@ -103,7 +104,7 @@ def train(
     zeros = masks or Masks(nn.Identity())
     run = _Run(module, data, loss, settings, plan, optimizer, zeros, tell)
     progress = Progress() if checkpoint is None else _resumed(checkpoint, run)
-    with _seeded(settings.seed):
+    with _seeded(settings.seed), kept_memory():
         for epoch in range(len(progress.losses), plan.n_epochs):
             run.epoch(epoch, rows, progress)
             # Before all zeros have come, a better loss is no merit.
