@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from loadtest.document import Strict
 from loadtest.slo import PositiveFloat
@@ -88,6 +88,17 @@ class InitialSpec(Strict):
     weights: Weights
 
 
+def _kind_of_initial(given: object) -> str:
+    return "model" if isinstance(given, str) else "network"
+
+
+Initial = Annotated[
+    Annotated[Literal["model"], Tag("model")] | Annotated[InitialSpec, Tag("network")],
+    Discriminator(_kind_of_initial),
+]
+"""The model itself, or another network."""
+
+
 class ArchitectureSpec(Strict):
     """Another network in the model's place: see docs/techniques.md."""
 
@@ -101,7 +112,7 @@ class ArchitectureSpec(Strict):
     search of its own, on the same supernet."""
     weights: Literal["shared", "own"] = "shared"
     """`shared`: of a supernet that is trained once; `own`: each network trained from scratch."""
-    initial: Literal["model"] | InitialSpec | None = None
+    initial: Initial | None = None
     """What the supernet begins as: the model, or another trained network, whose layers are those
     of the space's largest network in the same order. Without it weights are drawn at random."""
     epochs: PositiveFloat = 20.0
