@@ -10,6 +10,7 @@ minilm: heads and neurons pruned, then taught without labels by the whole encode
 vgg: convolutions decomposed, then distilled; the network is trained first, and kept as safetensors
 in the temporary folder. Its control is the whole network, trained on like the decomposed one.
 masks: 80 % of ResNet-20's weights set to zero, at once or while it is recovered.
+criteria: half of ResNet-20's operations pruned by each criterion, in bf16.
 rounds: 60 % of ResNet-20's operations pruned, at once or in three rounds, for as many epochs.
 
 What is changed is timed in turns with what it came from, in fp32 and in int8, on each engine. Every
@@ -106,6 +107,11 @@ ROUNDS: Mapping[str, Mapping[str, object]] = {
     "at once": {"epochs": 4.0},
     "three": {"epochs": 2.0, "pruning_rounds": 3, "pruning_round_epochs": 1.0},
 }
+CRITERIA = ("l2", "l1", "taylor", "bn_scale", "lamp", "fpgm", "obs", "random")
+CRITERIA_PRUNING: Mapping[str, Value] = {
+    "what": "channels", "ratio": 0.5, "allocation": "uniform", "multiple": 1,
+}  # fmt: skip
+CRITERIA_TRAINING = ROUNDS_TRAINING.model_copy(update={"epochs": 2.0, "precision": "bf16"})
 VGG_RECOVERED = "share 0.5"
 
 
@@ -238,6 +244,14 @@ def rounds(seed: int) -> None:
         kept(RESULTS, f"rounds seed {seed} {name}", partial(in_rounds, subject))
 
 
+def criteria(seed: int) -> None:
+    """As many operations less by each, and the same widths."""
+    subject = cifar("resnet20.yaml", CRITERIA_TRAINING, seed, ROUNDS_ROWS)
+    for criterion in CRITERIA:
+        make = partial(by_criterion, subject, criterion)
+        kept(RESULTS, f"criteria seed {seed} {criterion}", make)
+
+
 PARTS = {
     "resnet56": resnet56,
     "resnet56-bf16": resnet56_bf16,
@@ -249,6 +263,7 @@ PARTS = {
     "vgg-bf16": vgg_bf16,
     "masks": masks,
     "rounds": rounds,
+    "criteria": criteria,
 }
 
 
@@ -333,6 +348,23 @@ def in_rounds(subject: Subject) -> Figures:
             chain.step("pruning", subject.model, **ROUNDS_PRUNING), "pruned"
         )
         return figures
+
+
+def by_criterion(subject: Subject, criterion: str) -> Figures:
+    """`random` isn't in the technique's space, so it takes the place of another there."""
+    pruning = load_technique("pruning")
+    known = {} if criterion == "random" else {"criterion": criterion}
+    space = pruning.space(subject.model, subject.context)
+    parameters = {**defaults(space, **CRITERIA_PRUNING, **known), "criterion": criterion}
+    with tempfile.TemporaryDirectory() as scratch:
+        chain = Chain(subject, Path(scratch))
+        (chain.scratch / "pruned").mkdir()
+        cut = pruning.apply(subject.model, parameters, subject.context, chain.scratch / "pruned")
+        figures, _ = chain.recovered(cut, "pruned")
+        example = [torch.from_numpy(one[:1]) for one in subject.judged.values()]
+        assert isinstance(cut, TorchModel)
+        whole, left = (operations(load_torch(one), *example) for one in (subject.model, cut))
+        return {**figures, "fewer operations": whole / left}
 
 
 def from_scratch(subject: Subject, factory: Importable, keep: Path | None = None) -> Figures:
