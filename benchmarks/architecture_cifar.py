@@ -89,7 +89,7 @@ def inherited() -> Plan:
         {"widths": [32], "stride": 2, **layers},
         {"widths": [64], "stride": 2, **layers},
     ]
-    searched = {**SEARCHED, "epochs": 4, "learning_rate": 0.05, "evaluations": 40}
+    searched = {**SEARCHED, "epochs": 3, "learning_rate": 0.05, "evaluations": 30}
     spec = ArchitectureSpec.model_validate(
         {"space": {"kind": "vision", "stems": [16], "stages": stages}, **searched}
     )
@@ -97,7 +97,7 @@ def inherited() -> Plan:
     initial = InitialSpec.model_construct(factory=RESNET20_FACTORY, weights=weights)
     blocks = {"residual": Importable("residual", "residual", CIFAR)}
     spec = spec.model_copy(update={"initial": initial, "blocks": blocks})
-    return Plan("inherited ", spec, TRAINING.model_copy(update={"epochs": 15}))
+    return Plan("inherited ", spec, TRAINING.model_copy(update={"epochs": 8}))
 
 
 def from_scratch() -> Plan:
