@@ -56,6 +56,7 @@ class Running:
         self._kept = order_file.parent / KEPT_FILE
         self._disk_seen_s = -_DISK_EVERY_S
         self._started_s = time.monotonic()
+        self._family: set[psutil.Process] = set()
         lifeline, self._lifeline = os.pipe()
         events, events_in = os.pipe()
         replace(order, lifeline=lifeline, events=events_in, max_file_bytes=limits.file_bytes).write(
@@ -105,7 +106,9 @@ class Running:
         return events, self._log.taken()
 
     def broken_limit(self) -> str | None:
-        """Which limit it has broken, in words."""
+        """Which limit it has broken, in words. To be asked while it runs: what it has started is
+        seen then, and ends with it."""
+        self._family |= set(_family(self.pid))
         limits, spent_s = self._limits, time.monotonic() - self._started_s
         if limits.wall_clock_s is not None and spent_s > limits.wall_clock_s:
             return f"ran for {spent_s:.0f} s, allowed are {limits.wall_clock_s:.0f}"
@@ -142,10 +145,14 @@ class Running:
         self.close()
 
     def close(self) -> None:
-        """Wait for its end and for its last words."""
+        """Wait for its end and for its last words. What it left behind ends too, in sessions of its
+        own as well: a child that the kernel killed for memory has stopped nothing."""
         self._process.wait()
+        for process in self._family:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)  # what it left behind
+            os.killpg(self.pid, signal.SIGKILL)
         for thread in self._threads:
             thread.join(timeout=5.0)
         if self._lifeline >= 0:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -12,7 +14,7 @@ import pytest
 
 from optimizer.execution.cluster import Cluster
 from optimizer.service.child import EXIT_USAGE, Order
-from optimizer.service.running import child_environment
+from optimizer.service.running import ChildLimits, Running, child_environment
 from tests.optimizer.tiny_study import write_study
 
 CHILD = """
@@ -48,6 +50,36 @@ def test_a_child_ends_with_its_worker_and_with_all_that_it_started() -> None:
         for one in alive:
             one.kill()
         assert alive == []
+
+
+@pytest.mark.full  # takes a while
+def test_what_a_killed_child_has_started_ends_with_it(tmp_path: Path) -> None:
+    spec = write_study(tmp_path)
+    code = "import subprocess\nsubprocess.run(['sleep', '600'], start_new_session=True)\n"
+    (tmp_path / "tiny.py").write_text(code)
+    (tmp_path / "out").mkdir()
+    order = Order("optimization", str(spec), str(tmp_path / "out"), -1, -1)
+    child = Running(
+        replace(order, store=str(tmp_path / "store.sqlite")), tmp_path / "order.json",
+        ChildLimits(), os.environ,
+    )  # fmt: skip
+    try:
+        started: list[psutil.Process] = []
+        deadline_s = time.monotonic() + 120
+        while not started and time.monotonic() < deadline_s:
+            time.sleep(0.2)
+            assert child.broken_limit() is None
+            found = psutil.Process(child.pid).children(recursive=True)
+            started = [one for one in found if one.name() == "sleep"]
+        assert started
+        assert child.broken_limit() is None
+        os.kill(child.pid, signal.SIGKILL)
+    finally:
+        child.close()
+    _, alive = psutil.wait_procs(started, timeout=30)
+    for one in alive:
+        one.kill()
+    assert alive == []
 
 
 @pytest.mark.full  # takes a while
