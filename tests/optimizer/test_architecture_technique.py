@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from optimizer import estimates
 from optimizer.architecture.exploration import Trail, everything, explore, ranking, regrets
 from optimizer.architecture.halving import first_epochs, halved, survivors, total_epochs
 from optimizer.architecture.judging import N_RECALIBRATED
@@ -700,7 +701,10 @@ def test_steps_share_the_supernet_in_the_store(bench: TorchBench, tmp_path: Path
 
 
 @pytest.mark.full
-def test_study_finds_a_network_of_the_space_and_shows_the_search(tmp_path: Path) -> None:
+def test_study_finds_a_network_of_the_space_and_shows_the_search(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(estimates, "_WHOLE_EFFORT", QUICK)
     path = write_study(tmp_path, max_drop_points=90.0)
     architecture = {
         "space": SPACE, "epochs": 2, "evaluations": 4, "speedups": [0.05],
