@@ -8,7 +8,7 @@ says is 3.6 times as fast as ResNet-56 (ResNet-20 has 3 times fewer operations),
 distilled. With `--from-scratch` the supernet begins at random, in a space of other blocks and
 for fewer epochs. It and ResNet-20 are timed in turns, in fp32 and in int8 on each engine, and
 judged on the test split. What is finished is kept in `benchmarks/results/architecture-cifar.json`;
-about an hour of one core with AMX, half of it from scratch. TRIMSERVE_DATA and TRIMSERVE_WEIGHTS
+about an hour of one core with AMX, half of that from scratch. TRIMSERVE_DATA and TRIMSERVE_WEIGHTS
 are needed.
 """
 
@@ -97,7 +97,7 @@ def inherited() -> Plan:
     initial = InitialSpec.model_construct(factory=RESNET20_FACTORY, weights=weights)
     blocks = {"residual": Importable("residual", "residual", CIFAR)}
     spec = spec.model_copy(update={"initial": initial, "blocks": blocks})
-    return Plan("inherited ", spec, TRAINING.model_copy(update={"epochs": 8}))
+    return Plan("inherited ", spec, TRAINING.model_copy(update={"epochs": 14}))
 
 
 def from_scratch() -> Plan:
