@@ -54,7 +54,7 @@ class Teacher:
     """`module` must be nobody else's: it is put in eval mode and its gradients are off.
 
     Without features its batch normalizations are folded into the convolutions before them, where
-    it can be traced and then answers the same: that is a third of its time."""
+    it can be traced and then answers the same: that is a third of a ResNet-56's time."""
 
     def __init__(
         self,
@@ -98,12 +98,14 @@ class Teacher:
 
 def _folded(module: nn.Module, answer: Callable[[nn.Module], torch.Tensor]) -> nn.Module:
     """The module without batch normalizations, or as it is where that can't be or shows."""
+    if not any(type(part) in _FOLDED for part in module.modules()):
+        return module
     try:
         folded = _without_norms(module)
-    except Exception:  # noqa: BLE001  tracing fails in as many ways as there are models
+        with torch.autocast("cpu", enabled=False):
+            own, wanted = answer(folded), answer(module)
+    except Exception:  # noqa: BLE001  traces fail in as many ways as there are models
         return module
-    with torch.autocast("cpu", enabled=False):
-        own, wanted = answer(folded), answer(module)
     allowed = _TOLERANCE * max(1.0, float(wanted.abs().max()))
     is_alike = own.shape == wanted.shape and float((own - wanted).abs().max()) <= allowed
     return folded if is_alike else module

@@ -285,6 +285,13 @@ def test_teacher_that_cant_be_traced_or_whose_features_are_asked_for_is_left_as_
         assert n_norms(module) == 1
 
 
+def test_teacher_without_normalizations_is_left_as_it_is() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(36, N_CLASSES))
+    teacher = Teacher(module, ANSWER)
+    teacher.answers(data().read(np.arange(4)))
+    assert teacher.module is module
+
+
 class Twice(nn.Module):
     """One convolution under two normalizations, which can't be folded into it both."""
 
