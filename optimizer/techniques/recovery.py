@@ -23,7 +23,7 @@ _SAMPLES = "reconstruction_samples"
 class Recovery:
     traits = Traits(
         name="recovery",
-        version="5",
+        version="6",
         stage=Stage.RECOVER,
         accepts=Kind.TORCH,
         gives=Kind.TORCH,

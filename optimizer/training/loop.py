@@ -227,8 +227,10 @@ def _optimizer(parameters: Sequence[nn.Parameter], settings: Settings) -> torch.
     ]
     rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=rate, weight_decay=decay)
-    return torch.optim.SGD(groups, lr=rate, momentum=_MOMENTUM, weight_decay=decay, nesterov=True)
+        return torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=True)
+    return torch.optim.SGD(
+        groups, lr=rate, momentum=_MOMENTUM, weight_decay=decay, nesterov=True, fused=True
+    )
 
 
 @contextmanager

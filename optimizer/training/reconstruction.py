@@ -9,7 +9,7 @@ what those before it were solved to. There are no steps and no rate. Departure: 
 what they were by a small ridge, so that inputs that hardly vary don't blow them up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +26,14 @@ from optimizer.layer_rows import (
     weight_matrix,
 )
 from optimizer.training.batches import Batch
+from optimizer.training.stops import Run, Unreached, stopping
 
 MAX_FEATURES = 4608
 """A layer with more is left as it is: to solve it would take minutes."""
 _MAX_ROWS = 65_536
 """That a layer is fitted to, over all samples and positions."""
+_MAX_HELD = 1024**3
+"""Bytes that runs which wait at layers hold, of either network."""
 _RIDGE = 1e-3
 """Of the mean square of a layer's inputs."""
 
@@ -42,10 +45,6 @@ class Pair:
     name: str
     layer: Layer
     whole: Layer
-
-
-class _Reached(Exception):
-    """Ends a run: nothing behind a layer matters."""
 
 
 def changed_pairs(module: nn.Module, whole: nn.Module, example: Batch) -> list[Pair]:
@@ -81,20 +80,37 @@ def reconstruct(
     A layer without a bias gets none. Returns by name the squared error of the layer's outputs
     before and after, in shares of their squares; a layer that wouldn't get better stays.
     """
+    pairs = changed_pairs(module, whole, batches[0])
     n_each = max(1, _MAX_ROWS // sum(len(batch.rows) for batch in batches))
     errors = {}
-    for pair in changed_pairs(module, whole, batches[0]):
-        generator = torch.Generator().manual_seed(seed)
-        fit = _Fit(pair.layer)
-        for batch in batches:
-            rows = input_rows(pair.layer, _reached(module, pair.layer, batch)[0])
-            wanted = output_rows(pair.whole, _reached(whole, pair.whole, batch)[1])
-            if rows.shape[:2] != wanted.shape[:2]:
-                break
-            fit.add(*_drawn(batch, rows, wanted, n_each, generator))
-        else:
-            errors[pair.name] = fit.solve()
+    with (
+        stopping(module, [one.layer for one in pairs], batches, "inputs", _MAX_HELD) as runs,
+        stopping(whole, [one.whole for one in pairs], batches, "output", _MAX_HELD) as known,
+    ):
+        for pair in pairs:
+            fit = _fitted(pair, zip(batches, runs, known, strict=True), n_each, seed)
+            if fit is not None:
+                errors[pair.name] = fit.solve()
     return errors
+
+
+def _fitted(
+    pair: Pair, runs: Iterable[tuple[Batch, Run, Run]], n_each: int, seed: int
+) -> "_Fit | None":
+    """The layer's sums over all batches; None where one of them doesn't come to it, or finds other
+    positions there than in the whole network."""
+    generator = torch.Generator().manual_seed(seed)
+    fit = _Fit(pair.layer)
+    for batch, own, whole in runs:
+        try:
+            inputs, outputs = own.reach(pair.layer), whole.reach(pair.whole)
+        except Unreached:
+            return None
+        rows, wanted = input_rows(pair.layer, inputs), output_rows(pair.whole, outputs)
+        if rows.shape[:2] != wanted.shape[:2]:
+            return None
+        fit.add(*_drawn(batch, rows, wanted, n_each, generator))
+    return fit
 
 
 def _drawn(
@@ -174,23 +190,3 @@ def _runs(module: nn.Module, layers: dict[str, Layer], example: Batch) -> list[s
         for one in hooks:
             one.remove()
     return found
-
-
-def _reached(module: nn.Module, layer: Layer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer's inputs and outputs; what comes after it doesn't run."""
-    found: list[torch.Tensor] = []
-
-    def stop(_layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        found.extend((inputs[0], output))
-        raise _Reached
-
-    hook = layer.register_forward_hook(stop)
-    try:
-        with torch.no_grad():
-            module(*batch.inputs)
-    except _Reached:
-        pass
-    finally:
-        hook.remove()
-    inputs, output = found
-    return inputs, output
