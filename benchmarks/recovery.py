@@ -4,7 +4,7 @@
 
 resnet56: blocks and channels pruned, then distilled from the whole network for some epochs.
 resnet56-bf16, resnet56-bf16-short, minilm-bf16, vgg-bf16: the same in bf16, on a CPU that has it;
-ResNet-56 for 15 epochs, or as many; VGG for 12, of flipped and cropped images.
+ResNet-56 for 20 epochs, or as many; MiniLM for 10; VGG for 12, of flipped and cropped images.
 student: a ResNet-20 from scratch, taught by ResNet-56, against the same schedule on labels alone.
 minilm: heads and neurons pruned, then taught without labels by the whole encoder.
 vgg: convolutions decomposed, then distilled; the network is trained first, and kept as safetensors
@@ -66,7 +66,14 @@ RESNET56 = {"what": "both", "blocks": 9, "ratio": 0.3, "criterion": "obs", "mult
 RESNET56_TRAINING = TrainingSpec(
     epochs=6, learning_rate=0.02, alphas=(0.1,), augmentation="flip_and_crop"
 )
-RESNET56_BF16_TRAINING = RESNET56_TRAINING.model_copy(update={"epochs": 15, "precision": "bf16"})
+RESNET56_BF16_TRAINING = RESNET56_TRAINING.model_copy(
+    update={
+        "epochs": 20,
+        "learning_rate": 0.03,
+        "reconstruction_samples": 2048,
+        "precision": "bf16",
+    }
+)
 MINILM = {"what": "channels", "ratio": 0.3, "criterion": "obs", "multiple": 8}
 MINILM_TRAINING = TrainingSpec(
     epochs=3,
@@ -75,7 +82,9 @@ MINILM_TRAINING = TrainingSpec(
     losses=("hidden",),
     reconstruction_samples=2048,
 )
-MINILM_BF16_TRAINING = MINILM_TRAINING.model_copy(update={"precision": "bf16"})
+MINILM_BF16_TRAINING = MINILM_TRAINING.model_copy(
+    update={"epochs": 10, "batch_size": 32, "reconstruction_samples": 4096, "precision": "bf16"}
+)
 RESNET20_FACTORY = Importable("resnet", "resnet20", CIFAR)
 STUDENT_ROWS = 6000
 STUDENT_TRAINING = TrainingSpec(
@@ -171,7 +180,7 @@ def resnet56(seed: int) -> None:
 
 def resnet56_bf16(seed: int) -> None:
     subject = cifar("spec.yaml", RESNET56_BF16_TRAINING, seed)
-    pruned(f"resnet56 obs bf16 seed {seed}", subject, RESNET56)
+    pruned(f"resnet56 obs bf16 20 epochs seed {seed}", subject, RESNET56)
 
 
 def resnet56_short(seed: int) -> None:
@@ -184,7 +193,7 @@ def sentence_encoder(seed: int) -> None:
 
 
 def sentence_encoder_bf16(seed: int) -> None:
-    pruned(f"minilm hidden bf16 seed {seed}", encoder(seed, MINILM_BF16_TRAINING), MINILM)
+    pruned(f"minilm hidden bf16 10 epochs seed {seed}", encoder(seed, MINILM_BF16_TRAINING), MINILM)
 
 
 def student(seed: int) -> None:
