@@ -81,6 +81,8 @@ def reconstruct(
     before and after, in shares of their squares; a layer that wouldn't get better stays.
     """
     pairs = changed_pairs(module, whole, batches[0])
+    if not pairs:
+        return {}
     n_each = max(1, _MAX_ROWS // sum(len(batch.rows) for batch in batches))
     errors = {}
     with (

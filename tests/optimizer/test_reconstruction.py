@@ -116,6 +116,14 @@ def test_a_layer_with_zeros_or_two_runs_is_left_as_it_is() -> None:
     assert changed_pairs(masked, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), example) == []
 
 
+def test_where_nothing_changed_nothing_is_solved() -> None:
+    module, whole = perceptron(8), perceptron(8)
+    assert reconstruct(module, whole, batches(32, 6), 0) == {}
+    assert all(
+        torch.equal(one, whole.state_dict()[name]) for name, one in module.state_dict().items()
+    )
+
+
 def test_whole_network_stays_as_it_is() -> None:
     whole = perceptron(8)
     before = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
