@@ -1,10 +1,14 @@
-"""Runs a command again whenever it ends, and keeps its number in a file; ends it when told to."""
+"""Runs a command again a while after it ends, and keeps its number in a file; ends it when told."""
 
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+PAUSE_S = 1.0
+"""Before it runs again, so that what is lost meanwhile is many and no matter of luck."""
 
 
 class Supervisor:
@@ -32,6 +36,8 @@ class Supervisor:
             os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
             self.pid = 0
             child.wait()
+            if not self.is_over:
+                time.sleep(PAUSE_S)
 
 
 if __name__ == "__main__":
