@@ -382,6 +382,8 @@ class TrainingSpec(Strict):
     schedule: Literal["one_cycle", "cosine"] = "one_cycle"
     augmentation: Literal["none", "flip", "flip_and_crop"] = "none"
     precision: Literal["fp32", "bf16"] = "fp32"
+    embeddings: Literal["kept", "trained"] = "kept"
+    """Whether tables of embeddings that are the base's own stand still while the rest learns."""
     patience: int = Field(default=0, ge=0, le=1000)
     """Epochs without a better loss on a held-out part of train after which training ends, with the
     best epoch's weights; 0 for all epochs."""

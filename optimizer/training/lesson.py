@@ -7,6 +7,7 @@ technique's matter; the loop and the losses have modules of their own.
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from optimizer.variant import TorchModel, canonical_json
 from serve.machine import this_machine
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from torch import nn
 
     from optimizer.training.batches import Batches
@@ -40,7 +43,7 @@ _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 _IMAGE_AXES = 3
 # Parameters that are the spec's `training` as it is.
 _GIVEN = ("epochs", "short_epochs", "batch_size", "weight_decay", "schedule", "augmentation",
-          "precision", "patience")  # fmt: skip
+          "precision", "embeddings", "patience")  # fmt: skip
 
 
 def reason_against(model: TorchModel, context: Context) -> str | None:
@@ -173,7 +176,17 @@ class Lesson:
 
         masks = _masks(self.model, self.module)
         tell = self.context.tell
-        train(self.module, self.data, loss or self.loss(), settings, masks, checkpoint, tell)
+        with self._kept():
+            train(self.module, self.data, loss or self.loss(), settings, masks, checkpoint, tell)
+
+    def _kept(self) -> "AbstractContextManager[None]":
+        """While in it, what isn't to learn stands still."""
+        from optimizer.training.embeddings import standing_still, tables_of
+
+        if self.parameters["embeddings"] == "trained":
+            return nullcontext()
+        whole = load_source(self.model.source)
+        return standing_still(tables_of(self.module, whole))
 
 
 def lesson_of(

@@ -264,8 +264,8 @@ def test_parameters_have_the_rounds_and_all_of_their_training(bench: TorchBench)
         "rounds": 3, "epochs": 2.0, "round_loss": "answers", "round_alpha": 0.25,
         "round_temperature": 4.0, "round_batch_size": 16, "round_weight_decay": 5e-4,
         "round_schedule": "one_cycle", "round_augmentation": "none", "round_precision": "fp32",
-        "round_patience": 0, "round_optimizer": "sgd", "round_learning_rate": 0.05,
-        "round_learns": "classes", "round_output": "logits",
+        "round_embeddings": "kept", "round_patience": 0, "round_optimizer": "sgd",
+        "round_learning_rate": 0.05, "round_learns": "classes", "round_output": "logits",
     }  # fmt: skip
     assert technique.epochs(parameters, context) == 4.0
     assert technique.describe(parameters) == "60% pruned by l2 in 3 rounds"

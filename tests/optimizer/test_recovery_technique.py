@@ -347,7 +347,8 @@ def test_recovery_puts_the_specs_training_into_parameters_so_that_ids_cover_it(
     assert fixed == {
         "epochs": 6.0, "short_epochs": 1.0, "batch_size": 16, "weight_decay": 5e-4,
         "schedule": "one_cycle", "augmentation": "none", "precision": "fp32", "patience": 3,
-        "optimizer": "sgd", "learning_rate": 0.5, "learns": "classes", "output": "logits",
+        "embeddings": "kept", "optimizer": "sgd", "learning_rate": 0.5,
+        "learns": "classes", "output": "logits",
         "reconstruction_samples": 512,
     }  # fmt: skip
     searched = {name: one.choices for name, one in space.items() if name not in fixed}  # type: ignore[union-attr]

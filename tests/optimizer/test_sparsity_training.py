@@ -251,8 +251,8 @@ def test_parameters_have_the_specs_choices_and_its_training(bench: TorchBench) -
         "form": ("l1",), "strength": (0.05, 0.01), "residual": (False,), "epochs": (20.0,),
         "loss": ("answers",), "alpha": (0.25,), "temperature": (4.0,), "batch_size": (16,),
         "weight_decay": (5e-4,), "schedule": ("one_cycle",), "augmentation": ("none",),
-        "precision": ("fp32",), "patience": (0,), "optimizer": ("sgd",), "learning_rate": (0.05,),
-        "learns": ("classes",), "output": ("logits",),
+        "precision": ("fp32",), "embeddings": ("kept",), "patience": (0,), "optimizer": ("sgd",),
+        "learning_rate": (0.05,), "learns": ("classes",), "output": ("logits",),
     }  # fmt: skip
     parameters = defaults(space)
     assert technique.epochs(parameters, at) == 20.0
