@@ -380,7 +380,7 @@ class TrainingSpec(Strict):
     """The peak. Without it 0.02 for sgd, 0.0003 for adamw."""
     weight_decay: float = Field(default=5e-4, ge=0, le=1)
     schedule: Literal["one_cycle", "cosine"] = "one_cycle"
-    augmentation: Literal["none", "flip", "flip_and_crop"] = "none"
+    augmentation: Literal["none", "flip", "flip_and_crop", "swap_spans"] = "none"
     precision: Literal["fp32", "bf16"] = "fp32"
     embeddings: Literal["kept", "trained"] = "kept"
     """Whether tables of embeddings that are the base's own stand still while the rest learns."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from optimizer.data.splits import Split
 
 Rows = NDArray[np.intp]
-_MASK, _MASK_NDIM = "attention_mask", 2
+MASK, _MASK_NDIM = "attention_mask", 2
 """The input that tells which positions of a text are padding, by the name that encoders give it."""
 
 
@@ -59,7 +59,7 @@ class Batches:
 
     def _kept(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
         for name, values in zip(self.input_names, inputs, strict=True):
-            if name == _MASK and values.ndim == _MASK_NDIM:
+            if name == MASK and values.ndim == _MASK_NDIM:
                 return values != 0
         return None
 

@@ -6,7 +6,7 @@ technique's matter; the loop and the losses have modules of their own.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,7 +17,7 @@ import numpy as np
 from optimizer.model_source import read_signature
 from optimizer.recipe import EFFORT, EFFORTS, EPOCHS, Traits
 from optimizer.space import Categorical, Parameters, Space, Value, defaults
-from optimizer.spec import TrainingSpec
+from optimizer.spec import InputSpec, TrainingSpec
 from optimizer.techniques import Context
 from optimizer.torch_source import load_source
 from optimizer.torch_variant import load_torch, read_plan
@@ -53,13 +53,32 @@ def reason_against(model: TorchModel, context: Context) -> str | None:
         return "there is no training data"
     if training.precision == "bf16" and not _BF16_FLAGS & set(this_machine().flags):
         return "training.precision is bf16, and this machine has no instructions for it"
-    inputs = read_signature(model.source).inputs
-    is_image = len(inputs) == 1 and len(inputs[0].shape) == _IMAGE_AXES
-    if training.augmentation != "none" and not is_image:
-        shapes = ", ".join(f"{one.name} {list(one.shape)}" for one in inputs)
+    return _reason_against_views(training, read_signature(model.source).inputs, context)
+
+
+def _reason_against_views(
+    training: TrainingSpec, inputs: Sequence[InputSpec], context: Context
+) -> str | None:
+    """Why its inputs can't be augmented as the spec wants it, or None."""
+    from optimizer.training.augmentation import SWAP_SPANS
+    from optimizer.training.batches import MASK
+
+    name = training.augmentation
+    if name == "none":
+        return None
+    shapes = ", ".join(f"{one.name} {list(one.shape)}" for one in inputs)
+    taken = f"training.augmentation is {name}, and the model takes {shapes}"
+    if name != SWAP_SPANS:
+        is_image = len(inputs) == 1 and len(inputs[0].shape) == _IMAGE_AXES
+        return None if is_image else f"{taken}: want one input [channel, y, x]"
+    are_tokens = all(len(one.shape) == 1 and one.datatype.startswith("INT") for one in inputs)
+    if not are_tokens or MASK not in [one.name for one in inputs]:
+        return f"{taken}: want integers [length], and one of them named {MASK}"
+    alphas = training.alphas if _weighs_labels(context) else ()
+    if any(alphas):
         return (
-            f"training.augmentation is {training.augmentation}, and the model takes {shapes}: "
-            "want one input [channel, y, x]"
+            f"training.augmentation is {name}, and training.alphas has {max(alphas):g}: a text "
+            "made of two has no label, want alphas of 0"
         )
     return None
 
@@ -79,7 +98,7 @@ def space_of(model: TorchModel, context: Context) -> Space:
     }
     return {
         EFFORT: Categorical(EFFORTS),
-        **_mixed(training, learns, _has_labels(context)),
+        **_mixed(training, learns, _weighs_labels(context)),
         **{name: Categorical((value,)) for name, value in fixed.items()},
     }
 
@@ -209,11 +228,11 @@ def lesson_of(
     return Lesson(model, module, data, parameters, context)
 
 
-def _mixed(training: TrainingSpec, learns: str, has_labels: bool) -> dict[str, Categorical]:
+def _mixed(training: TrainingSpec, learns: str, weighs_labels: bool) -> dict[str, Categorical]:
     """What is searched of the loss."""
     is_classes = learns == "classes"
     losses = tuple(one for one in training.losses if one != "dist" or is_classes) or ("answers",)
-    alphas = training.alphas if is_classes and has_labels else (0.0,)
+    alphas = training.alphas if weighs_labels else (0.0,)
     space = {"loss": Categorical(losses), "alpha": Categorical(alphas)}
     softened = tuple(alpha for alpha in alphas if alpha < 1)
     if is_classes and softened:
@@ -236,8 +255,10 @@ def kind_of(parameters: Parameters) -> "Kind":
     return kind
 
 
-def _has_labels(context: Context) -> bool:
-    return context.train is not None and context.train.labels is not None
+def _weighs_labels(context: Context) -> bool:
+    """Whether there are any, and answers are classes: alphas are for those alone."""
+    has_labels = context.train is not None and context.train.labels is not None
+    return has_labels and _LEARNS[context.task.kind] == "classes"
 
 
 def _optimizer_for(module: "nn.Module") -> str:

@@ -164,7 +164,7 @@ class _Run:
         for batch in self.data.each(order, self.settings.batch_size, whole=True):
             if progress.n_steps >= self.plan.n_steps:
                 break
-            views = augmented(self.settings.augmentation, batch.inputs, generator)
+            views = augmented(self.settings.augmentation, batch.inputs, generator, batch.kept)
             total += self._step(replace(batch, inputs=_laid_out(views)), progress.n_steps)
             progress.n_steps += 1
             n_done += 1

@@ -825,9 +825,53 @@ def test_augmented_images_are_shifted_or_flipped_views_of_themselves() -> None:
         assert any(torch.equal(view, window) for window in windows)
 
 
-def test_augmentation_refuses_what_isnt_a_batch_of_images() -> None:
-    with pytest.raises(ValueError, match=r"flip: got inputs \[2, 5\], want one \[n, channel"):
-        augmented("flip", [torch.zeros(2, 5)], torch.Generator())
+def test_swapped_spans_are_where_both_texts_are_and_leave_their_ends() -> None:
+    n, length = 64, 12
+    ids = torch.arange(n)[:, None] * 100 + torch.arange(length)  # text and place
+    lengths = 2 + torch.arange(n) % (length - 1)
+    kept = torch.arange(length) < lengths[:, None]
+    generator = torch.Generator().manual_seed(0)
+    views, mask = augmented("swap_spans", [ids, kept.long()], generator, kept)
+    assert torch.equal(mask, kept.long())
+    n_swapped = 0
+    for text in range(n):
+        others = torch.unique(views[text] // 100)
+        others = others[others != text]
+        assert len(others) <= 1
+        assert torch.equal(views[text] % 100, torch.arange(length))
+        places = torch.nonzero(views[text] // 100 != text).flatten()
+        for other in others:
+            n_swapped += 1
+            assert places.min() >= 1
+            assert places.max() < min(lengths[text], lengths[other]) - 1
+            assert len(places) == places.max() - places.min() + 1
+    assert n // 4 < n_swapped < n // 2 + 8
+    longest = [int((row // 100 != text).sum()) for text, row in enumerate(views)]
+    assert max(longest) >= length // 2
+
+
+def test_swapped_spans_leave_padding_in_front_alone() -> None:
+    kept = torch.arange(10) >= 6
+    ids = torch.arange(40).reshape(4, 10)
+    generator = torch.Generator().manual_seed(0)
+    seen = [augmented("swap_spans", [ids], generator, kept.expand(4, 10))[0] for _ in range(40)]
+    changed = torch.stack([one != ids for one in seen]).any(0).any(0)
+    assert changed.tolist() == [False] * 7 + [True] * 2 + [False]
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "kept", "message"),
+    [
+        ("flip", [torch.zeros(2, 5)], None, r"flip: got inputs \[2, 5\], want one \[n, channel"),
+        ("swap_spans", [torch.zeros(2, 5)], None, r"swap_spans: got inputs \[2, 5\], want texts"),
+        ("swap_spans", [torch.zeros(2, 5, 3)], torch.ones(2, 5, dtype=torch.bool), "want texts"),
+    ],
+)
+def test_augmentation_refuses_inputs_of_another_kind(
+    name: str, inputs: list[torch.Tensor], kept: torch.Tensor | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        augmented(name, inputs, torch.Generator(), kept)
 
 
 def test_progress_waits_since_its_best_epoch() -> None:

@@ -1,4 +1,4 @@
-"""Tables of embeddings that stand still in a training, and those that don't."""
+"""An encoder of texts in training: tables that stand still or don't, and views of texts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from optimizer.torch_variant import load_torch, torch_model
 from optimizer.training.embeddings import standing_still, tables_of
 from optimizer.variant import TorchModel, TorchVariant, source_model
 from tests.optimizer.networks import Bert
-from tests.optimizer.test_pruning import context_of
+from tests.optimizer.test_pruning import Given, context_of
 
 TABLES = ("words.weight", "places.weight")
 
@@ -68,15 +68,21 @@ def test_what_stands_still_needs_gradients_again_after_an_error() -> None:
 
 def of_bert(**training: object) -> tuple[TorchModel, Context]:
     at = context_of("bert")
+    data = at.calibration.read()
+    ids, mask = data.inputs.values()
+    split = Given({"ids": ids, "attention_mask": mask}, data.labels)
     quick = {"epochs": 2.0, "batch_size": 4, "losses": ("answers",), **training}
     context = replace(
         at,
-        train=at.calibration,
+        calibration=split,
+        train=split,
         training=TrainingSpec(**quick),  # type: ignore[arg-type]
         task=TaskSpec(kind="embedding", output="embedding"),
     )
     torch.manual_seed(0)
-    inputs = tuple(InputSpec(name=name, datatype="INT64", shape=(-1,)) for name in ("x0", "x1"))
+    inputs = tuple(
+        InputSpec(name=name, datatype="INT64", shape=(-1,)) for name in ("ids", "attention_mask")
+    )
     outputs = tuple(OutputSpec(name=name) for name in ("embedding", "tokens"))
     model = source_model(ModuleSource(Bert().eval(), inputs, outputs), "bert")
     assert isinstance(model, TorchModel)
@@ -123,3 +129,41 @@ def test_recovery_trains_tables_of_a_network_that_begins_anew(tmp_path: Path) ->
     after = recovered(other, context, tmp_path / "made")
     moved = [not torch.equal(after[name], began[name]) for name in TABLES]
     assert moved == [True, False]
+
+
+def test_recovery_learns_by_texts_with_swapped_spans(tmp_path: Path) -> None:
+    made = []
+    for name in ("none", "swap_spans"):
+        whole, context = of_bert(augmentation=name)
+        assert Recovery().check(whole, context) is None
+        cut = narrowed(whole, context, tmp_path / f"{name} cut")
+        made.append(recovered(cut, context, tmp_path / name))
+    plain, swapped = made
+    assert not torch.equal(plain["layers.0.first.weight"], swapped["layers.0.first.weight"])
+
+
+def test_swapped_spans_are_refused_where_labels_count_or_inputs_are_no_texts() -> None:
+    whole, context = of_bert(augmentation="swap_spans")
+    technique = Recovery()
+    classes = replace(context, task=TaskSpec())
+    assert technique.check(whole, classes) == (
+        "training.augmentation is swap_spans, and training.alphas has 0.5: a text made of two has "
+        "no label, want alphas of 0"
+    )
+    assert technique.check(whole, of_answers(classes)) is None
+    renamed = tuple(
+        one.model_copy(update={"name": f"x{i}"}) for i, one in enumerate(whole.source.inputs)
+    )
+    source = replace(whole.source, inputs=renamed)  # type: ignore[type-var]
+    assert technique.check(replace(whole, source=source), context) == (
+        "training.augmentation is swap_spans, and the model takes x0 [-1], x1 [-1]: want integers "
+        "[length], and one of them named attention_mask"
+    )
+    reason = technique.check(whole, of_bert(augmentation="flip")[1])
+    assert reason is not None
+    assert reason.endswith("attention_mask [-1]: want one input [channel, y, x]")
+
+
+def of_answers(context: Context) -> Context:
+    training = context.training.model_copy(update={"alphas": (0.0,)})
+    return replace(context, training=training)
