@@ -54,8 +54,8 @@ test: $(STAMP) ## The tests that pip's packages suffice for, under 10 minutes
 
 test-full: $(STAMP) ## Also those that need Debian's packages (installed here) or minutes
 	./.ci/packages
-	$(SHARED) -m full --ignore tests/loadtest --ignore tests/full
-	$(BIN)/pytest -m full tests/loadtest tests/full
+	$(SHARED) -m 'full and not alone'
+	$(BIN)/pytest -m 'full and alone'
 
 image-optimizer: $(STAMP) ## Build the optimizer's image without CUDA and run a small study in it
 	./.ci/packages

@@ -25,7 +25,7 @@ from tests.serve.running_server import (
 )
 from tests.serve.under_load import INFER, LINEAR, infer_message
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.alone]
 PAUSE_S = 0.01
 COUNT = re.compile(rb'^trimserve_request_duration_seconds_count\{.*code="ok".*\} (\d+)', re.M)
 

@@ -23,7 +23,7 @@ from optimizer.store import Store
 from serve.artifact import MANIFEST, read_manifest, verify_files
 from tests.optimizer.tiny_study import write_study
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.alone]
 
 ROOT = Path(__file__).parents[2]
 N_KILLS = 20

@@ -19,7 +19,7 @@ from serve.artifact import read_golden, read_manifest
 from serve.engines import load_engine
 from tests.serve.running_server import HOST, running
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.alone]
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 TIMEOUT_S = 900.0

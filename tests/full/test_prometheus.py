@@ -18,7 +18,7 @@ from tests.serve.running_server import HOST, PATIENCE_S, RunningServer, connect,
 from tests.serve.test_rest import INFER, LINEAR, ask
 from tests.serve.versions import publish, slo_document
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.alone]
 
 THRESHOLD_MS = 12.5
 N_GOOD, N_BAD = 40, 7

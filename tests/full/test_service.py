@@ -22,7 +22,7 @@ from optimizer.service import jobs_pb2 as pb
 from serve.artifact import read_manifest
 from tests.full.traces import receiver
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.alone]
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 SLO: dict[str, Any] = {

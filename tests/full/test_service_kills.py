@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.kills import main
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.alone]
 
 
 def test_nothing_is_lost_or_doubled_when_each_is_killed() -> None:

@@ -17,7 +17,7 @@ from tests.k8s.kustomizations import K8S
 from tests.k8s.resolved import Document, containers, pods, resolved
 from tests.optimizer.postgresql import Cluster, running_cluster
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.alone]
 
 PATIENCE_S = 60
 

@@ -36,6 +36,7 @@ def test_stalled_queue_serves_nothing_when_it_stalls() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.alone
 def test_p95_is_that_of_the_open_queue_when_the_server_stalls(
     start_stub: Callable[..., Any],
 ) -> None:

@@ -147,6 +147,7 @@ def test_loadtest_agrees_with_the_servers_counts_when_two_processes_share_the_lo
 
 
 @pytest.mark.full
+@pytest.mark.alone
 def test_loadtest_waits_for_workers_when_they_are_started_elsewhere(
     start_stub: Callable[..., Any], slo_file: Path, tmp_path: Path
 ) -> None:
@@ -164,6 +165,7 @@ def test_loadtest_waits_for_workers_when_they_are_started_elsewhere(
 
 
 @pytest.mark.full
+@pytest.mark.alone
 def test_commands_of_the_manifests_give_a_verdict_and_workers_that_end_well(
     start_stub: Callable[..., Any], slo_file: Path, tmp_path: Path
 ) -> None:
@@ -192,6 +194,7 @@ def test_commands_of_the_manifests_give_a_verdict_and_workers_that_end_well(
 
 
 @pytest.mark.full
+@pytest.mark.alone
 def test_loadtest_fails_and_names_the_worker_when_one_is_killed(
     start_stub: Callable[..., Any],
     slo_file: Path,
@@ -216,6 +219,7 @@ def test_loadtest_fails_and_names_the_worker_when_one_is_killed(
 
 
 @pytest.mark.full
+@pytest.mark.alone
 def test_web_interface_of_locust_shows_the_requests_when_it_is_asked_for(
     start_stub: Callable[..., Any], slo_file: Path, tmp_path: Path
 ) -> None:
@@ -229,6 +233,7 @@ def test_web_interface_of_locust_shows_the_requests_when_it_is_asked_for(
 
 
 @pytest.mark.full
+@pytest.mark.alone
 def test_loadtest_is_interrupted_when_somebody_stops_it_in_the_web_interface(
     start_stub: Callable[..., Any], slo_file: Path, tmp_path: Path
 ) -> None:
