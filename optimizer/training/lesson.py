@@ -60,12 +60,12 @@ def _reason_against_views(
     training: TrainingSpec, inputs: Sequence[InputSpec], context: Context
 ) -> str | None:
     """Why its inputs can't be augmented as the spec wants it, or None."""
-    from optimizer.training.augmentation import SWAP_SPANS
-    from optimizer.training.batches import MASK
-
     name = training.augmentation
     if name == "none":
         return None
+    from optimizer.training.augmentation import SWAP_SPANS
+    from optimizer.training.batches import MASK
+
     shapes = ", ".join(f"{one.name} {list(one.shape)}" for one in inputs)
     taken = f"training.augmentation is {name}, and the model takes {shapes}"
     if name != SWAP_SPANS:
