@@ -19,7 +19,7 @@ from optimizer.service.metrics import ServiceMetrics
 from optimizer.service.operations import Operations, Quotas
 from optimizer.service.provider_login import LoginClient, ProviderLogin
 from optimizer.service.publishing import Publisher
-from optimizer.service.rest import make_app
+from optimizer.service.rest.application import make_app
 from optimizer.service.sessions import Sessions
 from optimizer.service.submitted import Policy
 from optimizer.service.telemetry import Telemetry

@@ -171,7 +171,7 @@ def test_front_end_asks_for_keys_and_starts_no_worker(documents: list[Document])
 
 def test_probes_ask_what_the_service_has(documents: list[Document]) -> None:
     (container,) = pod_of(documents, "optimizer-service")["spec"]["containers"]
-    source = (ROOT / "optimizer/service/rest.py").read_text()
+    source = (ROOT / "optimizer/service/rest/health.py").read_text()
     asked = {
         container[f"{one}Probe"]["httpGet"]["path"] for one in ("startup", "readiness", "liveness")
     }
