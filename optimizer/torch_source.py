@@ -108,7 +108,13 @@ def _bytes(tensor: "torch.Tensor") -> bytes:
 
 
 def _from_factory(source: TorchSource) -> "torch.nn.Module":
-    module = _build(source)
+    """What the factory draws beside its weights is the same each time, and the process's random
+    numbers stay as they were."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = _build(source)
     problems = load_weights(module, source.weights)
     if problems:
         raise _invalid(

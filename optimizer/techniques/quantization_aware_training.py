@@ -45,7 +45,7 @@ _RATE = 0.1
 class QuantizationAwareTraining:
     traits = Traits(
         name="quantization_aware_training",
-        version="4",
+        version="5",
         stage=Stage.RECOVER,
         accepts=Kind.TORCH,
         gives=Kind.TORCH,

@@ -23,7 +23,7 @@ _SAMPLES = "reconstruction_samples"
 class Recovery:
     traits = Traits(
         name="recovery",
-        version="6",
+        version="7",
         stage=Stage.RECOVER,
         accepts=Kind.TORCH,
         gives=Kind.TORCH,

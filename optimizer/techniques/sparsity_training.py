@@ -31,7 +31,7 @@ _SMALL = 0.1
 class SparsityTraining:
     traits = Traits(
         name="sparsity_training",
-        version="1",
+        version="2",
         stage=Stage.SPARSIFY,
         accepts=Kind.TORCH,
         gives=Kind.TORCH,

@@ -32,7 +32,7 @@ _EXAMPLE_BATCH = 2
 class Student:
     traits = Traits(
         name="student",
-        version="1",
+        version="2",
         stage=Stage.ARCHITECTURE,
         accepts=Kind.TORCH,
         gives=Kind.TORCH,
@@ -69,7 +69,7 @@ class Student:
     ) -> TorchVariant:
         assert isinstance(model, TorchModel)
         student = self._build(context.seed)
-        operations = {"factory": parameters["factory"]}
+        operations = {"factory": parameters["factory"], "seed": context.seed}
         return torch_model(directory, model, student, self, operations)
 
     def restructure(self, module: "nn.Module", operations: Json) -> "nn.Module":
@@ -77,7 +77,7 @@ class Student:
         own = str(self._spec.factory)
         if operations["factory"] != own:
             raise ValueError(f"the plan has the student {operations['factory']}, this is {own}")
-        return _called(self._spec.factory, 0)
+        return _called(self._spec.factory, operations["seed"])
 
     def _build(self, seed: int) -> "nn.Module":
         """With its weights, or those that the factory draws by the seed; eval mode."""

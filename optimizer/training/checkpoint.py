@@ -1,9 +1,10 @@
 """Checkpoints: how far a training has come, so that it can go on after it was killed.
 
-One safetensors file with tensors by name, and counters as JSON in its header; it is replaced
-whole. It doesn't know what the tensors are.
+One safetensors file with tensors by name, and counters and a digest of the tensors as JSON in its
+header; it is replaced whole. It doesn't know what the tensors are.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,11 @@ class Checkpoint:
 
     def save(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, float]) -> None:
         """Replace what is there. Raises OSError."""
-        header = {"format": _FORMAT, "identity": self.identity, "counters": dict(counters)}
+        kept = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+        header = {"format": _FORMAT, "identity": self.identity, "counters": dict(counters),
+                  "digest": _digest(kept)}  # fmt: skip
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        kept = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
         try:
             save_file(kept, partial, {"training": json.dumps(header)})
             partial.replace(self.path)
@@ -43,9 +45,19 @@ class Checkpoint:
                 header = json.loads((file.metadata() or {}).get("training", "{}"))
                 if header.get("format") != _FORMAT or header.get("identity") != self.identity:
                     return None
-                return {name: file.get_tensor(name) for name in file.keys()}, header["counters"]  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return (tensors, header["counters"]) if header["digest"] == _digest(tensors) else None
         except (OSError, SafetensorError, ValueError):
             return None
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 (hex) of names and bytes."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()

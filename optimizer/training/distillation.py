@@ -43,7 +43,8 @@ class Mixture:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"got alpha {self.alpha}, want 0 to 1")
         if self.loss not in LOSSES or (self.loss == "dist" and self.kind != "classes"):
-            raise ValueError(f"got the loss {self.loss} for {self.kind}, want {', '.join(LOSSES)}")
+            allowed = [one for one in LOSSES if one != "dist" or self.kind == "classes"]
+            raise ValueError(f"got the loss {self.loss} for {self.kind}, want {', '.join(allowed)}")
         if not self.temperature > 0:
             raise ValueError(f"got temperature {self.temperature}, want above 0")
 
@@ -141,6 +142,10 @@ def difference(mixture: Mixture, student: torch.Tensor, teacher: torch.Tensor) -
 def _labelled(output: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
     if labels is None:
         raise ValueError("got data without labels, and alpha above 0 needs them: want alpha 0")
+    n_classes = output.shape[1]
+    wrong = labels[(labels < 0) | (labels >= n_classes)]
+    if len(wrong):
+        raise ValueError(f"got the label {int(wrong[0])}, want 0 to {n_classes - 1}, a class each")
     return functional.cross_entropy(output, labels)
 
 

@@ -21,7 +21,7 @@ from optimizer.spec import InputSpec, TrainingSpec
 from optimizer.techniques import Context
 from optimizer.torch_source import load_source
 from optimizer.torch_variant import load_torch, read_plan
-from optimizer.variant import TorchModel, canonical_json
+from optimizer.variant import Stage, TorchModel, TorchVariant, canonical_json
 from serve.machine import this_machine
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def described(parameters: Parameters) -> str:
     if not epochs:
         return "recalibrated"
     alpha = float(parameters["alpha"])
-    loss = str(parameters["loss"])
+    loss = str(parameters.get("loss", "answers"))
     how = "fine-tuned" if alpha == 1 and loss in ("answers", "dist") else "distilled"
     with_ = "" if loss == "answers" else f", {loss}"
     labels = f", {alpha:g} of labels" if 0 < alpha < 1 else ""
@@ -145,14 +145,18 @@ class Lesson:
         """Batch normalization's statistics anew."""
         from optimizer.training.recalibration import N_SAMPLES, recalibrate
 
-        order = np.random.default_rng(self.context.seed).permutation(len(self.data))
-        batches = self.data.each(order[:N_SAMPLES], _RECALIBRATION_BATCH, whole=True)
-        recalibrate(self.module, batches)
+        order = np.random.default_rng(self.context.seed).permutation(len(self.data))[:N_SAMPLES]
+        parts = np.array_split(order, -(-len(order) // _RECALIBRATION_BATCH))
+        recalibrate(self.module, map(self.data.read, parts))
 
     def reconstruct(self, n: int) -> dict[str, tuple[float, float]]:
-        """Solve the layers that a change left with other inputs, by `n` samples or all. Returns
-        their errors before and after."""
+        """Solve the layers that a change left with less to read, by `n` samples or all. Returns
+        their errors before and after; none where the network isn't made of the base's layers, which
+        tell nothing about others of their names."""
         from optimizer.training.reconstruction import reconstruct
+
+        if not _is_of_base(self.model):
+            return {}
 
         order = np.random.default_rng(self.context.seed).permutation(len(self.data))
         batches = self.data.each(order[:n], _RECALIBRATION_BATCH, whole=False)
@@ -193,18 +197,18 @@ class Lesson:
         ValueError."""
         from optimizer.training.loop import train
 
-        masks = _masks(self.model, self.module)
+        whole = load_source(self.model.source)
+        masks = _masks(self.model, self.module, whole)
         tell = self.context.tell
-        with self._kept():
+        with self._kept(whole):
             train(self.module, self.data, loss or self.loss(), settings, masks, checkpoint, tell)
 
-    def _kept(self) -> "AbstractContextManager[None]":
+    def _kept(self, whole: "nn.Module") -> "AbstractContextManager[None]":
         """While in it, what isn't to learn stands still."""
         from optimizer.training.embeddings import standing_still, tables_of
 
         if self.parameters["embeddings"] == "trained":
             return nullcontext()
-        whole = load_source(self.model.source)
         return standing_still(tables_of(self.module, whole))
 
 
@@ -215,8 +219,9 @@ def lesson_of(
     module: "nn.Module | None" = None,
 ) -> Lesson:
     """The model's lesson, or that of a `module` that a step which isn't done has made of it; nobody
-    else holds the module. Where it isn't trained, zeros that were to come by and by are there at
-    once. Raises ValueError where they would leave nothing of a layer.
+    else holds the module. Where none of its parameters or of the base's may learn, as in a network
+    made for inference, all do. Where it isn't trained, zeros that were to come by and by are there
+    at once. Raises ValueError where they would leave nothing of a layer.
     """
     from optimizer.training.batches import Batches
 
@@ -225,6 +230,9 @@ def lesson_of(
     module = load_torch(model) if module is None else module
     if not epochs_of(parameters):
         _masks(model, module).apply()
+    if not _learns(module) or not _learns(load_source(model.source)):
+        _unfreeze(module)
+    _make_dense(module)
     return Lesson(model, module, data, parameters, context)
 
 
@@ -233,8 +241,10 @@ def _mixed(training: TrainingSpec, learns: str, weighs_labels: bool) -> dict[str
     is_classes = learns == "classes"
     losses = tuple(one for one in training.losses if one != "dist" or is_classes) or ("answers",)
     alphas = training.alphas if weighs_labels else (0.0,)
-    space = {"loss": Categorical(losses), "alpha": Categorical(alphas)}
+    space = {"alpha": Categorical(alphas), "loss": Categorical(losses)}
     softened = tuple(alpha for alpha in alphas if alpha < 1)
+    if {"answers", "dist"} >= set(losses) and softened:  # without answers they say nothing
+        space["loss"] = Categorical(losses, when={"alpha": softened})
     if is_classes and softened:
         space["temperature"] = Categorical(training.temperatures, when={"alpha": softened})
     return space
@@ -303,13 +313,44 @@ def _mixture(parameters: Parameters) -> "Mixture":
     return Mixture(kind=parameters["learns"], **given)  # type: ignore[arg-type]
 
 
-def _masks(model: TorchModel, module: "nn.Module") -> "Masks":
+def _is_of_base(model: TorchModel) -> bool:
+    """Whether no step has put another network in the place of the base, whose layers it has then,
+    as far as they have the same names."""
+    stages = [
+        model.techniques[step.technique].traits.stage
+        for step in read_plan(model).steps
+        if isinstance(model, TorchVariant)
+    ]
+    return Stage.ARCHITECTURE not in stages
+
+
+def _learns(module: "nn.Module") -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _unfreeze(module: "nn.Module") -> None:
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+
+
+def _make_dense(module: "nn.Module") -> None:
+    """Gradients of tables of embeddings, as all are clipped together."""
+    from torch.nn import Embedding, EmbeddingBag
+
+    for part in module.modules():
+        if isinstance(part, Embedding | EmbeddingBag):
+            part.sparse = False
+
+
+def _masks(model: TorchModel, module: "nn.Module", whole: "nn.Module | None" = None) -> "Masks":
     """Of the layers that the plan's `masks` name, whichever technique put them there; with the goal
-    of the step that says `gradual`."""
+    of the step that says `gradual`. With the `whole` network those of its own that are sparse."""
     from optimizer.pruning.masks import GRADUAL, MASKS
-    from optimizer.training.masks import Goal, Masks
+    from optimizer.training.masks import Goal, Masks, sparse_layers
 
     layers: list[str] = []
+    if whole is not None and _is_of_base(model):
+        layers += sparse_layers(module) & sparse_layers(whole)
     goal = None
     for step in read_plan(model).steps:
         operations = step.operations if isinstance(step.operations, Mapping) else {}

@@ -6,7 +6,8 @@ weights. It knows neither teachers nor techniques.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -43,7 +44,7 @@ class Loss(Protocol):
 
 
 class TrainingDiverged(Exception):
-    """The loss is no number any more; the message says at which step and what to do."""
+    """The loss or its gradient is no number any more; the message says where and what to do."""
 
 
 @dataclass(frozen=True)
@@ -102,18 +103,21 @@ def train(
     plan = _Plan(len(rows), settings)
     optimizer = _optimizer([*module.parameters(), *loss.parameters()], settings)
     zeros = masks or Masks(nn.Identity())
-    run = _Run(module, data, loss, settings, plan, optimizer, zeros, tell)
+    with _seeded(settings.seed):
+        lay_out = _layout_of(module, data)
+    run = _Run(module, data, loss, settings, plan, optimizer, zeros, tell, lay_out)
     progress = Progress() if checkpoint is None else _resumed(checkpoint, run)
     with _seeded(settings.seed), kept_memory():
         for epoch in range(len(progress.losses), plan.n_epochs):
+            # Before the epoch: one that had waited long enough when it was killed has ended.
+            if settings.patience and progress.n_waited >= settings.patience:
+                break
             run.epoch(epoch, rows, progress)
             # Before all zeros have come, a better loss is no merit.
             if settings.patience and run.masks.is_settled(progress.n_steps, plan.n_steps):
                 _look(run, held_out, progress)
             if checkpoint is not None:
                 _save(checkpoint, run, progress)
-            if settings.patience and progress.n_waited >= settings.patience:
-                break
     if progress.best:
         module.load_state_dict(progress.best)
     module.eval()
@@ -152,20 +156,21 @@ class _Run:
     optimizer: torch.optim.Optimizer
     masks: Masks
     tell: Tell
+    lay_out: "Layout"
 
     def epoch(self, epoch: int, rows: Rows, progress: Progress) -> None:
         # By the epoch, so that one that is resumed draws what it would have drawn.
         rng = np.random.default_rng([self.settings.seed, epoch])
         order = rng.permutation(rows)
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        torch.manual_seed(int(rng.integers(2**31)))
+        _seed(int(rng.integers(2**31)))
         self.module.train()
         total, n_done = 0.0, 0
         for batch in self.data.each(order, self.settings.batch_size, whole=True):
             if progress.n_steps >= self.plan.n_steps:
                 break
             views = augmented(self.settings.augmentation, batch.inputs, generator, batch.kept)
-            total += self._step(replace(batch, inputs=_laid_out(views)), progress.n_steps)
+            total += self._step(replace(batch, inputs=self.lay_out(views)), progress.n_steps)
             progress.n_steps += 1
             n_done += 1
             epochs = progress.n_steps / self.plan.per_epoch
@@ -179,19 +184,26 @@ class _Run:
             group["lr"] = rate * self.settings.learning_rate
         self.optimizer.zero_grad()
         loss = self.of(batch)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise TrainingDiverged(
-                f"the loss is {value} at step {step + 1} of {self.plan.n_steps}, at a learning "
-                f"rate of {rate * self.settings.learning_rate:.3g}: lower training.learning_rate, "
-                f"now {self.settings.learning_rate:g}"
-            )
+        value = self.finite("loss", loss, step)
         loss.backward()  # type: ignore[no-untyped-call]
         parameters = [one for group in self.optimizer.param_groups for one in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, _MAX_NORM)
+        norm = nn.utils.clip_grad_norm_(parameters, _MAX_NORM)
+        self.finite("norm of its gradient", norm, step)
         self.optimizer.step()
         self.masks.apply(step + 1, self.plan.n_steps)
         return value
+
+    def finite(self, name: str, value: torch.Tensor, step: int) -> float:
+        """The value as a number. Raises TrainingDiverged where it is none."""
+        found = float(value.detach())
+        if math.isfinite(found):
+            return found
+        highest = self.settings.learning_rate
+        rate = SCHEDULES[self.settings.schedule](step, self.plan.n_steps) * highest
+        raise TrainingDiverged(
+            f"the {name} is {found} at step {step + 1} of {self.plan.n_steps}, at a learning rate "
+            f"of {rate:.3g}: lower training.learning_rate, now {highest:g}"
+        )
 
     def of(self, batch: Batch) -> torch.Tensor:
         """The loss of a batch."""
@@ -201,7 +213,24 @@ class _Run:
             return self.loss(self.module, batch)
 
 
-def _laid_out(inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+Layout = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
+"""How inputs lie in memory."""
+
+
+def _layout_of(module: nn.Module, data: Batches) -> Layout:
+    """Channels last, unless the module fails on images that lie so, as one does that takes a
+    feature map's memory for rows (`view`)."""
+    inputs = data.read(np.arange(min(2, len(data)))).inputs
+    module.eval()
+    try:
+        with torch.no_grad():
+            module(*_channels_last(inputs))
+    except RuntimeError:
+        return tuple
+    return _channels_last
+
+
+def _channels_last(inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Images with their channels last in memory: what follows takes that on, and CPUs train
     convolutions some 15 % faster by it."""
     return tuple(
@@ -237,9 +266,21 @@ def _optimizer(parameters: Sequence[nn.Parameter], settings: Settings) -> torch.
 def _seeded(seed: int) -> Iterator[None]:
     """Random numbers of the module's own (dropout) are the training's, and the process's state of
     them stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
+    plain, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            _seed(seed)
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(numpy)
+
+
+def _seed(seed: int) -> None:
+    """Of all generators that a module's own code may draw from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def _look(run: _Run, held_out: Rows, progress: Progress) -> None:
@@ -248,7 +289,8 @@ def _look(run: _Run, held_out: Rows, progress: Progress) -> None:
     total = 0.0
     with torch.no_grad():
         for batch in run.data.each(held_out, run.settings.batch_size):
-            total += float(run.of(batch)) * len(batch.rows)
+            value = run.finite("loss of what is held out", run.of(batch), progress.n_steps - 1)
+            total += value * len(batch.rows)
     progress.held_out.append(total / len(held_out))
     if progress.n_waited == 0:
         state = run.module.state_dict()

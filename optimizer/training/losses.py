@@ -70,7 +70,13 @@ def _map(features: torch.Tensor) -> torch.Tensor:
 
 
 def _distances(points: torch.Tensor) -> torch.Tensor:
-    """[n, n], over their mean off the diagonal."""
+    """[n, n], over their mean off the diagonal. In fp32: products of bf16 would leave little of the
+    difference of near points."""
+    with torch.autocast(points.device.type, enabled=False):
+        return _mutual(points.float() - points.float().mean(dim=0))
+
+
+def _mutual(points: torch.Tensor) -> torch.Tensor:
     lengths = points.square().sum(dim=1)
     squares = lengths[:, None] + lengths[None, :] - 2 * points @ points.T
     # A root's slope at 0 is infinite, and rounding may leave less than 0.

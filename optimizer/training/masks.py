@@ -14,7 +14,7 @@ from optimizer.pruning.masks import largest
 from optimizer.training.schedule import rising
 
 MIN_ZEROS = 0.3
-"""Share of a layer's weights: with fewer exact zeros none was pruned on purpose."""
+"""Share of a trained layer's weights: with fewer exact zeros none was pruned on purpose."""
 RISING = 0.5
 """Share of the steps in which sparsity rises. The rest is for the weights that stay; in one cycle
 it is that in which the learning rate falls."""
@@ -37,21 +37,17 @@ class Masks:
     def __init__(
         self, module: nn.Module, layers: Iterable[str] = (), goal: Goal | None = None
     ) -> None:
-        """Of the `layers` that are named, those of the goal among them, and of all whose weight
-        [out, ...] has at least `MIN_ZEROS` exact zeros. Raises ValueError for a name without a
-        weight."""
+        """Of the `layers` that are named, those of the goal among them. Raises ValueError for a
+        name without a weight."""
         named = {*layers, *(goal.layers if goal else ())}
         self._weights: dict[str, torch.Tensor] = {}
         self._kept: dict[str, torch.Tensor] = {}
         for name, part in module.named_modules():
             weight = getattr(part, "weight", None)
-            if not isinstance(weight, nn.Parameter) or (weight.ndim < 2 and name not in named):
-                continue
-            is_zero = weight.detach() == 0
-            if name in named or float(is_zero.float().mean()) >= MIN_ZEROS:
+            if name in named and isinstance(weight, nn.Parameter):
                 self._weights[name] = weight
-                self._kept[name] = ~is_zero
-            named.discard(name)
+                self._kept[name] = weight.detach() != 0
+                named.discard(name)
         if named:
             raise ValueError(f"masks: got the layers {', '.join(sorted(named))}, none has a weight")
         self._goal = goal
@@ -92,6 +88,19 @@ class Masks:
     def _sparsity(self, layers: Iterable[str]) -> float:
         kept = torch.cat([self._kept[name].flatten() for name in layers])
         return 1 - float(kept.double().mean())
+
+
+def sparse_layers(module: nn.Module) -> set[str]:
+    """Those whose weight [out, ...] has at least `MIN_ZEROS` exact zeros, and others. In a network
+    that was trained somebody has put them there; one that wasn't may begin with them."""
+    weights = {name: getattr(part, "weight", None) for name, part in module.named_modules()}
+    return {
+        name
+        for name, weight in weights.items()
+        if isinstance(weight, nn.Parameter)
+        and weight.ndim > 1
+        and MIN_ZEROS <= float((weight.detach() == 0).float().mean()) < 1
+    }
 
 
 def _n_rising(n_steps: int) -> int:

@@ -48,10 +48,10 @@ class Pair:
 
 
 def changed_pairs(module: nn.Module, whole: nn.Module, example: Batch) -> list[Pair]:
-    """The layers of `module`, in the order in which they run, that have other inputs than the
-    whole network's of the same name, and as many outputs: by fewer features, or as the last of a
-    chain. Those that run more than once or share their weights aren't among them, nor those with
-    weights that are exactly zero, which somebody wants to stay so."""
+    """The layers of `module`, which was made of `whole`, in the order in which they run, that read
+    less than those of the same name there, and have as many outputs: fewer features, or as the last
+    of a chain. Those that run more than once or share their weights aren't among them, nor those
+    with weights that are exactly zero, which somebody wants to stay so."""
     theirs = {name: part for name, part in whole.named_modules() if has_rows(part)}
     found = {}
     for name, target in theirs.items():
@@ -62,7 +62,7 @@ def changed_pairs(module: nn.Module, whole: nn.Module, example: Batch) -> list[P
         layer = _last(part)
         if layer is None or len(layer.weight) != len(target.weight):
             continue
-        is_changed = layer is not part or layer.weight.shape != target.weight.shape
+        is_changed = layer is not part or n_features(layer) < n_features(target)
         is_masked = bool((layer.weight == 0).any())
         if is_changed and not is_masked and n_features(layer) <= MAX_FEATURES:
             found[name] = Pair(name, layer, target)
@@ -153,7 +153,10 @@ class _Fit:
         before = weight_matrix(layer)
         if layer.bias is not None:
             before = torch.cat([before, layer.bias.detach().double()[None]])
-        ridge = _RIDGE * self._moment.diagonal().mean() * torch.eye(len(before)).double()
+        power = self._moment.diagonal().mean()
+        if not power > 0:  # nothing reaches it, or what is no number
+            return self._error(before), self._error(before)
+        ridge = _RIDGE * power * torch.eye(len(before)).double()
         after = torch.linalg.solve(self._moment + ridge, self._product + ridge @ before)
         errors = self._error(before), self._error(after)
         if not errors[1] < errors[0]:
@@ -168,7 +171,7 @@ class _Fit:
     def _error(self, weights: torch.Tensor) -> float:
         square = (weights * (self._moment @ weights)).sum()
         left = float(square - 2 * (weights * self._product).sum()) + self._power
-        return max(0.0, left) / max(self._power, 1e-30)
+        return max(left, 0.0) / max(self._power, 1e-30)
 
 
 def _last(part: nn.Module) -> Layer | None:

@@ -192,7 +192,8 @@ def _n_waiting(
     module: nn.Module, layers: Sequence[nn.Module], batch: Batch, side: Side, max_bytes: int
 ) -> int:
     """How many runs can wait, by one of them; none where a layer runs in a mode of torch that the
-    module sets, since runs in turns would leave each other theirs."""
+    module sets, or where a part of it remembers something of a run: runs in turns would leave each
+    other theirs."""
     living = _Living([*module.parameters(), *module.buffers(), *batch.inputs])
     held = [0]
     modes = []
@@ -201,10 +202,39 @@ def _n_waiting(
         held.append(living.n_bytes())
         modes.append(_modes())
 
+    before = _memory(module)
     with torch.no_grad(), _at(layers, side, look), living:
         usual = _modes()
         module(*batch.inputs)
-    return max_bytes // max(1, *held) if all(one == usual for one in modes) else 0
+    is_alike = all(one == usual for one in modes) and not _remembers(before, _memory(module))
+    return max_bytes // max(1, *held) if is_alike else 0
+
+
+_Memory = list[dict[str, tuple[object, int]]]
+
+
+def _memory(module: nn.Module) -> _Memory:
+    """Attributes and buffers of each part: the object, and how often it was written to, or how much
+    it holds."""
+    return [
+        {name: (value, _extent(value)) for name, value in {**vars(part), **part._buffers}.items()}
+        for part in module.modules()
+    ]
+
+
+def _extent(value: object) -> int:
+    if isinstance(value, torch.Tensor):
+        return value._version
+    return len(value) if isinstance(value, list | dict | set) else 0
+
+
+def _remembers(before: _Memory, after: _Memory) -> bool:
+    """Whether something of a part is another object now, or was written to."""
+    return len(before) != len(after) or any(
+        one.keys() != other.keys()
+        or any(one[name][0] is not other[name][0] or one[name][1] != other[name][1] for name in one)
+        for one, other in zip(before, after, strict=True)
+    )
 
 
 def _modes() -> tuple[bool, ...]:

@@ -6,7 +6,7 @@ don't change. What is learned from them is the loss's matter.
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,7 +69,8 @@ class Teacher:
         self._answer = answer
         self._places = tuple(places)
         self._n_rows = 0 if places else n_rows
-        self._is_checked = bool(self._places)
+        self._is_settled = False
+        self._is_contiguous = False
         self._kept: torch.Tensor | None = None
         self._is_known = torch.zeros(self._n_rows, dtype=torch.bool)
 
@@ -79,14 +80,38 @@ class Teacher:
         if self._kept is not None and bool(self._is_known[rows].all()):
             return Answers(self._kept[rows])
         with torch.no_grad():
-            if not self._is_checked:
-                self.module = _folded(self.module, lambda one: self._answer(one, batch, ()).output)
-                self._is_checked = True
-            answers = self._answer(self.module, batch, self._places)
+            answers = self._answered(batch) if self._is_settled else self._settled(batch)
         self._keep(rows, answers.output)
         return answers
 
+    def _settled(self, batch: Batch) -> Answers:
+        """The answers to the first batch, by which it finds out whether it takes inputs as the
+        student likes them to lie in memory, and whether it can be folded."""
+        try:
+            answers = self._answered(batch)
+        except RuntimeError:
+            self._is_contiguous = True
+            answers = self._answered(batch)
+        self._is_settled = True
+        whole = self.module
+        if not self._places:
+            self.module = _folded(
+                whole, lambda one: self._answer(one, self._like(batch), ()).output
+            )
+        return answers if self.module is whole else self._answered(batch)
+
+    def _answered(self, batch: Batch) -> Answers:
+        return self._answer(self.module, self._like(batch), self._places)
+
+    def _like(self, batch: Batch) -> Batch:
+        """As it takes it."""
+        if not self._is_contiguous:
+            return batch
+        return replace(batch, inputs=tuple(one.contiguous() for one in batch.inputs))
+
     def _keep(self, rows: torch.Tensor, output: torch.Tensor) -> None:
+        if self._kept is not None and self._kept.shape[1:] != output.shape[1:]:
+            self._kept, self._n_rows = None, 0  # as of texts that are as long as their batch
         n_bytes = self._n_rows * output[0].numel() * output.element_size()
         if not 0 < n_bytes <= MAX_KEPT_BYTES:
             return

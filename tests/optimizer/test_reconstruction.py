@@ -1,5 +1,6 @@
 """Layers that are solved after a change, against least squares done by hand."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,28 @@ def test_a_layer_with_zeros_or_two_runs_is_left_as_it_is() -> None:
     with torch.no_grad():
         masked[1].weight[0, 0] = 0
     assert changed_pairs(masked, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), example) == []
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(6, 4), nn.Linear(4, 4)], ids=["reads more", "reads as much"]
+)
+def test_a_layer_that_doesnt_read_less_is_left_as_it_is(layer: nn.Module) -> None:
+    whole = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 4))
+    module = nn.Sequential(nn.Linear(5, layer.in_features), layer)
+    assert changed_pairs(module, whole, batches(2, 5)[0]) == []
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_a_layer_that_nothing_or_no_number_reaches_is_left_as_it_is(value: float) -> None:
+    whole = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4, bias=False))
+    module = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 4, bias=False))
+    with torch.no_grad():
+        module[0].weight.fill_(value)
+        module[0].bias.fill_(value)
+    before = module[2].weight.detach().clone()
+    errors = reconstruct(module.eval(), whole.eval(), batches(8, 4), 0)
+    assert torch.equal(module[2].weight, before)
+    assert errors["2"] == pytest.approx((1.0, 1.0) if value == 0 else (value, value), nan_ok=True)
 
 
 def test_where_nothing_changed_nothing_is_solved() -> None:

@@ -7,16 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from optimizer.builder import Builder
 from optimizer.data.splits import Samples
 from optimizer.errors import SpecInvalid
 from optimizer.execution.setup import enabled_techniques
+from optimizer.importable import Importable
 from optimizer.pruning.masks import MASKS
 from optimizer.recipe import Recipe
 from optimizer.space import Value, defaults
-from optimizer.spec import TaskSpec, TrainingSpec, read_spec
+from optimizer.spec import StudentSpec, TaskSpec, TrainingSpec, read_spec
 from optimizer.store import Store
 from optimizer.techniques import Context
 from optimizer.techniques.decomposition import Decomposition
@@ -294,8 +296,8 @@ def test_recovery_goes_on_where_it_was_killed_and_leaves_nothing(
     )
     assert again.digest == whole.digest
     # Of 24 steps, three epochs of four had been kept; recalibration reads once before and after
-    # layers are solved and at the end, and solving them once.
-    assert counted.n_reads == 12 + 4
+    # layers are solved and at the end, solving them once, and so does the look at how images lie.
+    assert counted.n_reads == 12 + 5
     assert not list(kept.iterdir())
 
 
@@ -428,6 +430,94 @@ def write_student(directory: Path, function: str = "build", classes: int = 4) ->
     return student
 
 
+LIKE_THE_BASE = """
+import torch
+from torch import nn
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("noise", torch.randn(4), persistent=False)
+
+    def forward(self, x):
+        return x + self.noise
+
+def build():
+    return nn.Sequential({layers})
+"""
+
+
+def student_of(directory: Path, layers: str, weights: nn.Module | None = None) -> Student:
+    """Of these layers, with the weights of a module that has them."""
+    (directory / "like.py").write_text(LIKE_THE_BASE.format(layers=layers))
+    path = None
+    if weights is not None:
+        path = directory / "like.safetensors"
+        save_file(weights.state_dict(), path)
+    return Student(StudentSpec(factory=Importable("like", "build", directory), weights=path))
+
+
+def as_student(student: Student, at: Context, bench: TorchBench, directory: Path) -> TorchVariant:
+    directory.mkdir()
+    return student.apply(bench.torch, defaults(student.space(bench.torch, at)), at, directory)
+
+
+def test_a_students_layers_arent_solved_by_the_bases_of_their_names(tmp_path: Path) -> None:
+    """Its layer 3 reads less than the base's, and what reads that one's outputs is its own."""
+    bench = make_torch_bench(tmp_path)
+    narrow = (
+        "nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), "
+        "nn.Conv2d(4, 16, 3, padding=1, stride=2), nn.ReLU(), "
+        "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)"
+    )
+    at = context(bench, epochs=0.0, short_epochs=0.0)
+    made = as_student(student_of(tmp_path, narrow), at, bench, tmp_path / "student")
+    taught, _ = recovered(made, at, tmp_path / "taught", effort="recalibrate")
+    before, after = load_torch(made), load_torch(taught)
+    assert torch.equal(before.get_submodule("3").weight, after.get_submodule("3").weight)
+    assert taught.notes == ()
+
+
+def test_a_students_layer_that_begins_as_zeros_learns(tmp_path: Path) -> None:
+    bench = make_torch_bench(tmp_path)
+    layers = "nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4)"
+    begun = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4))
+    with torch.no_grad():
+        begun[3].weight.zero_()
+        begun[1].weight[:, ::2] = 0
+    at = context(bench, alphas=(0.0,))
+    made = as_student(student_of(tmp_path, layers, begun), at, bench, tmp_path / "student")
+    taught, _ = recovered(made, at, tmp_path / "taught", effort="full")
+    for name in ("1", "3"):
+        assert bool((load_torch(taught).get_submodule(name).weight != 0).all())
+
+
+def test_a_student_is_rebuilt_with_what_its_factory_drew(tmp_path: Path) -> None:
+    bench = make_torch_bench(tmp_path)
+    layers = "nn.Flatten(), nn.Linear(64, 4), Noisy()"
+    at = replace(context(bench), seed=1)
+    made = as_student(student_of(tmp_path, layers), at, bench, tmp_path / "student")
+    torch.manual_seed(1)
+    nn.Linear(64, 4)
+    drawn = torch.randn(4)
+    assert torch.equal(load_torch(made)[2].noise, drawn)  # type: ignore[index]
+
+
+def test_a_base_made_for_inference_is_recovered(tmp_path: Path) -> None:
+    """No parameter of it may learn, as its factory gives it; where some may, the others stay."""
+    bench = make_torch_bench(tmp_path)
+    frozen = Path(tmp_path, "tiny.py")
+    text = frozen.read_text()
+    frozen.write_text(text + "\n\n_build = build\n\ndef build():\n"
+                      "    return _build().requires_grad_(False)\n")  # fmt: skip
+    at = context(bench)
+    directory = tmp_path / "narrow"
+    directory.mkdir()
+    narrow = Narrow().apply(bench.torch, {"width": 0.5}, at, directory)
+    taught, _ = recovered(narrow, at, tmp_path / "taught", effort="full")
+    assert distance(taught, bench) < distance(narrow, bench)
+
+
 def test_student_takes_the_bases_place_and_is_taught_by_it(tmp_path: Path) -> None:
     bench = make_torch_bench(tmp_path)
     student = write_student(tmp_path)
@@ -474,6 +564,17 @@ def test_student_is_another_when_its_code_changes(tmp_path: Path) -> None:
 
 
 # --- the spec
+
+
+def test_loss_is_only_asked_for_where_answers_count(tmp_path: Path) -> None:
+    bench = make_torch_bench(tmp_path)
+    both = (1.0, 0.5)
+    plain = context(bench, losses=("answers", "dist"), alphas=both)
+    space = Recovery().space(bench.torch, plain)
+    assert "loss" not in defaults(space, alpha=1.0)
+    assert defaults(space, alpha=0.5)["loss"] == "answers"
+    further = Recovery().space(bench.torch, context(bench, losses=("attention",), alphas=both))
+    assert defaults(further, alpha=1.0)["loss"] == "attention"
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,12 @@ class Branches(nn.Module):
         super().__init__()
         torch.manual_seed(1)
         self.first, self.second, self.rare = (nn.Linear(6, 6) for _ in range(3))
-        self.n_runs = 0
+
+    n_runs = 0
+    """Of all, on the class: what a module itself remembers keeps its runs from waiting."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.n_runs += 1
+        type(self).n_runs += 1
         x = self.first(x).relu_()
         x = self.second(x).relu_()
         return self.rare(x) if bool(x[0, 0] > 0) else x
@@ -74,11 +76,11 @@ def test_as_many_wait_as_there_is_memory_for_and_the_others_run_once_a_layer(
     module = Branches().eval()
     layers = [module.first, module.second]
     with stopping(module, layers, batches(), "inputs", max_bytes) as runs:
-        module.n_runs = 0
+        Branches.n_runs = 0
         for layer in layers:
             for run in runs:
                 run.reach(layer)
-    assert module.n_runs == n_waiting + 2 * (3 - n_waiting)
+    assert Branches.n_runs == n_waiting + 2 * (3 - n_waiting)
 
 
 def test_a_run_that_ends_without_the_layer_says_so(max_bytes: int) -> None:
@@ -90,6 +92,42 @@ def test_a_run_that_ends_without_the_layer_says_so(max_bytes: int) -> None:
         for run in runs:
             with pytest.raises(Unreached):
                 run.reach(module.rare)
+
+
+class Remembering(nn.Module):
+    """Adds what it has put aside: as an attribute, in a list, or in a buffer."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.where, self.aside, self.several = where, torch.zeros(()), list[torch.Tensor]()
+        self.register_buffer("kept", torch.zeros(4, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.where == "attribute":
+            self.aside = x
+        elif self.where == "list":
+            self.several.append(x)
+        else:
+            self.kept.copy_(x)
+        y = self.first(x)
+        held = {"attribute": self.aside, "list": (self.several or [x])[-1], "buffer": self.kept}
+        return self.second(y + held[self.where])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("where", ["attribute", "list", "buffer"])
+def test_runs_of_a_module_that_remembers_dont_take_each_others_memory(
+    where: str, max_bytes: int
+) -> None:
+    module = Remembering(where).eval()
+    layers = [module.first, module.second]
+    with stopping(module, layers, batches(), "inputs", max_bytes) as runs:
+        for run in runs:
+            run.reach(module.first)
+        for batch, run in zip(batches(), runs, strict=True):
+            (x,) = batch.inputs
+            assert torch.equal(run.reach(module.second), module.first(x) + x)
 
 
 class Grading(nn.Module):

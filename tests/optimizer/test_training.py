@@ -2,7 +2,9 @@
 
 import copy
 import math
+import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +23,7 @@ from optimizer.training.checkpoint import Checkpoint
 from optimizer.training.distillation import NEED_FEATURES, Distillation, Mixture
 from optimizer.training.features import hidden_places, places_of
 from optimizer.training.loop import Progress, Settings, TrainingDiverged, train
-from optimizer.training.masks import Goal, Masks
+from optimizer.training.masks import Goal, Masks, sparse_layers
 from optimizer.training.recalibration import recalibrate
 from optimizer.training.schedule import SCHEDULES, rising
 from optimizer.training.teacher import Answers, Teacher, answering
@@ -172,6 +174,14 @@ def test_relations_are_their_formula_when_that_is_written_pair_by_pair() -> None
     assert float(losses.relations(student[:1], teacher[:1])) == 0
 
 
+def test_relations_of_near_points_are_the_same_in_bf16() -> None:
+    """Their products in bf16 would have errors as large as their distances."""
+    points = [10 + logits(seed, (16, 8)).float() for seed in (0, 1)]
+    plain = losses.relations(*points)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(losses.relations(*points), plain)
+
+
 def test_relations_have_finite_gradients_when_samples_are_equal() -> None:
     points = torch.ones(3, 2, requires_grad=True)
     losses.relations(points, logits(1, (3, 2)).float()).backward()
@@ -207,6 +217,14 @@ def test_distillation_refuses_data_without_labels_when_labels_are_needed() -> No
         labelled()(network(), data(has_labels=False).read(np.arange(4)))
 
 
+@pytest.mark.parametrize("label", [-1, N_CLASSES])
+def test_distillation_refuses_labels_that_are_no_class(label: int) -> None:
+    batch = data().read(np.arange(4))
+    wrong = replace(batch, labels=torch.tensor([0, 1, label, 2]))
+    with pytest.raises(ValueError, match=f"got the label {label}, want 0 to 3"):
+        labelled()(network(), wrong)
+
+
 def test_distillation_refuses_a_student_of_other_classes() -> None:
     loss = taught(network(n_classes=7), alpha=0.0)
     with pytest.raises(ValueError, match="the student gives 4 values a sample, the teacher 7"):
@@ -238,6 +256,23 @@ def test_teacher_answers_once_for_each_sample_when_answers_can_be_kept() -> None
     fresh.answers(data().read(np.arange(4)))
     fresh.answers(data().read(np.arange(4)))
     assert runs == [40, 34, 4, 4]
+
+
+class Texts(Images):
+    """Random texts as long as the longest of those that are read together."""
+
+    def read(self, indices: object = None) -> Samples:
+        rows = np.arange(len(self)) if indices is None else np.asarray(indices)
+        images = super().read(rows).inputs["image"].reshape(len(rows), 36)
+        return Samples({"image": images[:, : 4 + int(rows.max()) % 7]}, None, "")
+
+
+def test_teacher_keeps_no_answers_that_are_as_long_as_their_batch() -> None:
+    texts = Batches(Texts(), ["image"])
+    teacher = Teacher(nn.Identity(), ANSWER, n_rows=64)
+    for rows in (np.arange(8), np.arange(3, 13), np.arange(8)):
+        batch = texts.read(rows)
+        assert torch.equal(teacher.answers(batch).output, batch.inputs[0])
 
 
 def untraceable() -> nn.Module:
@@ -487,14 +522,55 @@ def test_training_gives_the_same_weights_when_the_seed_is_the_same(
 
 
 def test_training_leaves_the_process_its_random_numbers() -> None:
-    torch.manual_seed(5)
-    wanted = torch.rand(3)
-    torch.manual_seed(5)
-    module, state = network(), torch.random.get_rng_state()
+    module = network()
+    random.seed(5)
+    np.random.seed(5)
+    state = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     train(module, data(), labelled(), settings())
-    assert torch.equal(torch.random.get_rng_state(), state)
-    torch.manual_seed(5)
-    assert torch.equal(torch.rand(3), wanted)
+    assert torch.equal(torch.random.get_rng_state(), state[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == state[1:]
+
+
+class Skipping(nn.Module):
+    """Leaves its layer out at random in training, by generators that aren't torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = network()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = 1.0 if not self.training else random.random() + np.random.rand()
+        return self.whole(x) * scale  # type: ignore[no-any-return]
+
+
+def test_training_gives_the_same_weights_when_the_module_draws_elsewhere_than_in_torch() -> None:
+    def weights() -> list[torch.Tensor]:
+        module = Skipping()
+        train(module, data(), labelled(), settings())
+        return list(module.state_dict().values())
+
+    assert all(map(torch.equal, weights(), weights()))
+
+
+class Viewing(nn.Module):
+    """Takes the memory of a feature map for rows, as LeNet's and VGG's code often does."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(144, N_CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return self.head(y.view(len(y), -1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("who", ["student", "teacher", "both"])
+def test_training_takes_networks_that_view_their_feature_maps(who: str) -> None:
+    student = network() if who == "teacher" else Viewing(seed=0)
+    teacher = network(seed=2) if who == "student" else Viewing(seed=2)
+    done = train(student, data(), taught(teacher), settings(epochs=4.0))
+    assert done.losses[-1] < done.losses[0]
 
 
 def test_training_ends_within_an_epoch_when_part_of_one_is_asked_for() -> None:
@@ -518,6 +594,32 @@ def test_training_fails_by_its_step_when_the_loss_is_no_number() -> None:
         train(module, data(), labelled(), settings())
 
 
+class Breaking:
+    """A loss that is no number for what is held out, or whose gradient is none."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def __call__(self, module: nn.Module, batch: Batch) -> torch.Tensor:
+        total = ANSWER(module, batch, ()).output.square().mean()
+        if self.what == "gradient":
+            return total + (total * 0).sqrt()
+        return total if module.training else total * math.nan
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("held out", r"the loss of what is held out is nan at step 3"),
+     ("gradient", r"the norm of its gradient is nan at step 1")],
+)  # fmt: skip
+def test_training_fails_when_anything_it_goes_by_is_no_number(what: str, message: str) -> None:
+    with pytest.raises(TrainingDiverged, match=message):
+        train(network(), data(), Breaking(what), settings(patience=2))
+
+
 def test_bf16_trains_with_weights_in_fp32() -> None:
     module = network()
     done = train(module, data(), labelled(), settings(precision="bf16"))
@@ -531,11 +633,21 @@ def test_masks_stay_zero_when_all_other_weights_move() -> None:
         module[5].weight[:, ::2] = 0
         module[0].weight[0, 0, 0, 0] = 0  # one zero alone isn't pruned
     before = module[5].weight.detach().clone()
-    train(module, data(), labelled(), settings(), Masks(module))
+    train(module, data(), labelled(), settings(), Masks(module, sparse_layers(module)))
     after = module[5].weight.detach()
     assert (after[:, ::2] == 0).all()
     assert (after[:, 1::2] != before[:, 1::2]).all()
     assert module[0].weight[0, 0, 0, 0] != 0
+
+
+def test_layers_are_sparse_by_a_good_part_of_zeros_and_not_by_nothing_else() -> None:
+    module = nn.Sequential(nn.Linear(10, 4), nn.Linear(4, 10), nn.Linear(10, 4), nn.BatchNorm1d(4))
+    with torch.no_grad():
+        module[0].weight[:, :3] = 0
+        module[1].weight[:1] = 0
+        module[2].weight.zero_()  # as a head begins that nobody has trained
+        module[3].weight[:2] = 0
+    assert sparse_layers(module) == {"0"}
 
 
 def test_masks_keep_named_layers_however_few_zeros_they_have() -> None:
@@ -707,6 +819,17 @@ def test_training_ends_early_with_the_best_epochs_weights_when_it_gets_no_better
     assert not torch.equal(same[5].weight, module[5].weight)
 
 
+def test_training_that_ended_early_ends_there_again_when_it_is_resumed(tmp_path: Path) -> None:
+    """Killed behind the last epoch's checkpoint, it has nothing left to do."""
+    how, checkpoint = settings(epochs=10.0, patience=2), Checkpoint(tmp_path / "t", "this one")
+    whole = network()
+    done = train(whole, data(), Worsening(), how, None, checkpoint)
+    resumed = network()
+    again = train(resumed, data(), Worsening(), how, None, checkpoint)
+    assert again.held_out == done.held_out
+    assert all(torch.equal(t, whole.state_dict()[n]) for n, t in resumed.state_dict().items())
+
+
 class Killed(Exception):
     pass
 
@@ -776,7 +899,10 @@ def test_checkpoint_is_none_when_it_is_absent_damaged_or_anothers(tmp_path: Path
     mine.save({"a": torch.ones(2)}, {"n": 1})
     assert mine.load() is not None
     assert Checkpoint(path, "another").load() is None
-    path.write_bytes(path.read_bytes()[:-4])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    assert mine.load() is None
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # of a tensor
     assert mine.load() is None
     mine.remove()
     assert list(tmp_path.iterdir()) == []
