@@ -23,6 +23,7 @@ import numpy as np
 
 from optimizer.architectures import architectures
 from optimizer.ascent import Surroundings as Met
+from optimizer.blocks import Block
 from optimizer.choice import nearest_miss, ranked
 from optimizer.data.generated import NOTE as GENERATED
 from optimizer.data.splits import DataSplits
@@ -255,27 +256,41 @@ class _Study:
 
     def _time_layers(self, estimates: Estimates, builder: DelegatingBuilder) -> None:
         """For techniques that are shaped by the target's times; one that fails here is told when
-        its space is asked for."""
+        its space is asked for. Each has an equal share of what the others have left."""
         clock = self._options.clock
         end_s = clock() + TABLE_SHARE * self._spec.budget.wall_clock_s
+        wanted: dict[str, Sequence[Block]] = {}
         for name in builder.techniques:
             with suppress(TechniqueFailed):
-                wanted = builder.timed_blocks(name)
-                if not wanted:
-                    continue
-                self._observer.phase(f"timing {len(wanted)} layers for {name}")
-                n_known = estimates.measure(wanted, lambda: clock() < end_s)
-                if n_known < len(wanted):
-                    self._note(
-                        f"{name}: {n_known} of {len(wanted)} layers could be timed, in at most "
-                        f"{TABLE_SHARE:.0%} of budget.wall_clock_s, so it goes without the table"
-                    )
-                    continue
-                if isinstance(builder.techniques[name], Sampled):
-                    self._observer.phase(f"timing whole networks for {name}")
-                    left_s = WRITING_SHARE * (end_s - clock())
-                    networks = builder.timed_networks(name, left_s)
-                    estimates.measure_networks(networks, builder.inputs, lambda: clock() < end_s)
+                wanted[name] = builder.timed_blocks(name)
+        wanted = {name: blocks for name, blocks in wanted.items() if blocks}
+        for n_left, name in zip(range(len(wanted), 0, -1), wanted, strict=True):
+            now_s = clock()
+            with suppress(TechniqueFailed):
+                own_end_s = now_s + (end_s - now_s) / n_left
+                self._time_table(name, wanted[name], estimates, builder, own_end_s)
+
+    def _time_table(
+        self,
+        name: str,
+        wanted: Sequence[Block],
+        estimates: Estimates,
+        builder: DelegatingBuilder,
+        end_s: float,
+    ) -> None:
+        """The layers that a technique wants, then its networks, until then."""
+        clock = self._options.clock
+        self._observer.phase(f"timing {len(wanted)} layers for {name}")
+        n_known = estimates.measure(wanted, lambda: clock() < end_s)
+        if n_known < len(wanted):
+            self._note(
+                f"{name}: {n_known} of {len(wanted)} layers could be timed in its share of "
+                f"{TABLE_SHARE:.0%} of budget.wall_clock_s, so it goes without the table"
+            )
+        elif isinstance(builder.techniques[name], Sampled):
+            self._observer.phase(f"timing whole networks for {name}")
+            networks = builder.timed_networks(name, WRITING_SHARE * (end_s - clock()))
+            estimates.measure_networks(networks, builder.inputs, lambda: clock() < end_s)
 
     def _front_end(self, store: Store, inputs: Mapping[str, Array]) -> FrontEnd:
         """The model of what serving costs beside the engine."""

@@ -16,6 +16,7 @@ from optimizer.torch_source import load_source, load_weights
 from optimizer.variant import (
     Json,
     Model,
+    Stage,
     StoredTorch,
     TorchModel,
     TorchVariant,
@@ -116,6 +117,15 @@ def read_plan(model: TorchModel) -> Plan:
     if not isinstance(model, TorchVariant):
         return Plan(model.digest)
     return _read(model.directory)
+
+
+def keeps_base(model: TorchModel) -> bool:
+    """Whether no step has put another network in the base's place. A layer is then the base's of
+    that name, or was made of it."""
+    return not isinstance(model, TorchVariant) or all(
+        model.techniques[step.technique].traits.stage is not Stage.ARCHITECTURE
+        for step in read_plan(model).steps
+    )
 
 
 def bound(stored: StoredTorch, base: Model, techniques: Mapping[str, object]) -> TorchVariant:

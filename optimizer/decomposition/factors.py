@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from optimizer.decomposition.bounds import consistent
 from optimizer.decomposition.ranks import RankRule
 
 Array = NDArray[np.float64]
@@ -19,42 +20,54 @@ _TOLERANCE = 1e-7
 _DAMPING = 1e-6
 """Added to a second moment, relative to its mean: directions that the samples don't have must
 not be divided by 0."""
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def ranks_of(form: str, weight: Array, rule: RankRule, moment: Array | None = None) -> list[int]:
-    """The ranks that the rule gives a weight [out, in, y, x], or a matrix [out, in, 1, 1].
+    """The ranks that the rule gives a weight [out, in, y, x], or a matrix [out, in, 1, 1], lowered
+    where they can't be together (`optimizer.decomposition.bounds`).
 
     Of a CP decomposition it is the larger of Tucker's two, as no unfolding has it. Energy is that
-    of the outputs where inputs' second `moment` [in, in] is given.
+    of the outputs where inputs' second `moment` [in, in] is given. Raises LinAlgError where the
+    algebra fails.
     """
+    if moment is None or rule.by != "energy":
+        unfoldings = _unfoldings(form, weight)
+    else:
+        unfoldings = [weight.reshape(weight.shape[:2]) @ _root(moment)[0]]
+    ranks = [rule.rank(unfolding) for unfolding in unfoldings]
+    return consistent(form, weight.shape, [max(ranks)] if form == "cp" else ranks)
+
+
+def _unfoldings(form: str, weight: Array) -> list[Array]:
+    """The matrices that ranks are read from."""
     n_out, n_in, height, _ = weight.shape
     if form in ("tucker", "cp"):
-        first = rule.rank(weight.transpose(1, 0, 2, 3).reshape(n_in, -1))
-        last = rule.rank(weight.reshape(n_out, -1))
-        return [first, last] if form == "tucker" else [max(first, last)]
+        return [weight.transpose(1, 0, 2, 3).reshape(n_in, -1), weight.reshape(n_out, -1)]
     if form == "tensor_train":
         order = weight.transpose(1, 2, 3, 0)  # [in, y, x, out]
-        unfoldings = [
-            order.reshape(n_in, -1),
-            order.reshape(n_in * height, -1),
-            order.reshape(-1, n_out),
-        ]
-        return [rule.rank(unfolding) for unfolding in unfoldings]
-    matrix = weight.reshape(n_out, n_in)
-    if moment is not None and rule.by == "energy":
-        matrix = matrix @ _root(moment)[0]
-    return [rule.rank(matrix)]
+        sides = ((n_in, -1), (n_in * height, -1), (-1, n_out))
+        return [order.reshape(side) for side in sides]
+    return [weight.reshape(n_out, n_in)]
 
 
 def factors_of(
     form: str, weight: Array, ranks: Sequence[int], seed: int, moment: Array | None = None
 ) -> list[Array]:
-    """The weights of the chain's links, [out, in / groups, y, x] each, in order. A second
-    `moment` [in, in] of the inputs goes with `weighted_svd` alone, which is plain without."""
-    if form in ("svd", "weighted_svd"):
-        first, second = svd(weight.reshape(weight.shape[:2]), ranks[0], moment)
-        return [first[:, :, None, None], second[:, :, None, None]]
-    return _FACTORS[form](weight, ranks, seed)
+    """The weights of the chain's links, [out, in / groups, y, x] each, in order.
+
+    A second `moment` [in, in] of the inputs goes with `weighted_svd` alone, which is plain without.
+    Raises LinAlgError where the fit fails or its factors are no numbers of float32.
+    """
+    with np.errstate(all="ignore"):  # what comes of it is looked at here
+        if form in ("svd", "weighted_svd"):
+            pair = svd(weight.reshape(weight.shape[:2]), ranks[0], moment)
+            factors = [one[:, :, None, None] for one in pair]
+        else:
+            factors = _FACTORS[form](weight, ranks, seed)
+        if not all(np.abs(one).max() <= _LARGEST for one in factors):
+            raise np.linalg.LinAlgError("the fit's factors aren't finite")
+    return factors
 
 
 def svd(weight: Array, rank: int, moment: Array | None = None) -> tuple[Array, Array]:
@@ -73,6 +86,8 @@ def svd(weight: Array, rank: int, moment: Array | None = None) -> tuple[Array, A
 
 def _root(moment: Array) -> tuple[Array, Array]:
     """The symmetric square root of the damped moment, and its inverse."""
+    if not np.isfinite(moment).all():
+        raise np.linalg.LinAlgError("the second moment of its inputs isn't finite")
     values, vectors = np.linalg.eigh((moment + moment.T) / 2)
     damped = np.maximum(values, 0) + _DAMPING * max(float(values.mean()), np.finfo(float).tiny)
     root = np.sqrt(damped)

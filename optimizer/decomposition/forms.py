@@ -7,10 +7,11 @@ they cost; the values of their weights come from `optimizer.decomposition.factor
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from torch import nn
 
-from optimizer.decomposition.ranks import check_rank
+from optimizer.decomposition import bounds
 
 Layer = nn.Conv2d | nn.Linear
 CONVOLUTIONS = ("tucker", "tensor_train", "cp")
@@ -51,6 +52,11 @@ class Geometry:
     output_size: tuple[int, int]
 
     @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the weight, [out, in, y, x]."""
+        return self.n_out, self.n_in, *self.kernel
+
+    @property
     def is_matrix(self) -> bool:
         return prod(self.kernel) == 1
 
@@ -74,41 +80,33 @@ class Geometry:
 
 def links_of(name: str, geometry: Geometry, form: str, ranks: Sequence[int]) -> tuple[Link, ...]:
     """The chain of a layer called `name`. Raises ValueError for ranks that the form can't have."""
-    limits = max_ranks(geometry, form)
-    if len(ranks) != len(limits):
-        raise ValueError(f"{name}: got {len(ranks)} ranks, {form} has {len(limits)}")
-    for rank, largest in zip(ranks, limits, strict=True):
-        check_rank(name, rank, largest)
+    bounds.check_ranks(name, form, geometry.shape, ranks)
     return _LINKS[form](geometry, ranks)
 
 
 def max_ranks(geometry: Geometry, form: str) -> tuple[int, ...]:
     """The largest rank of each kind that the form has; at all of them it is exact."""
-    n_in, n_out, (height, width) = geometry.n_in, geometry.n_out, geometry.kernel
-    if form == "tucker":
-        return min(n_in, n_out * height * width), min(n_out, n_in * height * width)
-    if form == "cp":
-        sides = (n_in, n_out, height, width)
-        return (prod(sides) // max(sides),)
-    if form == "tensor_train":
-        first = min(n_in, height * width * n_out)
-        return first, min(n_in * height, width * n_out), min(n_in * height * width, n_out)
-    return (min(n_in, n_out),)
+    return bounds.max_ranks(form, geometry.shape)
 
 
 def chain(layer: Layer, name: str, form: str, ranks: Sequence[int]) -> nn.Sequential:
-    """The layers that take the place of `layer`, the last with its bias, all on its device and in
-    its type; the values of the other weights are arbitrary."""
+    """The layers that take the place of `layer`, on its device, in its type and frozen as it is.
+
+    The last has the layer's own bias, all weights are zeros. Nothing is drawn at random.
+    """
     if isinstance(layer, nn.Linear):
         links = links_of(name, linear_geometry(layer, 1), form, ranks)
-        parts: list[nn.Module] = [nn.Linear(one.n_in, one.n_out, bias=False) for one in links]
+        parts: list[Layer] = [_empty(layer, nn.Linear, one.n_in, one.n_out) for one in links]
     else:
         links = links_of(name, convolution_geometry(layer, (1, 1), (1, 1)), form, ranks)
         parts = [_convolution(layer, link) for link in links]
+    for part in parts:
+        nn.init.zeros_(part.weight)
+        part.weight.requires_grad_(layer.weight.requires_grad)
     bias = layer.bias
     assert bias is None or isinstance(bias, nn.Parameter)
     parts[-1].register_parameter("bias", bias)
-    return nn.Sequential(*parts).to(layer.weight.device, layer.weight.dtype).train(layer.training)
+    return nn.Sequential(*parts).train(layer.training)
 
 
 def linear_geometry(layer: nn.Linear, n_positions: int) -> Geometry:
@@ -166,6 +164,12 @@ _LINKS: Mapping[str, Callable[[Geometry, Sequence[int]], tuple[Link, ...]]] = {
 }
 
 
+def _empty(layer: Layer, kind: Callable[..., Any], *sides: Any, **options: Any) -> Any:
+    """A layer without a bias and with memory for weights, where and in the type `layer` is."""
+    made = kind(*sides, **options, bias=False, device="meta", dtype=layer.weight.dtype)
+    return made.to_empty(device=layer.weight.device)
+
+
 def _convolution(layer: nn.Conv2d, link: Link) -> nn.Conv2d:
     on = [name in link.axes for name in "yx"]
 
@@ -178,7 +182,9 @@ def _convolution(layer: nn.Conv2d, link: Link) -> nn.Conv2d:
         wanted: str | tuple[int, int] = padding if link.axes else 0  # type: ignore[assignment]
     else:
         wanted = along(padding, 0)
-    return nn.Conv2d(
+    made: nn.Conv2d = _empty(
+        layer,
+        nn.Conv2d,
         link.n_in,
         link.n_out,
         along(layer.kernel_size, 1),
@@ -186,6 +192,6 @@ def _convolution(layer: nn.Conv2d, link: Link) -> nn.Conv2d:
         padding=wanted,
         dilation=along(layer.dilation, 1),
         groups=link.groups,
-        bias=False,
         padding_mode=layer.padding_mode,
     )
+    return made

@@ -52,9 +52,3 @@ def rounded(rank: float, multiple: int, largest: int) -> int:
     """The nearest multiple (of two the higher), at least one and at most `largest`."""
     nearest = multiple * int(rank / multiple + 0.5)
     return min(max(nearest, multiple), largest)
-
-
-def check_rank(layer: str, rank: int, largest: int) -> None:
-    """Raises ValueError, which names the layer, for a rank outside of 1 to `largest`."""
-    if not 1 <= rank <= largest:
-        raise ValueError(f"{layer}: got the rank {rank}, want 1 to {largest}")

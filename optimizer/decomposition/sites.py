@@ -1,6 +1,7 @@
 """Sites: the layers of a module that a chain can take the place of, and why others can't.
 
-A module is traced by one run with hooks. It chooses no form and no rank.
+A module is traced by a run with hooks, and by one with other modules in the layers' places, since
+a layer whose attributes are read past the call can't be replaced. It chooses no form and no rank.
 """
 
 from collections import Counter
@@ -49,10 +50,15 @@ class Sites:
 
 
 def sites_of(module: nn.Module, example: Sequence[torch.Tensor]) -> Sites:
-    """Look for sites in a module in eval mode, by a run on `example` (batch first)."""
+    """Look for sites in a module in eval mode, by runs on `example` (batch first).
+
+    The module is left as it was. Raises what its own run raises.
+    """
     layers = {name: part for name, part in module.named_modules() if _is_layer(part)}
     sizes = _sizes(module, layers, example)
     reasons = _refusals(module, layers, sizes)
+    left = {name: layer for name, layer in layers.items() if name not in reasons}
+    reasons |= _bound(module, left, example)
     found = [
         Site(name, layer, _geometry(layer, *sizes[name]))
         for name, layer in layers.items()
@@ -123,6 +129,66 @@ def _sizes(
         for one in hooks:
             one.remove()
     return sizes
+
+
+class _Watch(nn.Module):
+    """Takes a layer's place in a run; what is read of the layer past the call is noted."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.held = layer
+        self.is_called = False
+        self.attributes: list[str] = []
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        self.is_called = True
+        return self.held(*inputs, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        held = vars(self)["_modules"]["held"]
+        if name == "held":
+            return held
+        found = getattr(held, name)
+        self.attributes.append(name)
+        return found
+
+    @property
+    def reason(self) -> str | None:
+        """Why the layer can't be replaced, if so."""
+        if self.attributes:
+            return f"the model reads its {self.attributes[0]} past the call"
+        return None if self.is_called else "the model calls it past its name"
+
+
+def _bound(
+    module: nn.Module, layers: Mapping[str, nn.Module], example: Sequence[torch.Tensor]
+) -> dict[str, str]:
+    """Those of the layers that the module needs for more than a call, with the reason."""
+    try:
+        return _watched(module, layers, example)
+    except Exception as error:  # noqa: BLE001  the forward is the user's code
+        if len(layers) == 1:
+            failed = f"the model fails without it ({type(error).__name__}: {error})"
+            return dict.fromkeys(layers, failed)
+    found: dict[str, str] = {}
+    for name, layer in layers.items():
+        found |= _bound(module, {name: layer}, example)
+    return found
+
+
+def _watched(
+    module: nn.Module, layers: Mapping[str, nn.Module], example: Sequence[torch.Tensor]
+) -> dict[str, str]:
+    watches = {name: _Watch(layer).train(layer.training) for name, layer in layers.items()}
+    try:
+        for name, watch in watches.items():
+            module.set_submodule(name, watch)
+        with torch.inference_mode():
+            module(*example)
+    finally:
+        for name, layer in layers.items():
+            module.set_submodule(name, layer)
+    return {name: reason for name, watch in watches.items() if (reason := watch.reason)}
 
 
 def _geometry(layer: nn.Module, into: torch.Size, out: torch.Size) -> Geometry:

@@ -20,8 +20,8 @@ from optimizer.space import Categorical, Parameters, Space, Value, defaults
 from optimizer.spec import InputSpec, TrainingSpec
 from optimizer.techniques import Context
 from optimizer.torch_source import load_source
-from optimizer.torch_variant import load_torch, read_plan
-from optimizer.variant import Stage, TorchModel, TorchVariant, canonical_json
+from optimizer.torch_variant import keeps_base, load_torch, read_plan
+from optimizer.variant import TorchModel, canonical_json
 from serve.machine import this_machine
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class Lesson:
         tell nothing about others of their names."""
         from optimizer.training.reconstruction import reconstruct
 
-        if not _is_of_base(self.model):
+        if not keeps_base(self.model):
             return {}
 
         order = np.random.default_rng(self.context.seed).permutation(len(self.data))
@@ -313,17 +313,6 @@ def _mixture(parameters: Parameters) -> "Mixture":
     return Mixture(kind=parameters["learns"], **given)  # type: ignore[arg-type]
 
 
-def _is_of_base(model: TorchModel) -> bool:
-    """Whether no step has put another network in the place of the base, whose layers it has then,
-    as far as they have the same names."""
-    stages = [
-        model.techniques[step.technique].traits.stage
-        for step in read_plan(model).steps
-        if isinstance(model, TorchVariant)
-    ]
-    return Stage.ARCHITECTURE not in stages
-
-
 def _learns(module: "nn.Module") -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
@@ -349,7 +338,7 @@ def _masks(model: TorchModel, module: "nn.Module", whole: "nn.Module | None" = N
     from optimizer.training.masks import Goal, Masks, sparse_layers
 
     layers: list[str] = []
-    if whole is not None and _is_of_base(model):
+    if whole is not None and keeps_base(model):
         layers += sparse_layers(module) & sparse_layers(whole)
     goal = None
     for step in read_plan(model).steps:

@@ -1,249 +1,25 @@
-"""Decomposition: ranks, chains that are exact at full rank, and which layers are replaced."""
+"""Decomposition: which layers can be replaced, and which the technique replaces."""
 
+import copy
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 from torch import nn
 
-from optimizer.decomposition.evbmf import evbmf_rank
-from optimizer.decomposition.factors import factors_of, ranks_of, svd
-from optimizer.decomposition.forms import (
-    CONVOLUTIONS,
-    Layer,
-    chain,
-    convolution_geometry,
-    linear_geometry,
-    links_of,
-    max_ranks,
-)
+from optimizer.decomposition.forms import CONVOLUTIONS
 from optimizer.decomposition.moments import second_moments
-from optimizer.decomposition.ranks import RankRule, energy_rank
 from optimizer.decomposition.sites import Sites, sites_of
+from optimizer.model_source import source_digest
 from optimizer.parity import load_runner
 from optimizer.space import defaults
+from optimizer.spec import ModuleSource
 from optimizer.techniques.decomposition import Decomposition
 from optimizer.torch_variant import load_torch, read_plan
+from optimizer.variant import TorchModel, TorchVariant
 from tests.optimizer.torch_bench import TorchBench, make_torch_bench
-
-Matrix = NDArray[np.float64]
-
-# --- ranks
-
-
-def low_rank(rank: int, noise: float, shape: tuple[int, int] = (30, 80)) -> Matrix:
-    rng = np.random.default_rng(rank)
-    signal = rng.normal(size=(shape[0], rank)) @ rng.normal(size=(rank, shape[1]))
-    return signal + noise * rng.normal(size=shape)
-
-
-@pytest.mark.parametrize("rank", [1, 4, 12])
-@pytest.mark.parametrize("noise", [0.0, 0.1, 0.5])
-@pytest.mark.parametrize("shape", [(30, 80), (80, 30), (40, 40)])
-def test_evbmf_finds_the_rank_when_signal_stands_out_from_noise(
-    rank: int, noise: float, shape: tuple[int, int]
-) -> None:
-    assert evbmf_rank(low_rank(rank, noise, shape)) == rank
-
-
-def test_evbmf_finds_nothing_when_there_is_only_noise() -> None:
-    assert evbmf_rank(low_rank(0, 1.0)) == 0
-    assert evbmf_rank(np.zeros((3, 4))) == 0
-
-
-@pytest.mark.parametrize("noise", [0.3, 2.0, 5.0, 9.0])
-def test_evbmf_equals_the_published_algorithm_when_that_is_written_plainly(noise: float) -> None:
-    rng = np.random.default_rng(3)
-    spectrum = np.geomspace(12, 0.5, 30)  # no gap between signal and noise
-    u, _ = np.linalg.qr(rng.normal(size=(30, 30)))
-    v, _ = np.linalg.qr(rng.normal(size=(80, 30)))
-    matrix = (u * spectrum * 8) @ v.T + noise * rng.normal(size=(30, 80))
-    assert evbmf_rank(matrix) == plain_evbmf(matrix)
-    assert 0 <= evbmf_rank(matrix) <= 30
-
-
-def plain_evbmf(matrix: Matrix) -> int:
-    """Nakajima et al. 2013, corollary 1 and section 4, sum by sum."""
-    n_short, n_long = sorted(matrix.shape)
-    singular = np.linalg.svd(matrix, compute_uv=False)
-    alpha = n_short / n_long
-    tau_bar = 2.5129 * math.sqrt(alpha)
-    x_bar = (1 + tau_bar) * (1 + alpha / tau_bar)
-
-    def tau(x: float) -> float:
-        return 0.5 * (x - (1 + alpha) + math.sqrt((x - (1 + alpha)) ** 2 - 4 * alpha))
-
-    def psi(x: float) -> float:
-        value = x - math.log(x)
-        if x > x_bar:
-            t = tau(x)
-            value += math.log(t + 1) + alpha * math.log(t / alpha + 1) - t
-        return value
-
-    def omega(variance: float) -> float:
-        return sum(psi(s**2 / (n_long * variance)) for s in singular)
-
-    most = min(math.ceil(n_short / (1 + alpha)) - 1, n_short - 1)
-    low = max(singular[most] ** 2 / (n_long * x_bar), np.mean(singular[most:] ** 2) / n_long)
-    high = float(np.sum(singular**2)) / (n_short * n_long)
-    variance = minimize_scalar(omega, bounds=(low, high), method="bounded").x
-    return sum(s > math.sqrt(n_long * variance * x_bar) for s in singular)
-
-
-def test_evbmf_refuses_what_isnt_finite() -> None:
-    with pytest.raises(ValueError, match="NaN"):
-        evbmf_rank(np.full((2, 2), np.nan))
-
-
-def test_energy_rank_is_the_fewest_components_that_hold_it() -> None:
-    matrix = np.diag([3.0, 2.0, 1.0])  # squares 9, 4, 1 of 14
-    assert [energy_rank(matrix, share) for share in (0.5, 0.65, 13 / 14, 0.95, 1.0)] == [
-        1, 2, 2, 3, 3,
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("rule", "rank"),
-    [
-        pytest.param(RankRule("share", 0.5), 10, id="half of them"),
-        pytest.param(RankRule("share", 0.5, 8), 8, id="the nearest multiple"),
-        pytest.param(RankRule("share", 0.01, 8), 8, id="at least one multiple"),
-        pytest.param(RankRule("share", 1.0, 8), 20, id="at most the largest rank"),
-        pytest.param(RankRule("evbmf", round_to=4), 4, id="EVBMF's 5, rounded"),
-    ],
-)
-def test_rank_is_rounded_within_what_there_is(rule: RankRule, rank: int) -> None:
-    assert rule.rank(low_rank(5, 0.1, (20, 50))) == rank
-
-
-@pytest.mark.parametrize("amount", [0.0, -0.5, 1.5])
-def test_rank_rule_refuses_a_share_outside_of_0_to_1(amount: float) -> None:
-    with pytest.raises(ValueError, match="want above 0 and at most 1"):
-        RankRule("share", amount)
-
-
-# --- chains
-
-
-def filled(layer: Layer, form: str, ranks: list[int], moment: Matrix | None = None) -> nn.Module:
-    """The layer's chain with its weights."""
-    weight = layer.weight.detach().double().numpy()
-    weight = weight if weight.ndim == 4 else weight[:, :, None, None]
-    parts = chain(layer, "layer", form, ranks)
-    for part, factor in zip(parts, factors_of(form, weight, ranks, 0, moment), strict=True):
-        assert isinstance(part, nn.Conv2d | nn.Linear)
-        part.weight.data.copy_(torch.from_numpy(factor).reshape(part.weight.shape))
-    return parts
-
-
-KERNELS = (
-    pytest.param(nn.Conv2d(6, 5, 3, padding=1), id="plain"),
-    pytest.param(nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(0, 1)), id="not square"),
-    pytest.param(nn.Conv2d(4, 5, 3, padding="same", bias=False), id="padding same, no bias"),
-    pytest.param(nn.Conv2d(4, 5, 3, padding=2, dilation=2, padding_mode="reflect"), id="reflect"),
-    pytest.param(nn.Conv2d(3, 4, (1, 3), stride=2), id="flat kernel with a stride"),
-)
-
-
-@pytest.mark.parametrize("conv", KERNELS)
-@pytest.mark.parametrize("form", CONVOLUTIONS)
-def test_convolution_is_the_same_when_its_ranks_are_full(conv: nn.Conv2d, form: str) -> None:
-    ranks = list(max_ranks(convolution_geometry(conv, (1, 1), (1, 1)), form))
-    images = torch.randn(2, conv.in_channels, 9, 8, generator=torch.manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(
-            filled(conv, form, ranks)(images), conv(images), atol=1e-4, rtol=0
-        )
-
-
-@pytest.mark.parametrize("form", ["svd", "weighted_svd"])
-@pytest.mark.parametrize(
-    "layer", [nn.Linear(6, 4), nn.Linear(4, 6, bias=False), nn.Conv2d(6, 4, 1, 2, 1)]
-)
-def test_matrix_is_the_same_when_its_rank_is_full(layer: Layer, form: str) -> None:
-    n_in = layer.weight.shape[1]
-    rng = np.random.default_rng(0)
-    moment = np.diag(rng.uniform(0, 2, n_in)) if form == "weighted_svd" else None
-    shape = (2, n_in, 5, 5) if isinstance(layer, nn.Conv2d) else (2, 3, n_in)
-    inputs = torch.randn(*shape, generator=torch.manual_seed(0))
-    with torch.no_grad():
-        made = filled(layer, form, [min(layer.weight.shape[:2])], moment)(inputs)
-        torch.testing.assert_close(made, layer(inputs), atol=1e-4, rtol=0)
-
-
-def test_cp_finds_the_components_when_the_kernel_is_made_of_them() -> None:
-    rng = np.random.default_rng(0)
-    weight = np.einsum("or,ir,yr,xr->oiyx", *(rng.normal(size=(n, 2)) for n in (6, 5, 3, 3)))
-    into, y, x, out = factors_of("cp", weight, [2], seed=0)
-    again = np.einsum(
-        "ri,ry,rx,or->oiyx", into[:, :, 0, 0], y[:, 0, :, 0], x[:, 0, 0, :], out[:, :, 0, 0]
-    )
-    np.testing.assert_allclose(again, weight, atol=1e-4)
-
-
-@pytest.mark.parametrize("form", CONVOLUTIONS)
-def test_factors_are_equal_when_they_are_made_again(form: str) -> None:
-    weight = np.random.default_rng(0).normal(size=(6, 5, 3, 3))
-    ranks = {"tucker": [3, 2], "cp": [7], "tensor_train": [3, 4, 2]}[form]
-    for one, other in zip(
-        factors_of(form, weight, ranks, 1), factors_of(form, weight, ranks, 1), strict=True
-    ):
-        np.testing.assert_array_equal(one, other)
-
-
-def test_weighted_svd_beats_the_plain_one_by_the_error_of_outputs() -> None:
-    rng = np.random.default_rng(0)
-    inputs = rng.normal(size=(400, 12)) * np.geomspace(5, 0.05, 12)  # few directions matter
-    weight = rng.normal(size=(10, 12)) / np.geomspace(5, 0.05, 12)
-    moment = inputs.T @ inputs / len(inputs)
-
-    def error(first: Matrix, second: Matrix) -> float:
-        return float(np.square(inputs @ (weight - second @ first).T).mean())
-
-    weighted, plain = error(*svd(weight, 4, moment)), error(*svd(weight, 4))
-    # Eckart and Young: of the outputs' own spectrum just the tail is lost.
-    tail = np.linalg.svd(inputs @ weight.T, compute_uv=False)[4:]
-    assert weighted == pytest.approx(np.square(tail).sum() / (400 * 10), rel=1e-3)
-    assert weighted < 0.7 * plain
-
-
-def test_ranks_of_a_weighted_matrix_count_the_energy_of_outputs() -> None:
-    weight = np.eye(4)[:, :, None, None]
-    rule = RankRule("energy", 0.9)
-    assert ranks_of("svd", weight, rule) == [4]
-    assert ranks_of("weighted_svd", weight, rule, np.diag([100.0, 1.0, 1.0, 1.0])) == [1]
-
-
-@pytest.mark.parametrize(
-    ("form", "ranks", "message"),
-    [
-        pytest.param("tucker", [4, 9], r"layer: got the rank 9, want 1 to 8", id="above"),
-        pytest.param("tucker", [0, 4], r"layer: got the rank 0, want 1 to 4", id="below"),
-        pytest.param("cp", [4, 4], "layer: got 2 ranks, cp has 1", id="too many"),
-        pytest.param("tensor_train", [4, 99, 4], "want 1 to 12", id="in the middle"),
-    ],
-)
-def test_chain_refuses_ranks_that_cant_be(form: str, ranks: list[int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        chain(nn.Conv2d(4, 8, 3), "layer", form, ranks)
-
-
-def test_cost_counts_the_links_where_each_of_them_runs() -> None:
-    conv = nn.Conv2d(4, 8, 3, stride=2, padding=1)
-    geometry = convolution_geometry(conv, (10, 10), (5, 5))
-    assert (geometry.cost.macs, geometry.cost.weights) == (4 * 8 * 9 * 25, 4 * 8 * 9)
-    tucker = geometry.cost_of(links_of("layer", geometry, "tucker", [2, 3]))
-    assert tucker.macs == 4 * 2 * 100 + 2 * 3 * 9 * 25 + 3 * 8 * 25
-    assert tucker.weights == 4 * 2 + 2 * 3 * 9 + 3 * 8
-    cp = geometry.cost_of(links_of("layer", geometry, "cp", [5]))
-    assert cp.macs == 4 * 5 * 100 + 5 * 3 * 50 + 5 * 3 * 25 + 5 * 8 * 25
-    linear = linear_geometry(nn.Linear(6, 5), 7)
-    assert linear.cost_of(links_of("layer", linear, "svd", [2])).macs == 7 * (6 * 2 + 2 * 5)
-
 
 # --- sites
 
@@ -289,6 +65,43 @@ def test_sites_are_refused_with_the_reason_when_a_chain_cant_take_their_place() 
 
 def test_sites_of_a_layer_that_is_the_whole_model_are_none() -> None:
     assert "" in sites_of(nn.Linear(4, 4).eval(), [torch.zeros(1, 4)]).refused
+
+
+class Reading(nn.Module):
+    """Layers of which more is asked than a call, and one that is only called."""
+
+    def __init__(self, wants_a_layer: bool = False) -> None:
+        super().__init__()
+        self.plain, self.read, self.past = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.known = [self.past]
+        self.wanted = nn.Linear(8, 8)
+        self.wants_a_layer = wants_a_layer
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        rows = self.plain(rows).to(self.read.weight.dtype)
+        if getattr(self.plain, "scale", None) is not None:
+            raise RuntimeError("no layer has one")
+        if self.wants_a_layer and not isinstance(self.wanted, nn.Linear):
+            raise TypeError("want a Linear")
+        return self.wanted(self.known[0](self.read(rows)))
+
+
+def test_sites_are_refused_when_the_model_asks_more_of_a_layer_than_a_call() -> None:
+    module = Reading().eval()
+    layers = dict(module.named_children())
+    sites = sites_of(module, [torch.zeros(2, 8)])
+    assert [site.name for site in sites.found] == ["plain", "wanted"]
+    assert sites.refused == {
+        "read": "the model reads its weight past the call",
+        "past": "the model calls it past its name",
+    }
+    assert dict(module.named_children()) == layers
+
+
+def test_sites_are_tried_alone_when_the_model_fails_without_them_all() -> None:
+    sites = sites_of(Reading(wants_a_layer=True).eval(), [torch.zeros(2, 8)])
+    assert [site.name for site in sites.found] == ["plain"]
+    assert sites.refused["wanted"] == "the model fails without it (TypeError: want a Linear)"
 
 
 def test_second_moments_are_those_of_the_inputs() -> None:
@@ -362,3 +175,131 @@ def test_decomposition_cant_be_replayed_on_another_layer(bench: TorchBench) -> N
     plan = {"1": {"form": "tucker", "ranks": [1, 1]}}
     with pytest.raises(ValueError, match="1: got a BatchNorm2d, want Conv2d or Linear"):
         Decomposition().restructure(load_torch(bench.torch), plan)
+
+
+def given(module: nn.Module, bench: TorchBench) -> TorchModel:
+    """A model that is an object of Python, of the bench's inputs and outputs."""
+    source = ModuleSource(module.eval(), bench.torch.source.inputs, bench.torch.source.outputs)
+    return TorchModel(source, source_digest(source))
+
+
+def convolutions(*, zeros: bool = False, nan: bool = False) -> nn.Sequential:
+    """Two that can be replaced; the second with hardly a channel that isn't zero, or with NaN."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1),
+            nn.Conv2d(16, 16, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(16, 4),
+        )  # fmt: skip
+    weight = module[2].weight.data
+    if zeros:
+        weight[:15], weight[:, :15] = 0, 0
+    if nan:
+        weight[0, 0, 0, 0] = math.nan
+    return module
+
+
+def applied(
+    model: TorchModel, bench: TorchBench, directory: Path, **parameters: str
+) -> TorchVariant:
+    technique = Decomposition()
+    chosen = defaults(technique.space(model, bench.context), **{"rank_by": "share", **parameters})
+    return technique.apply(model, chosen, bench.context, directory)
+
+
+def test_layer_is_left_and_named_when_its_fit_fails(bench: TorchBench, tmp_path: Path) -> None:
+    model = given(convolutions(zeros=True), bench)
+    made = applied(model, bench, tmp_path, form="cp")
+    assert list(read_plan(made).steps[0].operations) == ["1"]
+    (note,) = made.notes
+    assert note == "1 of 4 layers decomposed; the fit of 1 failed (2: Singular matrix)"
+
+
+def test_decomposition_fails_by_name_when_every_fit_fails(
+    bench: TorchBench, tmp_path: Path
+) -> None:
+    module = convolutions(zeros=True)
+    module[1] = copy.deepcopy(module[2])
+    model = given(module, bench)
+    with pytest.raises(ValueError, match=r"no layer can be decomposed \(1: Singular matrix; 2: "):
+        applied(model, bench, tmp_path, form="cp")
+
+
+@pytest.mark.parametrize("rank_by", ["evbmf", "energy", "share"])
+@pytest.mark.parametrize("form", CONVOLUTIONS)
+def test_decomposition_names_the_layer_when_its_weights_are_not_finite(
+    form: str, rank_by: str, bench: TorchBench, tmp_path: Path
+) -> None:
+    model = given(convolutions(nan=True), bench)
+    with pytest.raises(ValueError, match="2: got weights with NaN or infinity, want finite ones"):
+        applied(model, bench, tmp_path, form=form, rank_by=rank_by)
+
+
+def test_decomposition_leaves_the_state_of_random_numbers_when_it_makes_and_loads(
+    bench: TorchBench, tmp_path: Path
+) -> None:
+    model = given(convolutions(), bench)
+    before = torch.random.get_rng_state()
+    made = applied(model, bench, tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    load_torch(made)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_chains_stay_frozen_when_a_variant_is_loaded(bench: TorchBench, tmp_path: Path) -> None:
+    module = convolutions()
+    module[1].requires_grad_(False)
+    loaded = load_torch(applied(given(module, bench), bench, tmp_path))
+    frozen = {name.split(".")[0] for name, p in loaded.named_parameters() if not p.requires_grad}
+    assert frozen == {"1"}
+
+
+class Choosy(nn.Module):
+    """Its second layer can't be a chain, which shows only when it is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = convolutions()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.layers[2], nn.Sequential):
+            raise RuntimeError("no chain here")
+        return self.layers(images)
+
+
+def test_decomposition_names_the_layer_when_the_model_fails_with_its_chain(
+    bench: TorchBench, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"^layers.2: the model fails with a chain .*RuntimeError: no chain here"
+    ):
+        applied(given(Choosy(), bench), bench, tmp_path)
+
+
+class ReadingDtype(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = convolutions()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers(images.to(self.layers[2].weight.dtype))
+
+
+def test_layer_is_left_when_the_model_reads_its_weight(bench: TorchBench, tmp_path: Path) -> None:
+    made = applied(given(ReadingDtype(), bench), bench, tmp_path)
+    assert list(read_plan(made).steps[0].operations) == ["layers.1"]
+    load_runner(made, 8)(bench.inputs)
+
+
+def test_decomposition_is_offered_when_any_form_gets_cheaper(tmp_path: Path) -> None:
+    """Tucker's at 8 of 8 channels isn't."""
+    network = (
+        "nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), "
+        "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))"
+    )
+    small = make_torch_bench(tmp_path, network)
+    assert Decomposition().check(small.torch, small.context) is None
+    (tmp_path / "made").mkdir()
+    made = applied(small.torch, small, tmp_path / "made", form="cp")
+    assert list(read_plan(made).steps[0].operations) == ["1"]
