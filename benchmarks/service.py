@@ -32,7 +32,8 @@ import psutil
 
 from optimizer.client import Client
 from optimizer.service.database import Database
-from optimizer.service.ledger import Claim, Ledger
+from optimizer.service.ledger import Ledger
+from optimizer.service.records import Claim
 
 LEASE_S = 600.0
 LIST_EVERY_S = 0.1

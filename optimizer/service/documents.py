@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 
 from optimizer.service.audit import Entry
 from optimizer.service.jobs import Job, Kind, State
-from optimizer.service.ledger import Event, Piece
+from optimizer.service.journal import Event, Piece
 from optimizer.service.operations import Details
 from optimizer.service.publishing import Publication
 from optimizer.service.uploads import Upload

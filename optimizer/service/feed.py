@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 from optimizer.service.database import DatabaseUnavailable
 from optimizer.service.jobs import ENDED, State
-from optimizer.service.ledger import Event, Ledger
+from optimizer.service.journal import Event
+from optimizer.service.ledger import Ledger
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class Feed:
             return [event for event in recent if event.number > after]
         if followed.last and after >= followed.last:
             return []
-        return await asyncio.to_thread(self._ledger.events, job_id, after)
+        return await asyncio.to_thread(self._ledger.journal.events, job_id, after)
 
     def _look(self) -> None:
         while not self._closed.is_set():
@@ -125,7 +126,7 @@ class Feed:
             self._closed.wait(_LOOK_S)
 
     def _look_at(self, ids: list[str]) -> None:
-        heads = self._ledger.heads(ids)
+        heads = self._ledger.journal.heads(ids)
         for job_id in ids:
             followed = self._followed.get(job_id)
             if followed is None:
@@ -134,7 +135,7 @@ class Feed:
             if (last, state) == (followed.last, followed.state):
                 continue
             known = followed.last or max(0, last - _KEPT)
-            fresh = self._ledger.events(job_id, known) if last > known else []
+            fresh = self._ledger.journal.events(job_id, known) if last > known else []
             self._loop.call_soon_threadsafe(_tell, followed, fresh, last, state)
 
 

@@ -1,4 +1,4 @@
-"""The ledger: jobs, their events and their logs in the database.
+"""The ledger: jobs in the database.
 
 Every change is one transaction that reads the job, asks `jobs` what becomes of it, and writes it
 back together with the event that tells so. It runs no job.
@@ -8,12 +8,11 @@ import hashlib
 import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import (
     Connection,
-    Row,
     Select,
     and_,
     delete,
@@ -21,114 +20,28 @@ from sqlalchemy import (
     insert,
     or_,
     select,
-    update,
 )
 
 from optimizer.service import audit, schema
 from optimizer.service import jobs as life
 from optimizer.service.audit import Note
 from optimizer.service.database import Database
-from optimizer.service.jobs import Job, Kind, Lease, State
+from optimizer.service.job_rows import COLUMNS, job_of, of, row_of
+from optimizer.service.jobs import Job, Lease, State
+from optimizer.service.journal import Journal, log, remember, told
+from optimizer.service.records import (
+    MAX_PAGE,
+    Claim,
+    JobNotFound,
+    Query,
+    QuotaExceeded,
+    StorageExceeded,
+    Submission,
+)
 from optimizer.service.repeats import INSERT, Repeatable, has_made, made_before
 
-MAX_LOG_BYTES = 4_000_000
-"""Of a job's logs; what comes after is left out, and the last piece says so."""
-MAX_PIECE_CHARS = 64_000
 MAX_EVENTS = 20_000
 """Of a job. Beyond it only changes of state are told."""
-MAX_PAGE = 500
-_COLUMNS = [column for column in schema.jobs.columns if column.name not in ("spec", "progress")]
-
-
-class JobNotFound(Exception):
-    def __init__(self, job_id: str) -> None:
-        super().__init__(f"there is no job {job_id}")
-        self.job_id = job_id
-
-
-class QuotaExceeded(Exception):
-    """The owner has as many open jobs as are allowed."""
-
-    def __init__(self, n_open: int, limit: int) -> None:
-        super().__init__(f"{n_open} jobs are queued or running, want fewer than {limit}")
-        self.limit = limit
-
-
-class StorageExceeded(Exception):
-    """The owner's jobs keep as many bytes of files as are allowed."""
-
-    def __init__(self, used: int, more: int, limit: int) -> None:
-        asked = f"{more} bytes beside the {used}" if more else f"{used} bytes, which is all"
-        super().__init__(
-            f"stored files: got {asked} that the owner's jobs keep, want at most {limit} together: "
-            "delete jobs"
-        )
-        self.used, self.limit = used, limit
-
-
-@dataclass(frozen=True)
-class Event:
-    """What happened to a job; `number` counts from 1 without a gap."""
-
-    number: int
-    at_s: float
-    kind: str
-    payload: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A piece of a job's log."""
-
-    number: int
-    at_s: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Submission:
-    """What a job is made of. `spec` is JSON that `Job.spec` gives back as it is."""
-
-    owner: str
-    name: str
-    spec: Mapping[str, Any]
-    kind: Kind = Kind.OPTIMIZATION
-    labels: Mapping[str, str] | None = None
-    priority: int = 0
-    max_attempts: int = life.DEFAULT_ATTEMPTS
-    parent_id: str | None = None
-    traceparent: str | None = None
-
-    @property
-    def digest(self) -> str:
-        """Of all that was asked for: the same request has the same, whatever trace it is in."""
-        asked = [self.name, self.spec, self.kind, dict(self.labels or {}), self.priority,
-                 self.max_attempts, self.parent_id]  # fmt: skip
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Query:
-    """Which jobs to list, the newest first: those of an owner, in states, of a kind, with all of
-    the labels, made from the job `parent_id`; from after `after` (a job's id) on, at most
-    `limit`."""
-
-    owner: str | None = None
-    states: tuple[State, ...] = ()
-    kind: Kind | None = None
-    labels: Mapping[str, str] | None = None
-    after: str | None = None
-    limit: int = 50
-    parent_id: str | None = None
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A job, what it is to do, and the lease on it."""
-
-    job: Job
-    spec: Mapping[str, Any]
-    lease: Lease
 
 
 class Ledger:
@@ -136,6 +49,7 @@ class Ledger:
 
     def __init__(self, database: Database) -> None:
         self.database = database
+        self.journal = Journal(database)
 
     # --- asked for by people
 
@@ -183,10 +97,10 @@ class Ledger:
             _noted(connection, note, job, now_s)
             connection.execute(
                 insert(schema.jobs).values(
-                    **_row(job), spec=json.dumps(submission.spec), progress="{}"
+                    **row_of(job), spec=json.dumps(submission.spec), progress="{}"
                 )
             )
-            return self._told(connection, job, "state", _state_of(job)), True
+            return told(connection, job, "state", _state_of(job), now_s), True
 
     def job(self, job_id: str) -> Job:
         """Raises JobNotFound."""
@@ -201,7 +115,7 @@ class Ledger:
         return self._document(job_id, "progress")
 
     def find(self, query: Query) -> list[Job]:
-        statement = select(*_COLUMNS).where(schema.jobs.c.state != State.DELETED)
+        statement = select(*COLUMNS).where(schema.jobs.c.state != State.DELETED)
         if query.owner is not None:
             statement = statement.where(schema.jobs.c.owner == query.owner)
         if query.states:
@@ -218,7 +132,7 @@ class Ledger:
             if query.after is not None:
                 statement = statement.where(self._is_older(connection, query.after))
             found = connection.execute(_newest_first(statement).limit(min(query.limit, MAX_PAGE)))
-            return [_job(row) for row in found]
+            return [job_of(row) for row in found]
 
     def counts(self) -> dict[State, int]:
         """Jobs by state, deleted ones left out."""
@@ -255,7 +169,7 @@ class Ledger:
             again = life.retry(job, now_s)
             if max_open is not None:
                 self._check_quota(connection, job.owner, max_open)
-            connection.execute(_of(job_id).values(progress="{}"))
+            connection.execute(of(job_id).values(progress="{}"))
             _noted(connection, note, job, now_s)
             return self._kept(connection, job, again)
 
@@ -269,7 +183,7 @@ class Ledger:
             for table in (schema.events, schema.logs):
                 connection.execute(delete(table).where(table.c.job_id == job_id))
             connection.execute(delete(schema.requests).where(schema.requests.c.job_id == job_id))
-            connection.execute(_of(job_id).values(spec="{}", progress="{}", labels="{}"))
+            connection.execute(of(job_id).values(spec="{}", progress="{}", labels="{}"))
             _noted(connection, note, job, now_s)
             return gone
 
@@ -278,62 +192,12 @@ class Ledger:
         with self.database.reading() as connection:
             before_s = self.database.now_s(connection) - age_s
             statement = (
-                select(*_COLUMNS)
+                select(*COLUMNS)
                 .where(schema.jobs.c.state.in_(life.ENDED), schema.jobs.c.ended_s < before_s)
                 .order_by(schema.jobs.c.ended_s)
                 .limit(limit)
             )
-            return [_job(row) for row in connection.execute(statement)]
-
-    # --- what happened
-
-    def events(
-        self, job_id: str, after: int = 0, limit: int = MAX_PAGE, kind: str | None = None
-    ) -> list[Event]:
-        """Those with numbers above `after`, in their order; of one kind, where it is given."""
-        table = schema.events
-        statement = (
-            select(table.c.number, table.c.at_s, table.c.kind, table.c.payload)
-            .where(table.c.job_id == job_id, table.c.number > after)
-            .order_by(table.c.number)
-            .limit(limit)
-        )
-        if kind is not None:
-            statement = statement.where(table.c.kind == kind)
-        with self.database.reading() as connection:
-            rows = connection.execute(statement).all()
-        return [Event(row[0], row[1], row[2], json.loads(row[3])) for row in rows]
-
-    def last_event(self, job_id: str, kind: str) -> Event | None:
-        """The newest of a kind."""
-        table = schema.events
-        statement = (
-            select(table.c.number, table.c.at_s, table.c.kind, table.c.payload)
-            .where(table.c.job_id == job_id, table.c.kind == kind)
-            .order_by(table.c.number.desc())
-            .limit(1)
-        )
-        with self.database.reading() as connection:
-            row = connection.execute(statement).first()
-        return None if row is None else Event(row[0], row[1], row[2], json.loads(row[3]))
-
-    def logs(self, job_id: str, after: int = 0, limit: int = MAX_PAGE) -> list[Piece]:
-        table = schema.logs
-        statement = (
-            select(table.c.number, table.c.at_s, table.c.text)
-            .where(table.c.job_id == job_id, table.c.number > after)
-            .order_by(table.c.number)
-            .limit(limit)
-        )
-        with self.database.reading() as connection:
-            return [Piece(*row) for row in connection.execute(statement).all()]
-
-    def heads(self, job_ids: Sequence[str]) -> dict[str, tuple[int, State]]:
-        """The number of the last event and the state of each job that is there."""
-        columns = (schema.jobs.c.id, schema.jobs.c.n_events, schema.jobs.c.state)
-        statement = select(*columns).where(schema.jobs.c.id.in_(job_ids))
-        with self.database.reading() as connection:
-            return {row[0]: (row[1], State(row[2])) for row in connection.execute(statement)}
+            return [job_of(row) for row in connection.execute(statement)]
 
     # --- asked for by workers
 
@@ -377,17 +241,17 @@ class Ledger:
         with self.database.writing() as connection:
             now_s = self.database.now_s(connection)
             job = self._own(connection, job_id)
-            told = life.told(job, token, batch or job.told, _reached(events))
+            heard = life.told(job, token, batch or job.told, _reached(events))
             if batch is not None and batch <= job.told:
                 return
-            job = self._kept(connection, job, told, tell=False)
+            job = self._kept(connection, job, heard, tell=False)
             room = max(0, MAX_EVENTS - job.n_events)
             for kind, payload in events[:room]:
-                job = self._told(connection, job, kind, payload)
+                job = told(connection, job, kind, payload, now_s)
             if events:
-                self._remember(connection, job_id, events)
+                remember(connection, job_id, events)
             if text:
-                self._log(connection, job, text, now_s)
+                log(connection, job, text, now_s)
 
     def keep(
         self, job_id: str, token: str, stored_bytes: int, max_stored_bytes: int | None = None
@@ -462,13 +326,13 @@ class Ledger:
             raise life.LeaseLost(str(error)) from error
 
     def _read(self, connection: Connection, job_id: str, for_update: bool = False) -> Job:
-        statement = select(*_COLUMNS).where(
+        statement = select(*COLUMNS).where(
             schema.jobs.c.id == job_id, schema.jobs.c.state != State.DELETED
         )
         row = connection.execute(statement.with_for_update() if for_update else statement).first()
         if row is None:
             raise JobNotFound(job_id)
-        return _job(row)
+        return job_of(row)
 
     def _document(self, job_id: str, name: str) -> Mapping[str, Any]:
         statement = select(schema.jobs.c[name]).where(
@@ -486,66 +350,23 @@ class Ledger:
         if after == before:
             return before
         after = replace(after, revision=before.revision + 1)
-        connection.execute(_of(before.id).values(**_row(after)))
+        connection.execute(of(before.id).values(**row_of(after)))
         changed = (after.state, after.attempt, after.run) != (
             before.state, before.attempt, before.run
         )  # fmt: skip
         return (
-            self._told(connection, after, "state", _state_of(after)) if tell and changed else after
+            told(connection, after, "state", _state_of(after), self.database.now_s(connection))
+            if tell and changed
+            else after
         )
-
-    def _told(self, connection: Connection, job: Job, kind: str, payload: Mapping[str, Any]) -> Job:
-        number = job.n_events + 1
-        connection.execute(
-            insert(schema.events).values(
-                job_id=job.id,
-                number=number,
-                at_s=self.database.now_s(connection),
-                kind=kind,
-                payload=json.dumps(payload),
-            )
-        )
-        connection.execute(_of(job.id).values(n_events=number))
-        return replace(job, n_events=number)
-
-    def _remember(
-        self,
-        connection: Connection,
-        job_id: str,
-        events: Sequence[tuple[str, Mapping[str, Any]]],
-    ) -> None:
-        held = connection.execute(
-            select(schema.jobs.c.progress).where(schema.jobs.c.id == job_id)
-        ).scalar_one()
-        progress = {**json.loads(held), **dict(events)}
-        connection.execute(_of(job_id).values(progress=json.dumps(progress)))
-
-    def _log(self, connection: Connection, job: Job, text: str, now_s: float) -> None:
-        table = schema.logs
-        held = connection.execute(
-            select(func.coalesce(func.sum(func.length(table.c.text)), 0)).where(
-                table.c.job_id == job.id
-            )
-        ).scalar_one()
-        room = MAX_LOG_BYTES - int(held)
-        if room <= 0:
-            return
-        if len(text) >= room:
-            text = text[:room] + "\n… the log is full, what comes after is left out\n"
-        pieces = [text[at : at + MAX_PIECE_CHARS] for at in range(0, len(text), MAX_PIECE_CHARS)]
-        for number, piece in enumerate(pieces, job.n_logs + 1):
-            connection.execute(
-                insert(table).values(job_id=job.id, number=number, at_s=now_s, text=piece)
-            )
-        connection.execute(_of(job.id).values(n_logs=job.n_logs + len(pieces)))
 
     def _expire(self, connection: Connection, now_s: float) -> int:
         statement = (
-            select(*_COLUMNS)
+            select(*COLUMNS)
             .where(schema.jobs.c.state.in_(life.ACTIVE), schema.jobs.c.lease_until_s <= now_s)
             .with_for_update(skip_locked=True)
         )
-        lost = [_job(row) for row in connection.execute(statement)]
+        lost = [job_of(row) for row in connection.execute(statement)]
         if lost:
             started_s = self.database.started_s(connection)
             for job in lost:  # no worker could renew while the database was away
@@ -555,7 +376,7 @@ class Ledger:
 
     def _next(self, connection: Connection, max_running: int | None) -> Job | None:
         table = schema.jobs
-        statement = select(*_COLUMNS).where(table.c.state == State.QUEUED)
+        statement = select(*COLUMNS).where(table.c.state == State.QUEUED)
         if max_running is not None:
             running = (
                 select(table.c.owner)
@@ -568,7 +389,7 @@ class Ledger:
             table.c.priority.desc(), table.c.created_s, table.c.id
         ).limit(1)
         row = connection.execute(statement.with_for_update(skip_locked=True)).first()
-        return None if row is None else _job(row)
+        return None if row is None else job_of(row)
 
     def _check_quota(self, connection: Connection, owner: str, limit: int) -> None:
         table = schema.jobs
@@ -615,10 +436,6 @@ def _reached(events: Sequence[tuple[str, Mapping[str, Any]]]) -> int:
     return reached
 
 
-def _of(job_id: str) -> Any:
-    return update(schema.jobs).where(schema.jobs.c.id == job_id)
-
-
 def _newest_first(statement: Select[Any]) -> Select[Any]:
     return statement.order_by(schema.jobs.c.created_s.desc(), schema.jobs.c.id.desc())
 
@@ -628,33 +445,6 @@ def _state_of(job: Job) -> dict[str, Any]:
     extra = {"worker": job.lease.worker if job.lease else None, "outcome": job.outcome,
              "error": job.error}  # fmt: skip
     return told | {name: value for name, value in extra.items() if value is not None}
-
-
-def _row(job: Job) -> dict[str, Any]:
-    lease = job.lease
-    fields = {name: getattr(job, name) for name in job.__dataclass_fields__ if name != "lease"}
-    return fields | {
-        "labels": json.dumps(dict(job.labels), sort_keys=True, separators=(",", ":")),
-        "worker": lease.worker if lease else None,
-        "token": lease.token if lease else None,
-        "lease_until_s": lease.until_s if lease else None,
-    }
-
-
-def _job(row: Row[Any]) -> Job:
-    held = dict(row._mapping)
-    worker, token = held.pop("worker"), held.pop("token")
-    until_s = held.pop("lease_until_s")
-    lease = Lease(worker, token, until_s) if token is not None else None
-    return Job(
-        **{
-            **held,
-            "kind": Kind(held["kind"]),
-            "state": State(held["state"]),
-            "labels": json.loads(held["labels"]),
-            "lease": lease,
-        }
-    )
 
 
 def _number(text: str) -> int:

@@ -15,8 +15,10 @@ from optimizer.service.auth import Caller, Scope
 from optimizer.service.blobs import Blobs
 from optimizer.service.child import LOAD_TEST_HTML, LOAD_TEST_JSON, REPORT, RESULT
 from optimizer.service.jobs import ENDED, JOB_ID, Job, Kind, State
-from optimizer.service.ledger import Event, JobNotFound, Ledger, Piece, Query, Submission
+from optimizer.service.journal import Event, Piece
+from optimizer.service.ledger import Ledger
 from optimizer.service.publishing import NothingToPublish, Publication, Publisher, Wish
+from optimizer.service.records import JobNotFound, Query, Submission
 from optimizer.service.submitted import Policy, read_submitted
 from optimizer.service.uploads import Upload, UploadNotFound, Uploads
 
@@ -141,11 +143,11 @@ class Operations:
         self, caller: Caller, job_id: str, after: int, limit: int, kind: str | None = None
     ) -> list[Event]:
         self.job(caller, job_id)
-        return self.ledger.events(job_id, after, limit, kind)
+        return self.ledger.journal.events(job_id, after, limit, kind)
 
     def last_event(self, caller: Caller, job_id: str, kind: str) -> Event | None:
         self.job(caller, job_id)
-        return self.ledger.last_event(job_id, kind)
+        return self.ledger.journal.last_event(job_id, kind)
 
     def counts(self, caller: Caller) -> dict[State, int]:
         """Jobs by state."""
@@ -154,7 +156,7 @@ class Operations:
 
     def logs(self, caller: Caller, job_id: str, after: int, limit: int) -> list[Piece]:
         self.job(caller, job_id)
-        return self.ledger.logs(job_id, after, limit)
+        return self.ledger.journal.logs(job_id, after, limit)
 
     def cancel(self, caller: Caller, job_id: str) -> Job:
         """Raises JobNotFound, NotAllowed, Forbidden; so do those that follow."""

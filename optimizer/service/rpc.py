@@ -21,10 +21,10 @@ from optimizer.service import jobs_pb2 as pb
 from optimizer.service.auth import Authenticator, Caller
 from optimizer.service.feed import Feed
 from optimizer.service.jobs import ENDED, Job, Kind, State
-from optimizer.service.ledger import MAX_PAGE, Query
 from optimizer.service.metrics import ServiceMetrics
 from optimizer.service.operations import Operations, RequestInvalid
 from optimizer.service.publishing import Publication
+from optimizer.service.records import MAX_PAGE, Query
 from optimizer.service.status import status_of
 from optimizer.service.uploads import Upload
 from optimizer.service.watching import RECHECK_S, Watched
@@ -256,8 +256,8 @@ class JobsService:
     async def _logs(self, job_id: str, after: int) -> AsyncGenerator[Message | None, None]:
         ledger = self._ops.ledger
         while True:
-            heads = await asyncio.to_thread(ledger.heads, [job_id])
-            pieces = await asyncio.to_thread(ledger.logs, job_id, after)
+            heads = await asyncio.to_thread(ledger.journal.heads, [job_id])
+            pieces = await asyncio.to_thread(ledger.journal.logs, job_id, after)
             for piece in pieces:
                 after = piece.number
                 yield pb.LogPiece(number=piece.number, at_s=piece.at_s, text=piece.text)

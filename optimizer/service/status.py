@@ -7,10 +7,10 @@ from optimizer.service.auth import Forbidden, ProviderUnavailable, Unauthenticat
 from optimizer.service.database import DatabaseUnavailable
 from optimizer.service.feed import TooManyFollowers
 from optimizer.service.jobs import NotAllowed
-from optimizer.service.ledger import JobNotFound, QuotaExceeded, StorageExceeded
 from optimizer.service.object_store import StoreUnavailable
 from optimizer.service.operations import NotThere, RequestInvalid
 from optimizer.service.publishing import NothingToPublish, PublicationNotFound
+from optimizer.service.records import JobNotFound, QuotaExceeded, StorageExceeded
 from optimizer.service.repeats import KeyReused
 from optimizer.service.uploads import OffsetWrong, UploadNotFound, UploadRefused
 from serve.errors import ArtifactInvalid

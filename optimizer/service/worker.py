@@ -25,9 +25,11 @@ from optimizer.service.child import REPOSITORY, Order
 from optimizer.service.database import DatabaseUnavailable
 from optimizer.service.disk import folder_bytes
 from optimizer.service.jobs import JOB_ID, Job, Kind, LeaseLost, State
-from optimizer.service.ledger import MAX_LOG_BYTES, Claim, Ledger, StorageExceeded
+from optimizer.service.journal import MAX_LOG_BYTES
+from optimizer.service.ledger import Ledger
 from optimizer.service.object_store import StoreUnavailable
 from optimizer.service.orders import Orders, Surroundings, Unusable
+from optimizer.service.records import Claim, StorageExceeded
 from optimizer.service.reporting import SPAN
 from optimizer.service.running import ChildLimits, Running
 from optimizer.service.uploads import Uploads

@@ -14,12 +14,12 @@ from optimizer.pareto import pareto_front
 from optimizer.result import ResultInvalid, StudyResult, from_json
 from optimizer.service.auth import Caller, Scope
 from optimizer.service.jobs import ENDED, OPEN, Job, Kind, State
-from optimizer.service.ledger import MAX_PAGE, Query
 from optimizer.service.operations import Details, NotThere, Operations
 from optimizer.service.page.findings import Finding, findings, ranked, winner
 from optimizer.service.page.lineage import Branch, lineage
 from optimizer.service.page.plot import Plot, plot
 from optimizer.service.publishing import Publication
+from optimizer.service.records import MAX_PAGE, Query
 from optimizer.service.reporting import summary
 from optimizer.wording import details, headline
 

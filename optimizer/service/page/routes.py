@@ -10,7 +10,6 @@ from fastapi.responses import RedirectResponse
 
 from optimizer.service.auth import Caller, Forbidden, ProviderUnavailable, Unauthenticated
 from optimizer.service.jobs import Kind, State
-from optimizer.service.ledger import Query as JobQuery
 from optimizer.service.operations import Operations, RequestInvalid
 from optimizer.service.page.comparison import MAX_COMPARED, comparison, recipe_lines
 from optimizer.service.page.job_view import budget_of, job_view, spec_text, study
@@ -18,6 +17,7 @@ from optimizer.service.page.rendering import HEADERS, PageRoute, Pages, static
 from optimizer.service.provider_login import COOKIE as LOGIN_COOKIE
 from optimizer.service.provider_login import PATH, ProviderLogin
 from optimizer.service.provider_login import VALID_S as LOGIN_S
+from optimizer.service.records import Query as JobQuery
 from optimizer.service.requests import caller_of, is_own_origin, read_body, session_caller
 from optimizer.service.sessions import COOKIE, VALID_BY_PROVIDER_S, VALID_S, Sessions
 

@@ -17,9 +17,10 @@ from optimizer.service import documents as d
 from optimizer.service.auth import Forbidden, Unauthenticated
 from optimizer.service.feed import Feed
 from optimizer.service.jobs import Kind, State
-from optimizer.service.ledger import Event, JobNotFound
-from optimizer.service.ledger import Query as JobQuery
+from optimizer.service.journal import Event
 from optimizer.service.operations import RequestInvalid
+from optimizer.service.records import JobNotFound
+from optimizer.service.records import Query as JobQuery
 from optimizer.service.requests import caller_of, read_body
 from optimizer.service.rest.bodies import MAX_BODY_BYTES, spec_body, submission, with_parsed_slo
 from optimizer.service.rest.parameters import After, IdempotencyKey, JobId, Limit, Ops, Who

@@ -5,8 +5,8 @@ from typing import Annotated
 from fastapi import Depends, Header, Path, Query, Request
 
 from optimizer.service.auth import Caller
-from optimizer.service.ledger import MAX_PAGE
 from optimizer.service.operations import Operations
+from optimizer.service.records import MAX_PAGE
 from optimizer.service.requests import caller_of
 
 JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{16}$", description="A job's id.")]

@@ -13,8 +13,8 @@ from starlette.routing import compile_path
 
 from optimizer.service.auth import Unauthenticated
 from optimizer.service.database import DatabaseUnavailable
-from optimizer.service.ledger import QuotaExceeded
 from optimizer.service.object_store import StoreUnavailable
+from optimizer.service.records import QuotaExceeded
 from optimizer.service.status import TABLE, status_of
 from optimizer.service.uploads import OffsetWrong
 

@@ -10,8 +10,8 @@ from optimizer.service.app import Parts, Settings
 from optimizer.service.auth import LOCAL
 from optimizer.service.blobs import Blobs
 from optimizer.service.jobs import Job, Kind, State
-from optimizer.service.ledger import Submission
 from optimizer.service.publishing import digest_of
+from optimizer.service.records import Submission
 from optimizer.service.worker import Worker, WorkerOptions
 from serve.artifact import Batching, Manifest, read_manifest, write_version
 from serve.engines import EngineSpec

@@ -11,8 +11,8 @@ from optimizer.service.app import Parts, Settings, make_service
 from optimizer.service.auth import LOCAL
 from optimizer.service.child import Order
 from optimizer.service.disk import Usage, folder_bytes, usage
-from optimizer.service.ledger import StorageExceeded, Submission
 from optimizer.service.operations import Quotas
+from optimizer.service.records import StorageExceeded, Submission
 from optimizer.service.running import ChildLimits, Running
 from optimizer.service.status import status_of
 from optimizer.store import Store

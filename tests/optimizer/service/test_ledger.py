@@ -13,11 +13,11 @@ from optimizer.service.app import Parts
 from optimizer.service.audit import Audit, Note
 from optimizer.service.database import Database
 from optimizer.service.jobs import LeaseLost, NotAllowed, State
-from optimizer.service.ledger import (
-    MAX_LOG_BYTES,
+from optimizer.service.journal import MAX_LOG_BYTES
+from optimizer.service.ledger import Ledger
+from optimizer.service.records import (
     Claim,
     JobNotFound,
-    Ledger,
     Query,
     QuotaExceeded,
     StorageExceeded,
@@ -141,12 +141,12 @@ def test_events_have_numbers_without_a_gap_and_tell_each_state(ledger: Ledger) -
     ledger.tell(job.id, claim.lease.token, [("phase", {"name": "a"}), ("phase", {"name": "b"})])
     ledger.renew(job.id, claim.lease.token, 10.0)
     ledger.fail(job.id, claim.lease.token, "why")
-    events = ledger.events(job.id)
+    events = ledger.journal.events(job.id)
     assert [event.number for event in events] == [1, 2, 3, 4, 5]
     assert [event.payload.get("state") for event in events] == [
         "queued", "running", None, None, "failed"
     ]  # fmt: skip
-    assert [event.number for event in ledger.events(job.id, after=3)] == [4, 5]
+    assert [event.number for event in ledger.journal.events(job.id, after=3)] == [4, 5]
     assert ledger.progress(job.id) == {"phase": {"name": "b"}}
     assert ledger.job(job.id).n_events == 5
 
@@ -157,9 +157,9 @@ def test_a_batch_that_is_told_again_is_there_once(ledger: Ledger) -> None:
     assert claim is not None
     for batch, name in ((1, "a"), (1, "a"), (2, "b"), (1, "a")):
         ledger.tell(job.id, claim.lease.token, [("phase", {"name": name})], f"{name}\n", batch)
-    told = [event.payload["name"] for event in ledger.events(job.id, kind="phase")]
+    told = [event.payload["name"] for event in ledger.journal.events(job.id, kind="phase")]
     assert told == ["a", "b"]
-    assert [piece.text for piece in ledger.logs(job.id)] == ["a\n", "b\n"]
+    assert [piece.text for piece in ledger.journal.logs(job.id)] == ["a\n", "b\n"]
 
 
 def test_trials_that_are_new_forgive_the_workers_lost_before(ledger: Ledger) -> None:
@@ -228,7 +228,7 @@ def test_logs_are_kept_in_order_and_end_where_they_are_full(ledger: Ledger) -> N
     assert claim is not None
     for text in ("one\n", "two\n", "x" * MAX_LOG_BYTES, "never"):
         ledger.tell(job.id, claim.lease.token, text=text)
-    kept = "".join(piece.text for piece in ledger.logs(job.id))
+    kept = "".join(piece.text for piece in ledger.journal.logs(job.id))
     assert kept.startswith("one\ntwo\nxxx")
     assert kept.endswith("the log is full, what comes after is left out\n")
     assert len(kept) < MAX_LOG_BYTES + 100
@@ -256,7 +256,7 @@ def test_a_deleted_job_is_gone_with_all_that_it_held(ledger: Ledger) -> None:
     ledger.delete(job.id)
     with pytest.raises(JobNotFound):
         ledger.job(job.id)
-    assert ledger.events(job.id) == []
+    assert ledger.journal.events(job.id) == []
     assert ledger.find(Query()) == []
     assert ledger.submit(submission(), key="k")[1]
 
@@ -278,7 +278,7 @@ def test_going_back_and_forth_keeps_what_the_older_schema_knows(ledger: Ledger) 
         assert "publications" not in inspect(connection).get_table_names()
     ledger.database.migrate()
     assert ledger.job(job.id) == before
-    assert [event.kind for event in ledger.events(job.id)] == ["state"]
+    assert [event.kind for event in ledger.journal.events(job.id)] == ["state"]
 
 
 def test_a_database_of_a_newer_version_is_refused(parts: Parts) -> None:

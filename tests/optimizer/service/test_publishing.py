@@ -15,9 +15,9 @@ from sqlalchemy import update
 from optimizer.service import schema
 from optimizer.service.app import Parts, Settings, make_parts
 from optimizer.service.auth import LOCAL
-from optimizer.service.ledger import Submission
 from optimizer.service.object_store import StoreUnavailable
 from optimizer.service.publishing import Publication
+from optimizer.service.records import Submission
 from optimizer.service.repeats import KeyReused
 from optimizer.service.repositories import LOCK, FolderRepository, ObjectRepository
 from serve.artifact import GOLDEN, MANIFEST, read_manifest, verify_files

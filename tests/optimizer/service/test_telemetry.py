@@ -209,7 +209,7 @@ def test_worker_and_the_process_of_a_job_are_in_its_trace(
     assert {attributes(one)["trimserve.job.id"] for one in spans.values()} == {job.id}
     assert attributes(spans["run job"])["trimserve.job.ended"] == "failed"
     assert not spans["run job"].status.is_ok
-    kinds = {event.kind for event in traced.ledger.events(job.id)}
+    kinds = {event.kind for event in traced.ledger.journal.events(job.id)}
     assert "span" not in kinds
 
 

@@ -17,8 +17,8 @@ from optimizer.service.app import Parts, Settings, make_parts, make_service
 from optimizer.service.auth import Scope, Unauthenticated
 from optimizer.service.database import DatabaseUnavailable
 from optimizer.service.feed import Feed
-from optimizer.service.ledger import Submission
 from optimizer.service.metrics import ServiceMetrics
+from optimizer.service.records import Submission
 from optimizer.service.rpc import JobsService, make_server
 from optimizer.service.watching import Watched
 

@@ -12,7 +12,8 @@ from optimizer.service.app import Parts, Settings
 from optimizer.service.blobs import Blobs
 from optimizer.service.database import Database, DatabaseUnavailable
 from optimizer.service.jobs import Job, Kind, State
-from optimizer.service.ledger import Ledger, Submission
+from optimizer.service.ledger import Ledger
+from optimizer.service.records import Submission
 from optimizer.service.worker import Worker, WorkerMetrics, WorkerOptions
 
 
@@ -62,7 +63,12 @@ def test_what_the_database_didnt_confirm_is_told_again_and_there_once(
     assert ended.state is State.FAILED
     assert ended.error == "this worker has no repository 'elsewhere'"
     assert ledger.n_lost == 0
-    assert [event.kind for event in ledger.events(job.id)] == ["state", "state", "phase", "state"]
+    assert [event.kind for event in ledger.journal.events(job.id)] == [
+        "state",
+        "state",
+        "phase",
+        "state",
+    ]
 
 
 class Gone(MemoryFileSystem):

@@ -11,7 +11,7 @@ from optimizer.pareto import pareto_front
 from optimizer.result import StudyResult, Variant, to_json
 from optimizer.service.app import Parts
 from optimizer.service.child import REPORT, REPOSITORY, RESULT
-from optimizer.service.ledger import Claim
+from optimizer.service.records import Claim
 from optimizer.service.reporting import Reporter
 from serve.artifact import write_version
 from tests.serve.test_artifact import MANIFEST_OF_A
