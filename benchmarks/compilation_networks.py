@@ -9,7 +9,7 @@ PYTHONPATH.
 import importlib.util
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,13 +76,23 @@ def minilm() -> Network:
 
 def sentence_tokens(file: str, n: int) -> dict[str, np.ndarray]:
     """The first `n` texts of the file, cut and padded to N_TOKENS: int64 [n, N_TOKENS] each."""
+    return tokens_of(sentences(file)[:n])
+
+
+def sentences(file: str) -> list[str]:
+    """The texts of a file of TRIMSERVE_DATA, in its order."""
+    texts: list[str] = pq.read_table(Path(os.environ["TRIMSERVE_DATA"]) / file)["text"].to_pylist()
+    return texts
+
+
+def tokens_of(texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """As MiniLM reads them, cut and padded to N_TOKENS: int64 [n, N_TOKENS] each."""
     from tokenizers import Tokenizer
 
-    table = pq.read_table(Path(os.environ["TRIMSERVE_DATA"]) / file)
     tokenizer = Tokenizer.from_file(str(_minilm_files() / "tokenizer.json"))
     tokenizer.enable_truncation(N_TOKENS)
     tokenizer.enable_padding(length=N_TOKENS)
-    encoded = tokenizer.encode_batch(table["text"].to_pylist()[:n])
+    encoded = tokenizer.encode_batch(texts)
     return {
         "input_ids": np.array([one.ids for one in encoded], np.int64),
         "attention_mask": np.array([one.attention_mask for one in encoded], np.int64),
