@@ -1,6 +1,6 @@
 """Whether keeping an engine's threads to processors of their own makes timings steadier.
 
-    python benchmarks/affinity.py --rounds 4
+    python -m benchmarks.affinity --rounds 4
 
 A network is timed against itself (A/A), so the true ratio is 1: the narrower its interval and the
 nearer its estimate to 1, the better. *free* leaves threads to the system, *together* keeps all

@@ -1,7 +1,7 @@
 """By which metric Kubernetes' autoscaler keeps an SLO, and at what cost: a simulation.
 
-    python benchmarks/autoscaling.py start [MODEL.onnx]        # how long the real server takes
-    python benchmarks/autoscaling.py compare [--start-s 15] [--plot docs/autoscaling.svg]
+    python -m benchmarks.autoscaling start [MODEL.onnx]        # how long the real server takes
+    python -m benchmarks.autoscaling compare [--start-s 15] [--plot docs/autoscaling.svg]
 
 Requests arrive at random, go to a replica at random, and wait there in line for one that takes
 `--service-ms` (an M/D/1 queue for each replica; whoever would wait longer than `--max-wait-ms` is
@@ -26,7 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from horizontal_autoscaler import (
+
+from benchmarks.horizontal_autoscaler import (
     DEFAULT,
     SYNC_S,
     Behavior,

@@ -1,8 +1,8 @@
 """Whether the capacity simulation says what the real server does.
 
-    python benchmarks/capacity.py accuracy MODEL.onnx [--json out.json]
-    python benchmarks/capacity.py slos MODEL.onnx [--first 0] [--count 20] [--json out.json]
-    python benchmarks/capacity.py build FOLDER          # ResNet-8 and ResNet-56, random weights
+    python -m benchmarks.capacity accuracy MODEL.onnx [--json out.json]
+    python -m benchmarks.capacity slos MODEL.onnx [--first 0] [--count 20] [--json out.json]
+    python -m benchmarks.capacity build FOLDER          # ResNet-8 and ResNet-56, random weights
 
 `accuracy` measures this machine's overheads and the engine's times, predicts, loads the real server
 at 0.5, 0.7 and 0.85 of the predicted highest throughput, each twice with other arrivals, each right

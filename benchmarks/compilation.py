@@ -1,10 +1,10 @@
 """What each engine makes of three networks: latency by batch size and threads, quality, size and
 build time, with the options that were tried.
 
-    python benchmarks/compilation.py build resnet56 --work DIR
-    python benchmarks/compilation.py time resnet56 --work DIR --threads 1
-    python benchmarks/compilation.py quality resnet56 --work DIR
-    python benchmarks/compilation.py table
+    python -m benchmarks.compilation build resnet56 --work DIR
+    python -m benchmarks.compilation time resnet56 --work DIR --threads 1
+    python -m benchmarks.compilation quality resnet56 --work DIR
+    python -m benchmarks.compilation table
 
 All contenders of a network and a number of threads take turns in one run, and batch sizes change
 from call to call; a ratio is the median over passes of eager torch's time by the contender's.

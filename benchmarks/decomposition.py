@@ -1,6 +1,6 @@
 """Single layers decomposed: rank against time in ONNX Runtime and against the error of weights.
 
-    python benchmarks/decomposition.py --weights resnet56-cifar10.safetensors
+    python -m benchmarks.decomposition --weights resnet56-cifar10.safetensors
 
 A trained 3x3 convolution of ResNet-56 (64 channels, 8x8 pixels), and shapes of a VGG-type network
 whose weights are drawn, so that they have a time and no meaningful error. All chains of a layer

@@ -1,11 +1,11 @@
 """Our quantization against onnxruntime.quantization's, NNCF's and Olive's: the same networks, the
 same calibration samples, the same bound on accuracy, timed in turns.
 
-    python benchmarks/quantization_models.py models
-    python benchmarks/quantization.py models --others-python env/bin/python \
+    python -m benchmarks.quantization_models models
+    python -m benchmarks.quantization models --others-python env/bin/python \
         [--results benchmarks/results/quantization.json] [--only resnet56] \
         [--stage build|judge|time] [--stop-after-s 150]
-    python benchmarks/quantization.py models --table
+    python -m benchmarks.quantization models --table
 
 The others run in an environment of their own (`--others-python`, with nncf, olive-ai,
 onnxruntime, onnx and openvino), which needn't agree with ours in anything. Needs TRIMSERVE_DATA.

@@ -1,6 +1,6 @@
 """What training for int8 is worth: the answers of a network in static int8, with and without it.
 
-    python benchmarks/quantization_aware.py examples/cifar10/resnet20.yaml --epochs 1
+    python -m benchmarks.quantization_aware examples/cifar10/resnet20.yaml --epochs 1
 
 Both go through the techniques as they are, then ONNX Runtime. Answers are compared with those of
 the fp32 base on the first validation samples: accuracy, share of other classes, divergence, mean

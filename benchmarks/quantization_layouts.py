@@ -1,7 +1,7 @@
 """Which layout of a quantized graph runs fast: ONNX Runtime and OpenVINO, by activation type,
 granularity of weights, and operators that are quantized.
 
-    python benchmarks/quantization_layouts.py examples/digits/spec.yaml --threads 1
+    python -m benchmarks.quantization_layouts examples/digits/spec.yaml --threads 1
 
 Each row is timed in turns with fp32 in ONNX Runtime, under changing batch sizes; the share of
 int8 is what the engine's own profile says of its convolutions and matrix products.

@@ -1,6 +1,6 @@
 """Writes the networks of benchmarks/quantization.py as ONNX files with a dynamic batch.
 
-    python benchmarks/quantization_models.py models [NETWORK ...]
+    python -m benchmarks.quantization_models models [NETWORK ...]
 
 outlying is EfficientNet-Lite0 with the same outputs, but with two channels of one stage's residual
 stream 32 times as large as they were, so that one scale for a tensor leaves the others 3 bits.

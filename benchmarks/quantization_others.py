@@ -1,7 +1,7 @@
-"""Quantizes an ONNX file by other people's tools, for benchmarks/quantization.py, which runs this
-in an environment that has them: onnxruntime.quantization, NNCF, Olive.
+"""Quantizes an ONNX file by other people's tools, for benchmarks.quantization, which runs this by
+the Python of an environment that has them: onnxruntime.quantization, NNCF, Olive.
 
-    python benchmarks/quantization_others.py TOOL model.onnx calibration.npz target \
+    python -m benchmarks.quantization_others TOOL model.onnx calibration.npz target \
         [--encoder] [--saturates]
 
 Each tool gets what its documentation advises for the processor: weights per channel, in 7 bits

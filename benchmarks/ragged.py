@@ -8,7 +8,7 @@ random length waiting or running. Compared, in interleaved rounds:
   lanes     requests of one length run together, whatever came between (a version without padding)
   buckets   lengths are padded into buckets, short requests ride along where that is cheaper
 
-    python benchmarks/ragged.py [--clients 32] [--step 16] [--requests 1000]
+    python -m benchmarks.ragged [--clients 32] [--step 16] [--requests 1000]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """How soon the search finds the cheapest variant, on a space of which everything is known.
 
-    python benchmarks/search.py TABLE.json [--max-drop 15 20 25] [--seeds 5] [--plot out.svg]
+    python -m benchmarks.search TABLE.json [--max-drop 15 20 25] [--seeds 5] [--plot out.svg]
 
 TABLE is what `search_table.py` measured: all 220 points of a space around ResNet-20. Contestants
 get a tenth of them as evaluations: the search as a study runs it (ladder, block table, predictor
@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import optuna
-from search_recorded import Point, Table, empty_store, recorded_trials
 
+from benchmarks.search_recorded import Point, Table, empty_store, recorded_trials
 from optimizer.choice import ranked
 from optimizer.search.coordinator import Coordinator
 from optimizer.search.landscape import remembered

@@ -1,6 +1,6 @@
 """A space small enough to try everything in: all of it built, trained, judged and timed.
 
-    python benchmarks/search_table.py FOLDER [--judge [--part I N] | --time | --write OUT.json]
+    python -m benchmarks.search_table FOLDER [--judge [--part I N] | --time | --write OUT.json]
 
 ResNet-20 on CIFAR-10: 1 to 3 blocks in each of three stages, all or half of the inner channels,
 trained by distillation (`examples/cifar10/shrink.py`, for fewer passes), as fp32 or int8, on ONNX

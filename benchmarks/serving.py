@@ -3,7 +3,7 @@
 Both apps run pinned to core 0, wrk (Debian: `apt-get install wrk`) pinned to core 1, closed loop,
 in interleaved rounds, since neighbours make absolute figures drift. Prints medians and ranges.
 
-    python benchmarks/serving.py [--rounds 5] [--seconds 3]
+    python -m benchmarks.serving [--rounds 5] [--seconds 3]
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""What each technique that changes a network costs in accuracy, and buys in measured time.
+"""What pruning a network costs in accuracy, and buys in measured time, before any training.
 
-    python benchmarks/techniques.py examples/cifar10/resnet20.yaml --name resnet20
+    python -m benchmarks.techniques examples/cifar10/resnet20.yaml ratio=0.5 criterion=taylor
 
-Pruning so far: accuracy directly after it and after recalibration of batch normalization, for
-each criterion and allocation at one ratio; and the time of ONNX Runtime for each ratio, in turns
-with the whole network. Nothing is trained. A part that is done is in `benchmarks/results/` and
-isn't done again; delete its file to do it again. About 5 minutes for ResNet-20 on one core.
+Parameters of the technique that aren't named have their defaults (docs/techniques.md), and
+`criterion=random` is allowed too. Printed as JSON: top-1 on test directly afterwards and after
+recalibration of batch normalization, and the time of ONNX Runtime, in turns with the whole network.
+Nothing is kept. What training wins back is the subject of `benchmarks.recovery`, allocations side
+by side that of `benchmarks.allocations`; both use what is here.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 
 from optimizer.blocks import blocks_of
@@ -31,25 +33,10 @@ from optimizer.variant import Model, OnnxModel, TorchModel, source_model
 from serve.engines import EngineSpec
 from serve.machine import this_machine
 
-RESULTS = Path(__file__).parent / "results"
 SIZES = (1, 8)
 N_RECALIBRATED_ON = 1024
 N_JUDGED = 2000
-RATIO = 0.5
 BATCH_SIZE = 128
-
-# part -> parameters that aren't pruning's defaults
-ACCURACY: Mapping[str, Mapping[str, Value]] = {
-    **{f"criterion {one}": {"criterion": one, "allocation": "uniform"}
-       for one in ("l1", "l2", "taylor", "bn_scale", "lamp", "fpgm", "random")},
-    **{f"allocation {one}": {"criterion": "taylor", "allocation": one}
-       for one in ("cost", "global", "sensitivity")},
-}  # fmt: skip
-TIMES: Mapping[str, Mapping[str, Value]] = {
-    **{f"inner channels, ratio {ratio}": {"ratio": ratio} for ratio in (0.3, 0.5, 0.6)},
-    "all channels, ratio 0.5": {"ratio": 0.5, "residual": True},
-    "2 blocks less": {"what": "blocks", "blocks": 2},
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,23 +72,22 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("spec", type=Path)
-    parser.add_argument("--name", required=True)
+    parser.add_argument("parameters", nargs="*", type=parameter, metavar="NAME=VALUE")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    bench = open_bench(arguments.spec)
-    directory = RESULTS / arguments.name
-    directory.mkdir(parents=True, exist_ok=True)
-    accuracies = {
-        name: kept(directory, name, lambda given=given: accuracy_of(bench, given))  # type: ignore[misc]
-        for name, given in {"whole": None, **ACCURACY}.items()
-    }
-    times = {
-        name: kept(directory, f"time of {name}", lambda given=given: times_of(bench, given))  # type: ignore[misc]
-        for name, given in TIMES.items()
-    }
-    show(accuracies, times)
+    bench, given = open_bench(arguments.spec), dict(arguments.parameters)
+    print(json.dumps({**accuracy_of(bench, given), **times_of(bench, given)}, indent=1))
+
+
+def parameter(text: str) -> tuple[str, Value]:
+    """Values as in YAML."""
+    name, value = text.split("=", 1)
+    found: Value = yaml.safe_load(value)
+    return name, found
 
 
 def open_bench(path: Path) -> Bench:
@@ -123,13 +109,10 @@ def kept(directory: Path, name: str, make: Callable[[], object]) -> dict[str, fl
     return found
 
 
-def accuracy_of(bench: Bench, given: Mapping[str, Value] | None) -> dict[str, float]:
-    """Top-1 on test: as it is, and after recalibration."""
+def accuracy_of(bench: Bench, given: Mapping[str, Value]) -> dict[str, float]:
+    """Top-1 on test: directly after pruning, and after recalibration."""
     with tempfile.TemporaryDirectory() as scratch:
-        model = bench.model
-        if given is not None:
-            model = bench.pruned({"ratio": RATIO, **given}, Path(scratch))
-        module = load_torch(model)
+        module = load_torch(bench.pruned(given, Path(scratch)))
     images, labels = bench.tensors(bench.splits.test, N_JUDGED)
     before = top1(module, images, labels)
     recalibrate(module, bench.tensors(bench.splits.train, N_RECALIBRATED_ON)[0])
@@ -206,21 +189,6 @@ def operations(module: nn.Module, *example: torch.Tensor) -> float:
         else:
             total += count * float(np.prod(block.input_shape)) * block.n_outputs
     return total
-
-
-Parts = Mapping[str, Mapping[str, float]]
-
-
-def show(accuracies: Parts, times: Parts) -> None:
-    whole = accuracies["whole"]["operations"]
-    print(f"| at {RATIO:.0%} fewer operations | fewer | pruned | recalibrated |\n|---|---|---|---|")
-    for name, one in accuracies.items():
-        fewer = 1 - one["operations"] / whole
-        print(f"| {name} | {fewer:.0%} | {one['pruned']:.1%} | {one['recalibrated']:.1%} |")
-    print("\n| | fewer operations | faster: ONNX Runtime fp32, batch 8 |\n|---|---|---|")
-    for name, one in times.items():
-        interval = f"{one['low']:.2f} to {one['high']:.2f}"
-        print(f"| {name} | {one['fewer operations']:.2f}× | {one['faster']:.2f}× ({interval}) |")
 
 
 if __name__ == "__main__":

@@ -1,35 +1,9 @@
 """The simulated autoscaler against what Kubernetes documents of its own, and the fleet's queue."""
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def modules() -> Iterator[tuple[ModuleType, ModuleType]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        import autoscaling
-        import horizontal_autoscaler
-
-        yield horizontal_autoscaler, autoscaling
-        for name in ("autoscaling", "horizontal_autoscaler"):
-            sys.modules.pop(name, None)
-
-
-@pytest.fixture(scope="module")
-def hpa(modules: tuple[ModuleType, ModuleType]) -> ModuleType:
-    return modules[0]
-
-
-@pytest.fixture(scope="module")
-def fleet(modules: tuple[ModuleType, ModuleType]) -> ModuleType:
-    return modules[1]
+from benchmarks import autoscaling as fleet
+from benchmarks import horizontal_autoscaler as hpa
 
 
 @pytest.mark.parametrize(
@@ -43,7 +17,7 @@ def fleet(modules: tuple[ModuleType, ModuleType]) -> ModuleType:
     ],
 )
 def test_total_asks_for_its_ratio_to_the_target_outside_the_tolerance(
-    total: float, replicas: int, wanted: int, hpa: ModuleType
+    total: float, replicas: int, wanted: int
 ) -> None:
     assert hpa.wanted_by_total(total, 2.0, replicas) == wanted
 
@@ -60,12 +34,12 @@ def test_total_asks_for_its_ratio_to_the_target_outside_the_tolerance(
     ],
 )
 def test_utilization_damps_a_rise_by_pods_that_are_not_ready(
-    used: list[float], unready: int, replicas: int, wanted: int, hpa: ModuleType
+    used: list[float], unready: int, replicas: int, wanted: int
 ) -> None:
     assert hpa.wanted_by_utilization(used, 0.5, unready, replicas) == wanted
 
 
-def test_default_behavior_adds_four_pods_or_doubles_in_15_s(hpa: ModuleType) -> None:
+def test_default_behavior_adds_four_pods_or_doubles_in_15_s() -> None:
     state = hpa.State(1)
     grown = []
     for now in range(0, 60, 15):
@@ -74,7 +48,7 @@ def test_default_behavior_adds_four_pods_or_doubles_in_15_s(hpa: ModuleType) -> 
     assert grown == [5, 10, 20, 40]
 
 
-def test_policy_counts_from_what_was_there_when_its_period_began(hpa: ModuleType) -> None:
+def test_policy_counts_from_what_was_there_when_its_period_began() -> None:
     """Twofold in 30 s: a second sync within it adds nothing."""
     rules = hpa.Rules(0, (hpa.Policy("Percent", 100, 30),))
     behavior = hpa.Behavior(rules, hpa.DEFAULT.down)
@@ -86,7 +60,7 @@ def test_policy_counts_from_what_was_there_when_its_period_began(hpa: ModuleType
     assert grown == [6, 6, 12, 12]
 
 
-def test_scaling_down_waits_until_the_window_agrees(hpa: ModuleType) -> None:
+def test_scaling_down_waits_until_the_window_agrees() -> None:
     """The highest recommendation of the last five minutes counts."""
     state = hpa.decide(hpa.State(8), 8, 0, hpa.DEFAULT, 1, 500)
     when = 0.0
@@ -96,7 +70,7 @@ def test_scaling_down_waits_until_the_window_agrees(hpa: ModuleType) -> None:
     assert (when, state.replicas) == (300, 2)
 
 
-def test_scaling_down_takes_a_share_at_a_time(hpa: ModuleType) -> None:
+def test_scaling_down_takes_a_share_at_a_time() -> None:
     down = hpa.Rules(0, (hpa.Policy("Percent", 10, 60),))
     behavior = hpa.Behavior(hpa.DEFAULT.up, down)
     state, taken = hpa.State(20), []
@@ -106,12 +80,12 @@ def test_scaling_down_takes_a_share_at_a_time(hpa: ModuleType) -> None:
     assert taken == [18, 16, 14]
 
 
-def test_limits_hold(hpa: ModuleType) -> None:
+def test_limits_hold() -> None:
     assert hpa.decide(hpa.State(8), 100, 0, hpa.DEFAULT, 2, 10).replicas == 10
     assert hpa.decide(hpa.State(3), 0, 0, hpa.DEFAULT, 2, 10).replicas == 2
 
 
-def test_behavior_is_read_from_the_manifest(hpa: ModuleType, fleet: ModuleType) -> None:
+def test_behavior_is_read_from_the_manifest() -> None:
     target = fleet.Point(40, 0.6, 0.4, 1.0)
     first = fleet.scalers(target)[0]
     assert (first.least, first.most) == (2, 20)
@@ -122,7 +96,7 @@ def test_behavior_is_read_from_the_manifest(hpa: ModuleType, fleet: ModuleType) 
 
 
 @pytest.mark.parametrize("utilization", [0.3, 0.6, 0.8])
-def test_queue_has_the_load_that_theory_gives_it(utilization: float, fleet: ModuleType) -> None:
+def test_queue_has_the_load_that_theory_gives_it(utilization: float) -> None:
     """M/D/1, Pollaczek and Khinchine: in flight are ρ + ρ² / (2 (1 - ρ))."""
     queue = fleet.Queue(0.01, 0.05, 1e9)
     point = fleet.point_at(queue, utilization / 0.01, length_s=3_000)
@@ -131,7 +105,7 @@ def test_queue_has_the_load_that_theory_gives_it(utilization: float, fleet: Modu
     assert point.in_flight == pytest.approx(expected, rel=0.08)
 
 
-def test_fleet_at_its_target_keeps_the_promise_and_its_size(fleet: ModuleType) -> None:
+def test_fleet_at_its_target_keeps_the_promise_and_its_size() -> None:
     queue = fleet.Queue(0.01, 0.05, 0.25)
     capacity_per_s = fleet.capacity_of(queue)
     target = fleet.point_at(queue, 0.8 * capacity_per_s)
@@ -146,7 +120,7 @@ def test_fleet_at_its_target_keeps_the_promise_and_its_size(fleet: ModuleType) -
     assert 1 - sum(over.good[700:]) / sum(over.arrived[700:]) > 0.03
 
 
-def test_replicas_are_paid_from_when_they_are_asked_for(fleet: ModuleType) -> None:
+def test_replicas_are_paid_from_when_they_are_asked_for() -> None:
     queue = fleet.Queue(0.01, 0.05, 0.25)
     target = fleet.point_at(queue, 40)
     (scaler, *_) = fleet.scalers(target)
