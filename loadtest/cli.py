@@ -266,6 +266,7 @@ def loadtest(
     """See HELP; the function only translates arguments and outcomes."""
     with exit_codes():
         from loadtest.chaos.profile import read_chaos
+        from loadtest.outputs import check_file
         from loadtest.profile import read_profile
         from loadtest.session import Settings, SettingsInvalid
         from loadtest.slo import read_slo
@@ -297,7 +298,7 @@ def loadtest(
         )
         files = {"--json": json_file, "--html": html_file, "--junit": junit_file}
         for option, path in files.items():
-            check_folder(option, path)
+            check_file(option, path)
         if find_capacity and junit_file is not None:
             raise SettingsInvalid("--junit: got it with --find-capacity, want --json or --html")
         if find_capacity and closed_loop is not None:
@@ -363,14 +364,6 @@ def search_and_report(settings: "Settings", json_file: Path | None, html_file: P
         write_atomically(html_file, render_capacity(report))
     print_capacity(report, Console())
     return report.exit_code
-
-
-def check_folder(option: str, path: Path | None) -> None:
-    """Raises SettingsInvalid where a report couldn't be written, before anything is measured."""
-    from loadtest.session import SettingsInvalid
-
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise SettingsInvalid(f"{option}: got {path}, want a file in a folder that exists")
 
 
 @contextmanager

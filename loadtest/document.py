@@ -32,6 +32,14 @@ class DocumentInvalid(Exception):
 
 Document = TypeVar("Document", bound=pydantic.BaseModel)
 Location = tuple[str | int, ...]
+# What pydantic says in Python's words.
+_WANTED = {
+    "dict_type": "a mapping of keys to values",
+    "model_attributes_type": "a mapping of keys to values",
+    "model_type": "a mapping of keys to values",
+    "too_long": "at most {max_length} values",
+    "too_short": "{min_length} or more values",
+}
 
 
 def read_document(path: Path, kind: type[Document]) -> Document:
@@ -39,6 +47,30 @@ def read_document(path: Path, kind: type[Document]) -> Document:
 
     Raises DocumentInvalid for a missing, oversized, malformed or unfitting file.
     """
+    return parse_document(_text(path), kind, source=str(path))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read the YAML file at `path` as it is written, whatever its keys. Raises DocumentInvalid."""
+    return _content(_text(path), str(path))[0]
+
+
+def parse_document(text: str, kind: type[Document], source: str) -> Document:
+    """Parse YAML `text` as a `kind`; `source` names it in errors."""
+    content, lines = _content(text, source)
+    try:
+        return kind.model_validate(content)
+    except pydantic.ValidationError as error:
+        raise DocumentInvalid(source, _problems(error, kind, source, lines)) from error
+
+
+def nearest(name: str, known: Sequence[str]) -> str | None:
+    """The known name most like `name`, or None where none is close."""
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def _text(path: Path) -> str:
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_DOCUMENT_BYTES + 1)
@@ -49,16 +81,15 @@ def read_document(path: Path, kind: type[Document]) -> Document:
             str(path), [f"{path}: over {MAX_DOCUMENT_BYTES} bytes, want a smaller document"]
         )
     try:
-        text = raw.decode("utf-8")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DocumentInvalid(
             str(path), [f"{path}: byte {error.start} is not UTF-8, want a UTF-8 text"]
         ) from error
-    return parse_document(text, kind, source=str(path))
 
 
-def parse_document(text: str, kind: type[Document], source: str) -> Document:
-    """Parse YAML `text` as a `kind`; `source` names it in errors."""
+def _content(text: str, source: str) -> tuple[dict[str, Any], dict[Location, int]]:
+    """The mapping that the text is, and the lines of what is in it."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         lines = dict(_lines(node)) if node is not None else {}
@@ -72,19 +103,9 @@ def parse_document(text: str, kind: type[Document], source: str) -> Document:
     except (yaml.YAMLError, RecursionError) as error:
         raise DocumentInvalid(source, [f"{source}: not valid YAML: {error}"]) from error
     if not isinstance(content, dict):
-        raise DocumentInvalid(
-            source, [f"{source}: got {_shown(content)}, want a mapping of keys to values"]
-        )
-    try:
-        return kind.model_validate(content)
-    except pydantic.ValidationError as error:
-        raise DocumentInvalid(source, _problems(error, kind, source, lines)) from error
-
-
-def nearest(name: str, known: Sequence[str]) -> str | None:
-    """The known name most like `name`, or None where none is close."""
-    found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return found[0] if found else None
+        what = "the file is empty" if content is None else f"got {_shown(content)}"
+        raise DocumentInvalid(source, [f"{source}: {what}, want a mapping of keys to values"])
+    return content, lines
 
 
 def _problems(
@@ -96,17 +117,62 @@ def _problems(
     problems = []
     for detail in error.errors(include_url=False):
         location = tuple(detail["loc"])
+        tag = _tag_of(detail)
+        if tag is not None:
+            problems.append(_tag_problem(detail["input"], kind, (*location, tag), source, lines))
+            continue
         key = ".".join(str(part) for part in location) or "document"
         where = f"{source}:{_line(location, lines)}: {key}"
         if detail["type"] == "extra_forbidden":
             problems.append(f"{where}: unknown key, {_allowed_keys(kind, location)}")
         elif detail["type"] == "missing":
             problems.append(f"{where}: missing, it must be given")
-        else:
-            message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-            want = message if message.startswith("want ") else f"want {message}"
-            problems.append(f"{where}: got {_shown(detail['input'])}, {want}")
+        elif not _is_of_another(detail):
+            problems.append(f"{where}: got {_shown(detail['input'])}, {_wanted(detail)}")
     return problems
+
+
+def _wanted(detail: Any) -> str:
+    if detail["type"] in _WANTED:
+        return f"want {_WANTED[detail['type']].format(**detail.get('ctx', {}))}"
+    message: str = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return message if message.startswith("want ") else f"want {message}"
+
+
+def _is_of_another(detail: Any) -> bool:
+    """Whether a list is too short only since values in it, which have their own problems, are
+    none."""
+    if detail["type"] != "too_short":
+        return False
+    return len(detail["input"]) >= int(detail["ctx"]["min_length"])
+
+
+def _tag_of(detail: Any) -> str | None:
+    """The key by which a mapping should say which of several it is, where it doesn't."""
+    if detail["type"] not in ("union_tag_invalid", "union_tag_not_found"):
+        return None
+    shown: str = detail["ctx"]["discriminator"]
+    return shown.strip("'") if shown.startswith("'") else None  # else a function, without a key
+
+
+def _tag_problem(
+    given: Any,
+    kind: type[pydantic.BaseModel],
+    location: Location,
+    source: str,
+    lines: dict[Location, int],
+) -> str:
+    """`given` is the mapping, `location` that of the key in it."""
+    tag = str(location[-1])
+    fields = [one.model_fields[tag] for one in _models_at(kind, location[:-1])]
+    known = [str(value) for field in fields for value in get_args(field.annotation)]
+    where = f"{source}:{_line(location, lines)}: {'.'.join(map(str, location))}"
+    want = f"want {', '.join(known[:-1])} or {known[-1]}"
+    if tag not in given:
+        return f"{where}: missing, {want}"
+    close = nearest(str(given[tag]), known)
+    hint = f"did you mean '{close}'? " if close else ""
+    return f"{where}: got {_shown(given[tag])}, {hint}{want}"
 
 
 def _allowed_keys(kind: type[pydantic.BaseModel], location: Location) -> str:
@@ -118,7 +184,13 @@ def _allowed_keys(kind: type[pydantic.BaseModel], location: Location) -> str:
 
 
 def _model_at(kind: type[pydantic.BaseModel], location: Location) -> type[pydantic.BaseModel]:
-    """The model type that the mapping at `location` is read as.
+    return _models_at(kind, location)[0]
+
+
+def _models_at(
+    kind: type[pydantic.BaseModel], location: Location
+) -> list[type[pydantic.BaseModel]]:
+    """The model types that the mapping at `location` may be read as.
 
     Where a mapping may be one of several, the location holds the tag of the one it claims to be.
     """
@@ -131,7 +203,7 @@ def _model_at(kind: type[pydantic.BaseModel], location: Location) -> type[pydant
         field = candidates[0].model_fields.get(str(part))
         inner = list(_models(field.annotation)) if field is not None else []
         candidates = inner or candidates
-    return candidates[0]
+    return candidates
 
 
 def _has_tag(kind: type[pydantic.BaseModel], tag: str | int) -> bool:

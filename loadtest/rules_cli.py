@@ -65,12 +65,13 @@ def write_rules(
 ) -> None:
     """See HELP; the function only translates arguments and outcomes."""
     with exit_codes():
-        from loadtest.report import write_atomically
+        from loadtest.outputs import check_file, write_file
         from loadtest.session import SettingsInvalid
         from loadtest.slo import read_slo
 
         if form is Form.SCALING and (capacity_per_s is None or mean_latency_ms is None):
             raise SettingsInvalid("--as scaling: want --capacity-per-s and --mean-latency-ms")
+        check_file("--output", output)
         given = read_slo(slo)
         try:
             if form is Form.SCALING:
@@ -87,7 +88,7 @@ def write_rules(
         if output is None:
             typer.echo(text, nl=False)
         else:
-            write_atomically(output, text)
+            write_file("--output", output, text)
 
 
 def _text(form: Form, slo: "Slo", model: str, period_s: float) -> str:

@@ -228,6 +228,10 @@ def check_chaos(settings: Settings) -> None:
 
 def check_settings(settings: Settings) -> None:
     """Raises SettingsInvalid."""
+    if not settings.model.strip():
+        raise SettingsInvalid(
+            f"--model: got {settings.model!r}, want the name of one on the server"
+        )
     if settings.labels is not None and settings.inputs is None:
         raise SettingsInvalid("--labels: got it without --inputs, want the file that they are in")
     if settings.closed_loop is not None and settings.profile is not None:

@@ -17,10 +17,11 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import urllib3
 
@@ -82,6 +83,8 @@ class Client:
     """`url` is the service's, `key` an API key or a token where it asks for one."""
 
     def __init__(self, url: str, key: str | None = None, ca_file: str | None = None) -> None:
+        """Raises ValueError for what isn't an address of HTTP."""
+        _check_url(url)
         self._url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._pool = urllib3.PoolManager(
@@ -163,7 +166,7 @@ class Client:
                 problem = error
             delay_s = outage.failed(time.monotonic())
             if delay_s is None:
-                raise Unreachable(f"{self._url}: {problem}") from problem
+                raise Unreachable(f"{self._url}: {_reason(problem)}") from problem
             time.sleep(delay_s)
 
     def wait(self, job_id: str, patience_s: float = PATIENCE_S) -> Document:
@@ -297,7 +300,7 @@ class Client:
                 retries=retries,
             )
         except urllib3.exceptions.HTTPError as error:
-            raise Unreachable(f"{self._url}: {error}") from error
+            raise Unreachable(f"{self._url}: {_reason(error)}") from error
         if answer.status >= 400:
             raise _error(answer.status, answer.data)
         return answer.data
@@ -320,6 +323,26 @@ class Client:
             yield from _events(answer, answered)
         finally:
             answer.close()
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_good = False
+    if not is_good:
+        raise ValueError(f"got {url!r}, want http://HOST:PORT or https://HOST:PORT")
+
+
+def _reason(error: Exception) -> str:
+    """Why there was no answer, in the words of what is below urllib3, whose own name objects."""
+    failed = getattr(error, "reason", None) or error
+    inner = next((one for one in failed.args if isinstance(one, Exception)), failed)
+    found = failed.__cause__ or inner
+    if isinstance(found, OSError):
+        return found.strerror or str(found)
+    return "what answers doesn't speak HTTP" if isinstance(found, HTTPException) else str(found)
 
 
 def _events(answer: Any, answered: Callable[[], None]) -> Iterator[Document | None]:

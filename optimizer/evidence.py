@@ -89,7 +89,8 @@ def read_evidence(path: Path) -> Evidence:
     except pydantic.ValidationError as error:
         detail = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in detail["loc"]) or "the document"
-        problem = f"{key}: {detail['msg']}; want the JSON report of trimserve loadtest"
+        what = "isn't JSON" if detail["type"] == "json_invalid" else detail["msg"]
+        problem = f"{key}: {what}; want the JSON report of trimserve loadtest"
         raise EvidenceInvalid(source, problem) from error
     return _evidence(source, report)
 

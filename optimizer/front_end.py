@@ -7,11 +7,12 @@ Measured once for each machine and kept in the store.
 import math
 import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from optimizer import overheads
 from optimizer.errors import SpecInvalid
-from optimizer.evidence import check_subject, corrected, read_evidence
+from optimizer.evidence import Evidence, check_subject, corrected, read_evidence
 from optimizer.measuring.cores import measuring_cores
 from optimizer.overheads import Overheads, measure_overheads
 from optimizer.result import InstanceTimes
@@ -54,12 +55,17 @@ def measured_front_end(
     return Overheads.from_dict(stored).front_end()
 
 
-def front_end_from(
-    report: Path, repository: Path, machine: Machine, cores: int, given: FrontEnd
-) -> FrontEnd:
-    """`given`, corrected so that it explains what the load test saw of a version in the
-    repository. Raises EvidenceInvalid for a report that says nothing of this machine's server,
-    SpecInvalid where the version isn't there."""
+@dataclass(frozen=True)
+class Lesson:
+    """A load test's evidence, and the version that it is about."""
+
+    evidence: Evidence
+    manifest: Manifest
+
+
+def read_lesson(report: Path, repository: Path, machine: Machine) -> Lesson:
+    """What the report says of a version in the repository. Raises EvidenceInvalid for one that
+    says nothing of this machine's server, SpecInvalid where the version isn't there."""
     evidence = read_evidence(report)
     version = evidence.version or _newest(repository / evidence.model)
     directory = repository / evidence.model / version
@@ -68,7 +74,13 @@ def front_end_from(
         raise SpecInvalid(str(report), [f"{problem}: name its repository by --repository"])
     manifest = read_manifest(directory)
     check_subject(evidence, manifest, machine)
-    return corrected(_replica(manifest, cores, given), evidence)
+    return Lesson(evidence, manifest)
+
+
+def front_end_from(lesson: Lesson, cores: int, given: FrontEnd) -> FrontEnd:
+    """`given`, corrected so that it explains what the load test saw. Raises EvidenceInvalid where
+    nothing of it can."""
+    return corrected(_replica(lesson.manifest, cores, given), lesson.evidence)
 
 
 def _replica(manifest: Manifest, cores: int, front_end: FrontEnd) -> Replica:

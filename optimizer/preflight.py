@@ -1,6 +1,7 @@
 """The preflight: what would make a study fail or prove nothing, said before it spends anything."""
 
 import tempfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from optimizer.model_source import read_signature
 from optimizer.overheads import trivial_model
 from optimizer.spec import Spec
 from optimizer.tasks import Task
+from optimizer.techniques import Technique
 from optimizer.timing import Contender
+from optimizer.variant import Kind
 from serve.artifact import check_model_name
 from serve.engines import EngineSpec
 
@@ -48,6 +51,21 @@ def refuse_contradictions(spec: Spec, repository: Path, measurer: Measurer) -> N
 def refuse_lost_output(spec: Spec, task: Task) -> None:
     """Raises SpecInvalid where the task reads an output that the model hasn't."""
     task.wanted(read_signature(spec.model).output_names)
+
+
+def why_left_out(
+    techniques: Mapping[str, Technique], named: Collection[str], kind: Kind
+) -> dict[str, str]:
+    """Of the techniques that the spec's author has named, those that no recipe from a model of
+    this kind can have, each with the reason."""
+    kinds = {kind}
+    for _ in Kind:
+        kinds |= {one.traits.gives for one in techniques.values() if one.traits.accepts in kinds}
+    return {
+        name: f"it takes {one.traits.accepts} models, got {kind}"
+        for name, one in techniques.items()
+        if name in named and one.traits.accepts not in kinds
+    }
 
 
 def why_undecidable(spec: Spec, task: Task, splits: DataSplits, verify: bool) -> str:

@@ -42,10 +42,11 @@ TECHNIQUES: tuple[TechniqueName, ...] = (
     "sparsity_training", "pruning", "decomposition", "recovery", "quantization_aware_training",
     "quantization", "compilation", "torch_compilation",
 )  # fmt: skip
+"""Those that a spec can name, in the order of a recipe's stages."""
 _BY_DEFAULT: tuple[TechniqueName, ...] = ("quantization", "compilation", "torch_compilation")
 """What trains nothing."""
 _STRUCTURAL: tuple[TechniqueName, ...] = ("pruning", "decomposition")
-"""Those that a spec can name, in the order of a recipe's stages."""
+"""What changes the network, which recovery then trains."""
 Datatype = Literal[
     "BOOL", "UINT8", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64"
 ]  # Open Inference Protocol
@@ -452,6 +453,13 @@ class Techniques(Strict):
         needs_recovery = others or set(_STRUCTURAL) & set(self.include)
         wanted = {*self.include, *(("recovery",) if needs_recovery else ())}
         return tuple(name for name in TECHNIQUES if name in wanted and name not in self.exclude)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """Those of ours that the author has asked for."""
+        listed = self.include if "include" in self.model_fields_set else ()
+        keys = [key for key in ("student", "architecture") if getattr(self, key) is not None]
+        return (*listed, *keys)
 
     @model_validator(mode="after")
     def _lists_dont_contradict(self) -> Self:

@@ -41,13 +41,18 @@ from optimizer.execution.setup import (
 )
 from optimizer.finals import Finals
 from optimizer.findings import Findings
-from optimizer.front_end import front_end_from, measured_front_end
+from optimizer.front_end import front_end_from, measured_front_end, read_lesson
 from optimizer.identity import package_versions, spec_digest, study_id
 from optimizer.judgement import Judgement
 from optimizer.observer import Observer, Silent, Standing
 from optimizer.pareto import pareto_front
 from optimizer.places import Places
-from optimizer.preflight import refuse_contradictions, refuse_lost_output, why_undecidable
+from optimizer.preflight import (
+    refuse_contradictions,
+    refuse_lost_output,
+    why_left_out,
+    why_undecidable,
+)
 from optimizer.result import BudgetUsed, Outcome, StudyResult, Target, Variant
 from optimizer.search.coordinator import Answer, Coordinator, Trial
 from optimizer.search.ladder import Rung, rung_records
@@ -73,9 +78,9 @@ BATCH_SIZES = (1, 2, 4, 8, 16, MAX_BATCH_SIZE)
 MAX_RULED_OUT = 2_000
 """Recipes in a row that are ruled out by estimate, after which the space counts as exhausted."""
 TABLE_SHARE = 0.2
+"""Of the budget's time, for the layers that techniques want to know the times of."""
 WRITING_SHARE = 0.7
 """Of the time left for a table, to write the networks that are timed whole; the rest times them."""
-"""Of the budget's time, for the layers that techniques want to know the times of."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,10 @@ class _Study:
             self._machine = measurer.machine
             self._cores = self._spec.target.cores or self._machine.cores
             refuse_contradictions(self._spec, self._repository, self._measurer)
+            report = self._options.from_report
+            self._lesson = (
+                read_lesson(report, self._repository, self._machine) if report is not None else None
+            )
             self._observer.phase("reading model and data")
             splits = read_data(self._spec)
             if splits.train is None:
@@ -194,6 +203,10 @@ class _Study:
 
     def _led(self, store: Store, splits: DataSplits) -> StudyResult:
         with self._builder(store, splits) as builder:
+            named = self._spec.techniques.named
+            left_out = why_left_out(builder.techniques, named, builder.base.kind)
+            for name, reason in left_out.items():
+                self._note(f"{name} was left out: {reason}")
             trials = self._trials(store, splits, builder)
             complete = self._search(trials)
             return self._conclude(trials, splits, complete)
@@ -302,12 +315,10 @@ class _Study:
             front_end = measured_front_end(
                 store, self._machine, self._cores, self._spec, n_values, self._note
             )
-        if options.from_report is None:
+        if self._lesson is None:
             return front_end
         self._observer.phase("learning from the load test")
-        return front_end_from(
-            options.from_report, self._repository, self._machine, self._cores, front_end
-        )
+        return front_end_from(self._lesson, self._cores, front_end)
 
     def _search(self, trials: Trials) -> bool:
         """Run trials until the budget or the space is exhausted; whether all baselines were

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -26,6 +27,7 @@ EXIT_DONE, EXIT_INCOMPLETE = 0, 1
 DEFAULT_CONTROL_PORT = 8003
 # Engines' threads wait for the interpreter's lock behind the front end: hand it over sooner.
 SWITCH_INTERVAL_S = 0.001
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, section 5.6.2
 
 
 class LogFormat(StrEnum):
@@ -118,11 +120,14 @@ def serve_command(
         ),
     ] = "latest:1",
     poll_interval_s: Annotated[
-        float,
+        float | None,
         typer.Option(
-            min=0.05, max=86400, help="With poll: seconds between looks.", rich_help_panel=_MODELS
+            min=0.05,
+            max=86400,
+            help=f"With poll: seconds between looks; {Settings.poll_interval_s:g} without it.",
+            rich_help_panel=_MODELS,
         ),
-    ] = 15.0,
+    ] = None,
     slo: Annotated[
         Path | None,
         typer.Option(
@@ -282,6 +287,8 @@ def serve_command(
         raise typer.BadParameter("give either --repository DIR|URL or --model FILE.onnx")
     if load_model and model_control is not ControlMode.EXPLICIT:
         raise typer.BadParameter("--load-model: want --model-control explicit with it")
+    if poll_interval_s is not None and model_control is not ControlMode.POLL:
+        raise typer.BadParameter("--poll-interval-s: want --model-control poll with it")
     if control_port is None and model_control is ControlMode.EXPLICIT:
         control_port = DEFAULT_CONTROL_PORT
     settings = Settings(
@@ -295,7 +302,7 @@ def serve_command(
         metrics_port=metrics_port,
         control_port=control_port,
         model_control=model_control.value,
-        poll_interval_s=poll_interval_s,
+        poll_interval_s=poll_interval_s or Settings.poll_interval_s,
         load_models=tuple(map(_checked_model, load_model or ())),
         version_policy=_policy(version_policy),
         control_on_data_port=control_on_data_port,
@@ -303,7 +310,7 @@ def serve_command(
         trust_code=trust_code,
         response_cache_bytes=response_cache_bytes,
         merge_duplicates=merge_duplicates,
-        tenant_header=tenant_header,
+        tenant_header=_header_name(tenant_header),
         shared_memory_prefix=_memory_prefix(shared_memory_prefix),
         max_request_bytes=max_request_bytes,
         max_in_flight_bytes=max_in_flight_bytes,
@@ -339,6 +346,15 @@ def _memory_prefix(text: str | None) -> str | None:
             "a letter or digit first"
         )
     return prefix
+
+
+def _header_name(text: str) -> str:
+    if text and not _TOKEN.fullmatch(text):
+        raise typer.BadParameter(
+            f"--tenant-header: got {text!r}, want the name of a header: letters, digits and any of "
+            "!#$%&'*+-.^_`|~"
+        )
+    return text
 
 
 def _policy(text: str) -> VersionPolicy:

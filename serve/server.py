@@ -18,6 +18,7 @@ from serve.service import InferenceService, ServiceOptions
 from serve.settings import Ports, Settings
 from serve.shared_memory import SharedMemory
 from serve.storage import Storage, open_storage
+from serve.storage.local import LocalStorage
 from serve.storage.onnx_file import OnnxFile
 from serve.transport.admin import control_app, data_app
 from serve.transport.grpc import GrpcOptions, GrpcServer
@@ -49,6 +50,7 @@ async def serve(settings: Settings, announce: Callable[[Ports, bool], None]) -> 
         )
         service = InferenceService(metrics, workers, _service_options(settings), memory)
         storage = stack.enter_context(contextlib.closing(_storage(settings)))
+        _check_found(settings, storage)
         control = service.controlled(storage, _control_options(settings))
         rest = RestApp(service, data_app(service), _rest_options(settings))
         http_port, http_server = await stack.enter_async_context(
@@ -234,6 +236,23 @@ def _grpc_options(settings: Settings) -> GrpcOptions:
     )
 
 
+def _check_found(settings: Settings, storage: Storage) -> None:
+    """Raises ArtifactInvalid where a folder has nothing to start with, before any port is open. An
+    address may take a while to answer, and is asked while we are live."""
+    if settings.model_control == "explicit" or not isinstance(storage, LocalStorage):
+        return
+    found = storage.scan().values()
+    if settings.model_control == "none" and not any(one.versions or one.problem for one in found):
+        raise _nothing_to_serve(settings)
+
+
+def _nothing_to_serve(settings: Settings) -> ArtifactInvalid:
+    return ArtifactInvalid(
+        str(settings.repository or settings.model),
+        "no model version, want <model>/<version>/manifest.json or model.onnx in it",
+    )
+
+
 def _check_loaded(settings: Settings, service: InferenceService) -> None:
     """Where nothing can be loaded later, some model must be there to answer; the others are
     reported as failed."""
@@ -241,10 +260,7 @@ def _check_loaded(settings: Settings, service: InferenceService) -> None:
     if settings.model_control != "none" or any(slot.model for slot in slots):
         return
     if not slots:
-        raise ArtifactInvalid(
-            str(settings.repository or settings.model),
-            "no model version, want <model>/<version>/manifest.json or model.onnx in it",
-        )
+        raise _nothing_to_serve(settings)
     raise ArtifactInvalid("no model could be loaded", "; ".join(slot.reason for slot in slots))
 
 

@@ -160,15 +160,28 @@ def _check_name(option: str, name: str) -> None:
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:
+    """Raises SettingsInvalid for a folder that can't be written, or isn't one for this."""
+    from loadtest.outputs import write_files
+    from loadtest.session import SettingsInvalid
+
+    try:
+        _check_folder(folder)
+    except OSError as error:
+        raise SettingsInvalid(
+            f"--output: got {folder} ({error.strerror}), want a folder that can be read"
+        ) from error
+    write_files("--output", folder, files)
+
+
+def _check_folder(folder: Path) -> None:
     """Raises SettingsInvalid for a folder that holds anything but what was rendered."""
     from loadtest.kubernetes.component import KUSTOMIZATION, RENDERED
-    from loadtest.report import write_atomically
     from loadtest.session import SettingsInvalid
 
     there = folder / KUSTOMIZATION
     if folder.exists() and not folder.is_dir():
         raise SettingsInvalid(f"--output: got {folder}, a file, want a folder")
-    if there.exists() and RENDERED not in there.read_text("utf-8"):
+    if there.exists() and RENDERED not in there.read_text("utf-8", "replace"):
         raise SettingsInvalid(
             f"--output: got {folder}, whose {KUSTOMIZATION} isn't one that was rendered, want "
             "another folder"
@@ -178,7 +191,3 @@ def _write(folder: Path, files: dict[str, str]) -> None:
             f"--output: got {folder}, which holds {others[0].name}, want a new or empty folder, or "
             "one that was rendered before"
         )
-    for name, text in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)

@@ -37,6 +37,7 @@ class StageSpec(Strict):
         if any(size % 2 == 0 for size in self.kernels):
             raise ValueError(f"{_ODD}, got {', '.join(map(str, self.kernels))}")
         _check_rising(self, ("depths", "widths", "kernels", "expansions", "blocks", "squeezes"))
+        _check_distinct(self, ("shortcuts",))
         return self
 
 
@@ -142,14 +143,21 @@ class ArchitectureSpec(Strict):
         return self
 
 
+def _check_distinct(spec: Strict, names: tuple[str, ...]) -> None:
+    """Raises ValueError for a value that comes twice."""
+    for name in names:
+        values = getattr(spec, name)
+        if values is not None and len(set(values)) < len(values):
+            raise ValueError(f"want every value once in {name}")
+
+
 def _check_rising(spec: Strict, names: tuple[str, ...]) -> None:
     """Raises ValueError for a value that comes twice, and for numbers that don't rise."""
+    _check_distinct(spec, names)
     for name in names:
         values = getattr(spec, name)
         if values is None:
             continue
-        if len(set(values)) < len(values):
-            raise ValueError(f"want every value once in {name}")
         numbers = [value for value in values if not isinstance(value, str)]
         if numbers != sorted(numbers):
             raise ValueError(f"want rising values in {name}, got {', '.join(map(str, values))}")

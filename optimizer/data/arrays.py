@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from zipfile import BadZipFile
 
 import numpy as np
@@ -16,6 +16,8 @@ from optimizer.importable import Importable
 from optimizer.spec import Columns, ImageSpec
 
 Rows = tuple[int, int] | None
+_ARCHIVE, _ARRAY = b"PK", b"\x93NUMPY"
+"""What .npz and .npy files begin with."""
 
 
 def read_npz(
@@ -41,6 +43,7 @@ def _arrays(path: Path, wanted: Sequence[str]) -> dict[str, NDArray[Any]]:
     try:
         # Opened here, since NumPy leaves a file open that turns out to be damaged.
         with path.open("rb") as opened:
+            _check_magic(path, opened)
             file = np.load(opened, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise SpecInvalid(str(path), [f"{path}: got one array, want an .npz of several"])
@@ -53,8 +56,20 @@ def _arrays(path: Path, wanted: Sequence[str]) -> dict[str, NDArray[Any]]:
             if problems:
                 raise SpecInvalid(str(path), problems)
             return {name: file[name] for name in wanted}
-    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+    except ValueError as error:  # in NumPy's words, which advise to unpickle what it is
+        problem = f"{path}: an array can't be read, want numbers alone"
+        raise SpecInvalid(str(path), [problem]) from error
+    except (OSError, EOFError, BadZipFile, zlib.error) as error:
         raise SpecInvalid(str(path), [f"{path}: not a readable .npz file: {error}"]) from error
+
+
+def _check_magic(path: Path, opened: BinaryIO) -> None:
+    """NumPy takes whatever it doesn't know for a pickle."""
+    found = opened.read(len(_ARRAY))
+    opened.seek(0)
+    if not found.startswith((_ARCHIVE, _ARRAY)):
+        problem = f"{path}: not a readable .npz file, want one as numpy.savez writes it"
+        raise SpecInvalid(str(path), [problem])
 
 
 def call_importable(

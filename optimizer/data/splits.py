@@ -5,7 +5,8 @@ They are made of tables; this module knows about overlap, labels and digests, no
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from optimizer.data.arrays import call_importable, read_npz
 from optimizer.data.image_folder import read_folder
 from optimizer.data.parquet import read_columns, read_images, read_texts
-from optimizer.data.table import Indices, Labels, Table
+from optimizer.data.table import Indices, Labels, RowsMissing, Table
 from optimizer.data.text import preprocessing_of
 from optimizer.errors import SpecInvalid
 from optimizer.spec import DataSpec, SplitSpec, TextSpec
@@ -144,7 +145,8 @@ def load_splits(
     for name, spec in given.items():
         if spec is not None:
             classes = next(iter(tables.values())).classes if tables else None
-            tables[name] = _table(spec, data, input_names, classes)
+            with _named(name):
+                tables[name] = _table(spec, data, input_names, classes)
     preprocessing = _preprocessing(data)
     splits = {name: _whole(name, table, preprocessing) for name, table in tables.items()}
     n_classes = _n_classes(splits, data.n_classes)
@@ -193,6 +195,22 @@ def _text_problems(text: TextSpec, input_names: Sequence[str]) -> list[str]:
         f"data.text: makes {made}, want all inputs of the model and no other ({known}): "
         "set ids, mask and types"
     ]
+
+
+@contextmanager
+def _named(split: str) -> Iterator[None]:
+    """Problems that don't begin with a key of the spec do with the split's."""
+    try:
+        yield
+    except RowsMissing as error:
+        problem = f"data.{split}.rows: {error.problem}"
+        raise SpecInvalid(error.source, [problem]) from error
+    except SpecInvalid as error:
+        problems = [
+            problem if problem.startswith("data.") else f"data.{split}: {problem}"
+            for problem in error.problems
+        ]
+        raise SpecInvalid(error.source, problems) from error
 
 
 def _table(

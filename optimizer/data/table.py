@@ -20,6 +20,14 @@ Labels = NDArray[np.int64]
 Indices = NDArray[np.intp]
 
 
+class RowsMissing(SpecInvalid):
+    """A split wants rows that its file hasn't."""
+
+    def __init__(self, source: str, n_rows: int, wanted: tuple[int, int]) -> None:
+        self.problem = f"got {list(wanted)}, want at most {n_rows}, the rows of {source}"
+        super().__init__(source, [f"rows: {self.problem}"])
+
+
 class Table(Protocol):
     """Samples of one file or function, in its order."""
 
@@ -137,10 +145,11 @@ def hash_of(inputs: Mapping[str, NDArray[Any]]) -> bytes:
 
 
 def row_range(source: str, n_rows: int, rows: tuple[int, int] | None) -> tuple[int, int]:
-    """The wanted rows of a table of `n_rows`. Raises SpecInvalid where it has fewer."""
+    """The wanted rows of a table of `n_rows`. Raises RowsMissing where it has fewer, SpecInvalid
+    where it has none."""
     first, stop = rows if rows is not None else (0, n_rows)
     if stop > n_rows:
-        raise SpecInvalid(source, [f"{source}: has {n_rows} rows, got rows [{first}, {stop}]"])
+        raise RowsMissing(source, n_rows, (first, stop))
     if stop == first:
         raise SpecInvalid(source, [f"{source}: has no rows"])
     return first, stop

@@ -25,8 +25,7 @@ class Blobs:
         self._fs, self._root = self._store.fs, self._store.root
         self.is_local = self._store.is_local
         self.shown = self._store.shown
-        if self.is_local:
-            Path(self._root).mkdir(parents=True, exist_ok=True)
+        self._store.make_folder()
 
     def check(self) -> None:
         """Raises StoreUnavailable where an object can't be written, read and deleted."""

@@ -5,8 +5,9 @@ One engine a process, usable from several threads. It knows no job.
 
 import importlib.resources
 import random
+import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,6 +37,15 @@ class DatabaseUnavailable(OptimizerError):
 
     def __init__(self, shown: str, problem: str) -> None:
         super().__init__(f"database {shown}: {problem}")
+        self.shown = shown
+        self.problem = problem
+
+
+class RevisionUnknown(OptimizerError):
+    """There are no tables of that revision; says which there are."""
+
+    def __init__(self, revision: str, known: Sequence[str]) -> None:
+        super().__init__(f"got {revision!r}, want head or {min(known)} … {max(known)}")
 
 
 class Database:
@@ -47,7 +57,11 @@ class Database:
         self.shown = found.shown
         self.is_sqlite = found.file is not None
         if found.file is not None:
-            found.file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                found.file.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                problem = f"no folder {found.file.parent} can be made ({error.strerror})"
+                raise StoreInvalid(found.shown, f"{problem}, want a file in one") from error
         try:
             self._engine = _engine(found)
         except (ArgumentError, ImportError) as error:
@@ -93,7 +107,9 @@ class Database:
     def migrate(self, revision: str = "head") -> None:
         """Bring the tables to `revision`: today's, or an older one, with what they hold.
 
-        Raises DatabaseUnavailable, and StoreInvalid where they are of a newer trimserve."""
+        Raises RevisionUnknown, DatabaseUnavailable, and StoreInvalid where they are of a newer
+        trimserve, or the file isn't SQLite's."""
+        _check_revision(revision)
         with self._translated(), self._engine.connect() as connection:
             if self.is_sqlite:
                 # A table is altered by copying it, and others refer to it meanwhile.
@@ -136,16 +152,31 @@ class Database:
             yield
         except SQLAlchemyError as error:
             cause = error.orig if isinstance(error, DBAPIError) else error
+            if getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_NOTADB:
+                raise StoreInvalid(
+                    self.shown, "is no database of SQLite, want one, or a new file"
+                ) from error
             raise DatabaseUnavailable(self.shown, str(cause).strip()) from error
 
 
 def migrations(connection: Connection) -> Config:
     """Alembic's configuration for `connection`, which stays the caller's."""
+    config = _scripts()
+    config.attributes["connection"] = connection
+    return config
+
+
+def _scripts() -> Config:
     config = Config()
     folder = importlib.resources.files("optimizer.service") / "migrations"
     config.set_main_option("script_location", str(folder))
-    config.attributes["connection"] = connection
     return config
+
+
+def _check_revision(revision: str) -> None:
+    known = [one.revision for one in ScriptDirectory.from_config(_scripts()).walk_revisions()]
+    if revision not in ("head", "base", *known):
+        raise RevisionUnknown(revision, known)
 
 
 @contextmanager

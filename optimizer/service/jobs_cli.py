@@ -79,10 +79,14 @@ def submit(
     follow: Follow = False,
 ) -> None:
     """Submit a spec, with the files that it names."""
-    document = _read(spec)
+    from loadtest.document import read_mapping
+
+    labels = _pairs("--label", label)
+    document = _with_slo(read_mapping(spec), spec.absolute().parent)
+    files = _named_files(document, spec.absolute().parent)
     with _client(url) as client:
-        body = _uploaded(client, document, spec.absolute().parent)
-        job = client.submit(body, labels=_pairs("--label", label), verify=verify, key=key)
+        body = _with_uploads(document, _uploaded(client, files))
+        job = client.submit(body, labels=labels, verify=verify, key=key)
         _submitted(client, job, follow)
 
 
@@ -215,57 +219,71 @@ def publish(
 # --- specs and their files
 
 
-def _read(path: Path) -> Any:
-    import yaml
-
-    try:
-        document = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        _usage(f"{path}: {error}")
-    if not isinstance(document, dict):
-        _usage(f"{path}: want a mapping of keys to values")
-    return document
+_FILE_KEYS = frozenset({"onnx", "weights", "exported", "path", "tokenizer"})
+Place = tuple[str | int, ...]
+"""Where a value is in a spec."""
 
 
-def _uploaded(client: "Client", document: Mapping[str, Any], folder: Path) -> Any:
-    """The spec with its SLO inside, and with uploads in place of the files that it names."""
-    held: dict[Path, str] = {}
+def _with_slo(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The spec with its SLO inside."""
+    from loadtest.document import read_mapping
 
-    def walk(value: Any, key: str) -> Any:
-        if isinstance(value, dict):
-            return {name: walk(one, name) for name, one in value.items()}
-        if isinstance(value, list):
-            return [walk(one, key) for one in value]
-        path = _named_file(value, key, folder)
-        if path is None:
-            return value
-        if path not in held:
-            typer.echo(f"uploading {path.name} ({path.stat().st_size:,} bytes)", err=True)
-            held[path] = client.upload(path)
-        return held[path]
-
-    body = {name: walk(value, name) for name, value in document.items() if name != "slo"}
     slo = document.get("slo")
     if isinstance(slo, str):
-        slo = _read(folder / os.path.expandvars(slo))
-    return {**body, "slo": slo}
+        slo = read_mapping(folder / os.path.expandvars(slo))
+    return {**document, "slo": slo}
 
 
-_FILE_KEYS = frozenset({"onnx", "weights", "exported", "path", "tokenizer"})
+def _named_files(document: Mapping[str, Any], folder: Path) -> dict[Place, Path]:
+    """The files that the spec names to be uploaded, all of which are there."""
+    return {
+        place: _existing(place, folder / os.path.expandvars(value))
+        for place, key, value in _values(document)
+        if place[0] != "slo" and key in _FILE_KEYS and not _is_elsewhere(value)
+    }
 
 
-def _named_file(value: Any, key: str, folder: Path) -> Path | None:
-    if key not in _FILE_KEYS or not isinstance(value, str) or "://" in value:
-        return None
-    if value.startswith("upload:"):
-        return None
-    path = folder / os.path.expandvars(value)
+def _values(value: Any, place: Place = (), key: str = "") -> Iterator[tuple[Place, str, Any]]:
+    """Every value that isn't made of others, with its place and the key that it belongs to."""
+    if isinstance(value, dict):
+        for name, one in value.items():
+            yield from _values(one, (*place, name), name)
+    elif isinstance(value, list):
+        for index, one in enumerate(value):
+            yield from _values(one, (*place, index), key)
+    else:
+        yield place, key, value
+
+
+def _is_elsewhere(value: Any) -> bool:
+    return not isinstance(value, str) or "://" in value or value.startswith("upload:")
+
+
+def _existing(place: Place, path: Path) -> Path:
     if not path.is_file():
         what = "a folder, which can't be uploaded: name it as file:///..." if path.is_dir() else (
             "no file"
         )  # fmt: skip
-        _usage(f"{key}: {path} is {what}")
+        _usage(f"{'.'.join(map(str, place))}: {path} is {what}")
     return path.resolve()
+
+
+def _uploaded(client: "Client", files: Mapping[Place, Path]) -> dict[Place, str]:
+    """What the spec names each file by once it is uploaded."""
+    held: dict[Path, str] = {}
+    for path in files.values():
+        if path not in held:
+            typer.echo(f"uploading {path.name} ({path.stat().st_size:,} bytes)", err=True)
+            held[path] = client.upload(path)
+    return {place: held[path] for place, path in files.items()}
+
+
+def _with_uploads(value: Any, uploads: Mapping[Place, str], place: Place = ()) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_uploads(one, uploads, (*place, name)) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_with_uploads(one, uploads, (*place, i)) for i, one in enumerate(value)]
+    return uploads.get(place, value)
 
 
 # --- the rest
@@ -332,6 +350,8 @@ def _changes(texts: list[str]) -> dict[str, Any]:
         inner = changes
         for parent in parents:
             inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                _usage(f"--set: got {path} and a value of {parent}, want one of them")
         inner[last] = value
     return changes
 
@@ -344,7 +364,11 @@ def _print_json(document: Any) -> None:
 def _client(url: str) -> "Iterator[Client]":
     from optimizer.client import Client, ServiceError, Unreachable
 
-    with Client(url, os.environ.get("TRIMSERVE_SERVICE_KEY")) as client:
+    try:
+        made = Client(url, os.environ.get("TRIMSERVE_SERVICE_KEY"))
+    except ValueError as error:
+        _usage(f"--url: {error}")
+    with made as client:
         try:
             yield client
         except ServiceError as error:

@@ -79,12 +79,22 @@ class ObjectStore:
                 raise
             raise StoreUnavailable(self.shown, self._advised(error)) from error
 
+    def make_folder(self) -> None:
+        """The root, where it is a folder of this machine. Raises StoreUnavailable."""
+        if not self.is_local:
+            return
+        try:
+            Path(self.root).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreUnavailable(
+                self.shown, f"{error.strerror}, want a folder, or a place for a new one"
+            ) from error
+
     def check(self) -> None:
         """Write, read and delete a small object. Raises StoreUnavailable, OSError."""
         path = f"{self.root}/{_PROBE}{secrets.token_hex(8)}"
+        self.make_folder()
         with self.translated():
-            if self.is_local:
-                Path(self.root).mkdir(parents=True, exist_ok=True)
             self.fs.pipe_file(path, b"probe")
             try:
                 found = self.fs.cat_file(path)

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-from optimizer.service.object_store import ObjectStore
+from optimizer.service.object_store import ObjectStore, StoreUnavailable
 from serve.artifact import (
     GOLDEN,
     MANIFEST,
@@ -85,7 +85,9 @@ class FolderRepository:
         self.root = root
         self.shown = str(root)
 
-    def check(self) -> None: ...
+    def check(self) -> None:
+        if self.root.exists() and not self.root.is_dir():
+            raise StoreUnavailable(self.shown, "is a file, want a folder")
 
     def next_version(self, model: str) -> str:
         return next_version(self.root, model)

@@ -255,6 +255,8 @@ def test_capacity_is_refused_when(
         (["--capacity", "/nowhere.json"], "/nowhere.json: No such file"),
         (["--output", str(K8S / "components/keda")], "isn't one that was rendered"),
         (["--output", str(ROOT / "README.md")], "a file, want a folder"),
+        (["--output", str(ROOT / "README.md/x")], "README.md/x (Not a directory), want a folder"),
+        (["--output", "/proc/x"], "/proc/x (No such file or directory), want a folder that can be"),
     ],
 )
 def test_render_says_what_is_wrong(

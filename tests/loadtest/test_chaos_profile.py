@@ -33,8 +33,15 @@ def test_profile_has_its_actions_when_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("actions", "message"),
     [
-        pytest.param("[]", "actions: got []", id="no action"),
-        pytest.param("[{kind: burn, at_s: 1}]", "'kill', 'stop', 'pause', 'slow'", id="kind"),
+        pytest.param("[]", "actions: got [], want 1 or more values", id="no action"),
+        pytest.param(
+            "[{kind: burn, at_s: 1}]",
+            "actions.0.kind: got 'burn', want kill, stop, pause, slow or command",
+            id="an unknown kind",
+        ),
+        pytest.param(
+            "[{at_s: 1}]", "actions.0.kind: missing, want kill, stop, pause, slow", id="no kind"
+        ),
         pytest.param(
             "[{kind: kill, at_s: 1, pid: 7, for_s: 2}]",
             "actions.0.kill.for_s: unknown key, ",

@@ -220,6 +220,7 @@ def test_loadtest_is_a_usage_error_when_arguments_do_not_fit(
         ([slo, "--target", "localhost:8000", "--model", "stub"], "want http://HOST:PORT"),
         ([slo, *good, "--inputs", str(tmp_path / "absent.npz")], "--inputs"),
         ([slo, *good, "--json", str(tmp_path / "no" / "r.json")], "--json"),
+        ([slo, *good, "--model", ""], "--model: got '', want the name of one on the server"),
         ([slo, *good, "--metrics-url", "http://127.0.0.1:1/metrics"], "--no-server-metrics"),
         ([str(json_slo), "--target", stub.grpc_url, "--model", "stub"], "encoding json"),
     ]

@@ -169,7 +169,26 @@ def test_replay_names_the_file_when_it_is_missing(tmp_path: Path) -> None:
             ["cw: unknown key, did you mean 'cv'?", "cv: missing"],
             id="a misspelt key of one of several",
         ),
-        pytest.param({"arrivals": {"process": "weibull"}}, ["poisson"], id="an unknown process"),
+        pytest.param(
+            {"arrivals": {"process": "weibull"}},
+            ["arrivals.process: got 'weibull', want poisson, constant, gamma, markov or replay"],
+            id="an unknown process",
+        ),
+        pytest.param(
+            {"arrivals": {"process": "gama", "cv": 2}},
+            ["arrivals.process: got 'gama', did you mean 'gamma'? want poisson, constant, gamma"],
+            id="a misspelt process",
+        ),
+        pytest.param(
+            {"rate": {"height": 2}},
+            ["rate.shape: missing, want steady, ramp, steps, spikes or diurnal"],
+            id="a rate without its shape",
+        ),
+        pytest.param(
+            {"arrivals": 5},
+            ["arrivals: got 5, want a mapping of keys to values"],
+            id="a number for a mapping",
+        ),
         pytest.param(
             {"arrivals": {"process": "markov", "levels": [1, 2], "dwell_s": [1, 2, 3]}},
             ["dwell_s (3) for each of levels (2)"],

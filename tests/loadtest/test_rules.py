@@ -12,6 +12,7 @@ import yaml
 
 import serve.errors
 from loadtest.burn import PERIOD_S, BurnWindow, burn_windows, shown
+from loadtest.cli import main
 from loadtest.dashboard import dashboard, queries
 from loadtest.openslo import openslo_documents
 from loadtest.rules import CANCELLED, CLIENTS_FAULTS, MIN_REQUESTS, OK, indicators, rules_of
@@ -275,3 +276,43 @@ def test_dashboard_is_json_with_panels_side_by_side() -> None:
     places = [(one["gridPos"]["x"], one["gridPos"]["y"]) for one in again["panels"]]
     assert len(places) == len(set(places)) >= 7
     assert {one["id"] for one in again["panels"]} == set(range(1, len(places) + 1))
+
+
+# --- the command
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        pytest.param("none/rules.yaml", "want a file in a folder that exists", id="no folder"),
+        pytest.param(".", "want a file in a folder that exists", id="a folder"),
+        pytest.param("slo.yaml/x", "want a file in a folder that exists", id="below a file"),
+        pytest.param("/proc/x", "(No such file or directory), want a file that can be written",
+                     id="a folder that takes no files"),
+    ],
+)  # fmt: skip
+def test_rules_exits_2_and_writes_nothing_when_the_output_is(
+    output: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slo.yaml").write_text(slo().model_dump_json(by_alias=True))
+    assert main(["rules", "slo.yaml", "--model", MODEL, "--output", output]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[-1].startswith(f"error: --output: got {output}")
+    assert message in err
+    assert [one.name for one in tmp_path.iterdir()] == ["slo.yaml"]
+
+
+def test_rules_replaces_the_file_when_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slo.yaml").write_text(slo().model_dump_json(by_alias=True))
+    (tmp_path / "rules.yaml").write_text("old")
+    assert main(["rules", "slo.yaml", "--model", MODEL, "--output", "rules.yaml"]) == 0
+    assert yaml.safe_load((tmp_path / "rules.yaml").read_text())["groups"]

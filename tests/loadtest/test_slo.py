@@ -111,7 +111,8 @@ def test_read_slo_names_line_and_remedy_when_a_value_is_wrong(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        pytest.param(b"", "want a mapping", id="an empty file"),
+        pytest.param(b"", "slo.yaml: the file is empty, want a mapping", id="an empty file"),
+        pytest.param(b"# only\n", "slo.yaml: the file is empty", id="comments alone"),
         pytest.param(b"- a\n- b\n", "want a mapping", id="a list"),
         pytest.param(b"a: [1\n", "not valid YAML", id="an open bracket"),
         pytest.param(b"a: \xff\n", "not UTF-8", id="another encoding"),

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from optimizer.errors import SpecInvalid
+from optimizer.evidence import EvidenceInvalid
 from optimizer.result import StudyResult
-from optimizer.spec import ModuleSource, Spec, read_spec
+from optimizer.spec import ModuleSource, OnnxSource, Spec, Techniques, read_spec
 from optimizer.study import Options, optimize
 from optimizer.techniques import load_technique
 from tests.optimizer.synthetic import Narrow, NotANumber
@@ -100,6 +102,45 @@ def test_study_is_refused_before_its_store_when_the_data_has_one_class(
     with np.load(tmp_path / "train.npz") as train:
         np.savez(tmp_path / "train.npz", image=train["image"], label=np.ones(64, np.int64))
     assert refusal(spec, tmp_path) == "data.train: every label is 1, want at least 2 classes"
+    assert not (tmp_path / "store.sqlite").exists()
+
+
+def test_study_says_what_was_left_out_when_the_model_is_onnx(spec: Spec, tmp_path: Path) -> None:
+    techniques = Techniques(include=("pruning", "quantization", "compilation"))
+    model = OnnxSource(written_onnx(tmp_path / "m.onnx"))
+    result = study(replace(spec, model=model, techniques=techniques), tmp_path, trials=2)
+    assert len(result.variants) == 2
+    assert "pruning was left out: it takes torch models, got onnx" in result.notes
+
+
+def written_onnx(path: Path) -> Path:
+    nodes = [
+        helper.make_node("Flatten", ["image"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weights"], ["logits"]),
+    ]
+    weights = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    graph = helper.make_graph(
+        nodes,
+        "m",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 1, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 4])],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_study_is_refused_before_its_store_when_the_report_to_learn_from_is_none(
+    spec: Spec, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.json"
+    report.touch()
+    with pytest.raises(EvidenceInvalid) as caught:
+        study(spec, tmp_path, from_report=report)
+    assert str(caught.value) == (
+        f"{report}: the document: isn't JSON; want the JSON report of trimserve loadtest"
+    )
     assert not (tmp_path / "store.sqlite").exists()
 
 

@@ -82,7 +82,13 @@ def test_follower_gives_up_when_its_patience_is_over(answer: tuple[int, bytes]) 
     ):
         list(client.follow("job", patience_s=0.5))
     assert len(asked) >= 2
-    with Client("http://127.0.0.1:1") as client, pytest.raises(Unreachable):
+
+
+def test_follower_says_why_in_plain_words_when_nothing_answers() -> None:
+    with (
+        Client("http://127.0.0.1:1") as client,
+        pytest.raises(Unreachable, match=r"^http://127\.0\.0\.1:1: Connection refused$"),
+    ):
         client.wait("job", patience_s=0.0)
 
 

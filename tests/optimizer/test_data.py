@@ -226,7 +226,8 @@ def test_parquet_is_refused_when_it_holds(
 def test_data_is_refused_when_rows_exceed_the_file(parquet: DataSpec) -> None:
     test = SplitSpec(path=parquet.test.path, rows=(2, 6))
     data = parquet.model_copy(update={"test": test})
-    assert "has 5 rows, got rows [2, 6]" in refusal(lambda: load_splits(data, ["image"], seed=0))
+    said = refusal(lambda: load_splits(data, ["image"], seed=0))
+    assert said.startswith("data.test.rows: got [2, 6], want at most 5, the rows of ")
 
 
 def test_data_is_refused_when_the_file_is_no_parquet(tmp_path: Path, parquet: DataSpec) -> None:
@@ -420,7 +421,9 @@ def test_npz_becomes_images_when_a_preprocessing_is_given(arrays: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        pytest.param({"x": np.array([{}] * 8)}, "allow_pickle=False", id="a pickle"),
+        pytest.param(
+            {"x": np.array([{}] * 8)}, "an array can't be read, want numbers alone", id="a pickle"
+        ),
         pytest.param({"x": np.array(["a"] * 8)}, "want numbers [n, ...]", id="strings"),
         pytest.param({"x": np.full((8, 3), np.nan)}, "NaN or infinite", id="NaN"),
         pytest.param({"x": np.ones((7, 3))}, "unequal lengths: x 7, labels 8", id="a sample short"),
@@ -438,7 +441,12 @@ def test_npz_is_refused_when_it_holds(arrays: Path, changed: dict[str, Any], mes
     [
         pytest.param(b"", "not a readable .npz file", id="nothing"),
         pytest.param(b"PK\x03\x04 cut off", "not a readable .npz file", id="half a zip"),
-        pytest.param(b"\x80\x04N.", "not a readable .npz file", id="a pickle"),
+        pytest.param(b"\x80\x04N.", "not a readable .npz file, want one as", id="a pickle"),
+        pytest.param(
+            b"\x08\x08\x12\x07pytorch",
+            "not a readable .npz file, want one as numpy",
+            id="an ONNX model",
+        ),
     ],
 )
 def test_npz_is_refused_when_the_file_is(arrays: Path, content: bytes, message: str) -> None:
@@ -528,7 +536,7 @@ def test_importable_is_refused_when_the_function(tmp_path: Path, body: str, mess
     (tmp_path / "broken.py").write_text(f"def train():\n    {body}\n")
     data = importable_data(tmp_path, "broken")
     found = refusal(lambda: load_splits(data, ["x"], seed=0))
-    assert found.startswith("broken:train: ")
+    assert found.startswith("data.train: broken:train: ")
     assert message in found
 
 

@@ -11,7 +11,7 @@ import pytest
 from optimizer.capacity import predict
 from optimizer.errors import SpecInvalid
 from optimizer.evidence import Evidence, EvidenceInvalid
-from optimizer.front_end import front_end_from, measured_front_end
+from optimizer.front_end import front_end_from, measured_front_end, read_lesson
 from optimizer.overheads import Cost, Overheads
 from optimizer.simulation import FrontEnd, Replica, Spread
 from optimizer.spec import Spec, read_spec
@@ -150,7 +150,7 @@ def test_front_end_explains_a_slower_server_when_a_load_test_saw_one(tmp_path: P
     )  # fmt: skip
     path = written(tmp_path, loaded(slower))
 
-    found = front_end_from(path, repository, MACHINE, 1, given)
+    found = front_end_from(read_lesson(path, repository, MACHINE), 1, given)
 
     assert found.serial_s == pytest.approx(slower.serial_s, rel=0.2)
 
@@ -159,7 +159,7 @@ def test_front_end_is_refused_when_the_version_is_not_in_the_repository(tmp_path
     publish(tmp_path / "models", "1", tmp_path / "model.onnx")
     path = written(tmp_path, loaded(FrontEnd(), version="7"))
     with pytest.raises(SpecInvalid) as caught:
-        front_end_from(path, tmp_path / "models", MACHINE, 1, FrontEnd())
+        read_lesson(path, tmp_path / "models", MACHINE)
     assert str(caught.value) == (
         f"{path}: is of digits/7, which isn't in {tmp_path / 'models'}: "
         "name its repository by --repository"
@@ -179,4 +179,4 @@ def test_front_end_is_refused_when_the_report_says_nothing(
     publish(tmp_path / "models", "1", tmp_path / "model.onnx")
     path = written(tmp_path, loaded(FrontEnd()) | changes)
     with pytest.raises(EvidenceInvalid, match=problem):
-        front_end_from(path, tmp_path / "models", machine, 1, FrontEnd())
+        read_lesson(path, tmp_path / "models", machine)

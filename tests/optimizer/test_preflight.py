@@ -9,11 +9,13 @@ import pytest
 
 from optimizer.architecture.options import ArchitectureSpec
 from optimizer.errors import SpecInvalid
+from optimizer.execution.setup import enabled_techniques
 from optimizer.measuring import Batch
 from optimizer.measuring.local import LocalMeasurer
-from optimizer.preflight import refuse_contradictions
-from optimizer.spec import Objective, Spec, read_spec
+from optimizer.preflight import refuse_contradictions, why_left_out
+from optimizer.spec import Objective, Spec, Techniques, read_spec
 from optimizer.timing import Contender
+from optimizer.variant import Kind
 from serve.engines import load_engine
 from serve.machine import Machine
 from tests.optimizer.tiny_study import write_study
@@ -110,3 +112,32 @@ def test_budget_that_is_too_small_for_the_first_network_is_refused_with_what_it_
         with pytest.raises(SpecInvalid) as caught:
             refuse_contradictions(one, tmp_path, Metered())
         assert f"want at least {least:g}: {what} takes as many" in str(caught.value)
+
+
+SEARCHED = ArchitectureSpec.model_validate(
+    {"space": {"kind": "vision", "stems": [8], "stages": [{"depths": [1], "widths": [8]}]}}
+)
+WHY = "it takes torch models, got onnx"
+
+
+@pytest.mark.parametrize(
+    ("techniques", "kind", "left_out"),
+    [
+        pytest.param(Techniques(), Kind.ONNX, {}, id="nothing is named"),
+        pytest.param(
+            Techniques(include=("pruning", "quantization", "compilation")), Kind.ONNX,
+            {"pruning": WHY}, id="one of those that are named takes torch models",
+        ),
+        pytest.param(
+            Techniques(include=("pruning", "quantization", "compilation")), Kind.TORCH, {},
+            id="the model is torch's",
+        ),
+        pytest.param(Techniques(architecture=SEARCHED), Kind.ONNX, {"architecture": WHY},
+                     id="a search for another network is asked for"),
+    ],
+)  # fmt: skip
+def test_techniques_are_left_out_with_the_reason_when(
+    techniques: Techniques, kind: Kind, left_out: dict[str, str], spec: Spec
+) -> None:
+    enabled = enabled_techniques(replace(spec, techniques=techniques))
+    assert why_left_out(enabled, techniques.named, kind) == left_out

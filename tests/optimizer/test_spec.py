@@ -313,6 +313,12 @@ def test_spec_reports_every_problem_with_line_and_key_at_once(folder: Path) -> N
             "training.sparsity_forms.0: got 'l2'",
             id="an unknown penalty",
         ),
+        pytest.param(
+            "exclude: [quantization]",
+            "architecture: {space: {kind: audio}}",
+            "techniques.architecture.space.kind: got 'audio', want vision or encoder",
+            id="an unknown kind of space",
+        ),
         pytest.param("cores: 2", "cores: 0", "target.cores", id="no cores"),
         pytest.param(", price_per_core_hour: 0.04", "", "price_per_core_hour: missing", id="free"),
         pytest.param("device: cpu", "device: abacus", "target.device", id="an unknown device"),

@@ -84,6 +84,14 @@ def broken_repository(folder: Path) -> str:
                      "digest: got 'sha1:33'", id="a digest is none"),
         pytest.param(lambda folder: [*good_model(folder), "--shared-memory-prefix=a/b"],
                      "--shared-memory-prefix: got 'a/b'", id="the prefix is a path"),
+        pytest.param(lambda folder: [*good_model(folder), "--tenant-header", "a b"],
+                     "--tenant-header: got 'a b', want the name of a header",
+                     id="a header's name has a space"),
+        pytest.param(lambda folder: [*good_model(folder), "--tenant-header", "x-tenant:"],
+                     "--tenant-header: got 'x-tenant:'", id="a header's name has a colon"),
+        pytest.param(lambda folder: [*good_model(folder), "--poll-interval-s=5"],
+                     "--poll-interval-s: want --model-control poll with it",
+                     id="an interval is given and nothing is polled"),
         pytest.param(lambda folder: [*good_model(folder), "--slo", str(folder / "absent.yaml")],
                      "absent.yaml: No such file", id="the SLO is missing"),
         pytest.param(lambda folder: [*good_model(folder), "--slo",
@@ -111,13 +119,8 @@ def test_serve_exits_2_with_one_message_when_it_is_called_so_that(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(lambda folder: ["--repository", str(folder / "absent")],
-                     "absent: No such file or directory; want", id="the folder is missing"),
         pytest.param(lambda folder: ["--repository=s3x://bucket"], "s3x://bucket",
                      id="the address is of an unknown kind"),
-        pytest.param(lambda folder: ["--repository", empty_folder(folder)],
-                     "no model version, want <model>/<version>/manifest.json",
-                     id="the folder is empty"),
         pytest.param(lambda folder: ["--model", str(folder / "absent.onnx")],
                      "absent.onnx: not a file, want an ONNX model", id="the file is missing"),
         pytest.param(lambda folder: ["--repository", broken_repository(folder)],
@@ -134,6 +137,26 @@ def test_serve_exits_2_with_one_message_when(
         check=False, env={"COLUMNS": "200", "NO_COLOR": "1", "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     assert_usage_error(ended.returncode, ended.stdout, ended.stderr, message)
+
+
+@pytest.mark.parametrize(
+    ("repository", "message"),
+    [
+        pytest.param(lambda folder: str(folder / "absent"),
+                     "absent: No such file or directory; want a folder", id="it is missing"),
+        pytest.param(empty_folder, "no model version, want <model>/<version>/manifest.json",
+                     id="it is empty"),
+    ],
+)  # fmt: skip
+def test_serve_exits_2_and_opens_no_port_when_the_folder_has_no_model_since(
+    tmp_path: Path, repository: Callable[[Path], str], message: str
+) -> None:
+    ended = subprocess.run(
+        command("--repository", repository(tmp_path), "--host=256.0.0.1"),  # can't be listened on
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    assert_usage_error(ended.returncode, ended.stdout, ended.stderr, message)
+    assert len(ended.stderr.splitlines()) == 1
 
 
 def assert_usage_error(code: int, out: str, err: str, message: str) -> None:
