@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from optimizer.blocks import Block
 from optimizer.decomposition.bounds import max_ranks
 from optimizer.decomposition.forms import Geometry, Link, links_of
-from optimizer.pruning.latency_table import LatencyTable
+from optimizer.latency_table import LatencyTable
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,9 +31,13 @@ class Candidates:
     scores: Sequence[Scores]
     costs: Costs
     multiple: int
-    """Of channels that a layer keeps."""
+    """Of channels that a layer keeps; 1 or more, else ValueError."""
     latency: Latency | None = None
     """By the target's table, for the rule `latency`."""
+
+    def __post_init__(self) -> None:
+        if self.multiple < 1:
+            raise ValueError(f"multiple: got {self.multiple}, want 1 or more")
 
     def levels(self, index: int) -> list[int]:
         """How many units of the group may go, rising from 0: what stays is a multiple, and not
@@ -73,7 +77,7 @@ def allocate(rule: str, candidates: Candidates, ratio: float, sensitivity: Sensi
     """How many units go from each group so that at least `ratio` of the operations (for `latency`
     of the seconds) go, or, where multiples don't allow that, as few more as the rule can.
 
-    Raises ValueError for a ratio out of (0, 1), or one that would empty a layer.
+    Raises ValueError for a ratio out of (0, 1), one that would empty a layer, or no groups.
     """
     check_reachable(rule, candidates, ratio)
     target = (1 - ratio) * left_by(rule, candidates)(_none(candidates))
@@ -93,13 +97,17 @@ def _seconds(candidates: Candidates) -> Left:
 
 
 def check_reachable(rule: str, candidates: Candidates, ratio: float) -> None:
-    """Raises ValueError for an unknown rule, a ratio out of (0, 1), or one that would empty a
-    layer."""
+    """Raises ValueError for an unknown rule, a ratio out of (0, 1), one that would empty a layer,
+    or where nothing can go that the ratio is a share of."""
     if not 0 < ratio < 1:
         raise ValueError(f"ratio: got {ratio:g}, want more than 0 and less than 1")
     if rule not in RULES:
         raise ValueError(f"allocation: got {rule!r}, want one of {', '.join(RULES)}")
+    if not candidates.groups:
+        raise ValueError("groups: got none, want at least one of which units can go")
     left = left_by(rule, candidates)
+    if not left(_none(candidates)) > 0:
+        raise ValueError(f"ratio: got {ratio:g} of no costs: the model has none that are counted")
     most = np.array([candidates.levels(index)[-1] for index in range(len(candidates.groups))])
     possible = 1 - left(most) / left(_none(candidates))
     if ratio > possible:

@@ -4,6 +4,7 @@ What can be exported to ONNX can be traced, since that exporter begins in the sa
 know what an operator means for pruning.
 """
 
+import operator as python_operators
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,14 @@ _EXAMPLE_LENGTH = 16
 _TYPES = {"BOOL": torch.bool, "FP16": torch.float16, "FP32": torch.float32,
           "FP64": torch.float64, "UINT8": torch.uint8, "INT8": torch.int8,
           "INT16": torch.int16, "INT32": torch.int32, "INT64": torch.int64}  # fmt: skip
+_GRAD, _AUTOCAST = "wrap_with_set_grad_enabled", "wrap_with_autocast"
+_N_SETTINGS = {_GRAD: 1, _AUTOCAST: 4}
+"""What export makes of `with torch.no_grad():` and of `with torch.autocast(…):` → how many
+arguments it has before the body, which is a graph of its own."""
+_CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range",
+           "sym_constrain_range_for_size")  # fmt: skip
+_REGION = "autocast"
+"""The key of an operator's `meta` for the arguments of the `torch.autocast` that it is in."""
 
 
 class Untraceable(ValueError):
@@ -45,7 +54,8 @@ class InputShape:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """Operators in order. Parameters and buffers are placeholders, as inputs are."""
+    """Operators in order, all of them needed for the outputs. Parameters and buffers are
+    placeholders, as inputs are."""
 
     graph: fx.Graph
     tensors: Mapping[str, str]
@@ -61,7 +71,8 @@ class Trace:
 def trace(module: nn.Module, inputs: Sequence[InputShape]) -> Trace:
     """The module's trace with a dynamic batch. It is left as it was; it should be in eval mode.
 
-    Raises Untraceable with the first line of the reason.
+    Raises Untraceable with the first line of the reason, or the operator that has operators of its
+    own (`cond` and the like).
     """
     shapes = tuple(
         {axis: torch.export.Dim.AUTO for axis, size in enumerate((-1, *one.shape)) if size == -1}
@@ -108,6 +119,26 @@ def operator(node: fx.Node) -> str:
     return name if name.startswith("_") else str(name).rstrip("_")
 
 
+def region_of(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments of the innermost `torch.autocast` within `forward` that the operator is in;
+    empty for none."""
+    return tuple(node.meta.get(_REGION, ()))
+
+
+def under_autocast(
+    device: str,
+    dtype: torch.dtype | None,
+    enabled: bool,
+    cache_enabled: bool | None,
+    called: Callable[..., Any],
+    *arguments: Any,
+    **keywords: Any,
+) -> Any:
+    """Call an operator or a layer in its region."""
+    with torch.autocast(device, dtype, enabled, cache_enabled):
+        return called(*arguments, **keywords)
+
+
 def layer_of(node: fx.Node) -> str:
     """The name of the innermost module that the operator belongs to; empty for the outermost."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -148,6 +179,9 @@ class Masking(fx.Interpreter):
         arguments, keywords = self.fetch_args_kwargs_from_env(n)
         changed = self._change(n, list(arguments))
         assert callable(n.target)
+        region = region_of(n)
+        if region:
+            return under_autocast(*region, n.target, *changed, **keywords)
         return n.target(*changed, **keywords)
 
     def _tensor(self, placeholder: str) -> torch.Tensor | None:
@@ -175,8 +209,13 @@ def _check_lengths(seen: Trace, inputs: Sequence[InputShape]) -> None:
     for name, one in zip(seen.inputs, inputs, strict=True):
         sizes = nodes[name].meta["val"].shape
         for axis, (size, wanted) in enumerate(zip(sizes, (-1, *one.shape), strict=True)):
-            if wanted == -1 and not isinstance(size, torch.SymInt):
+            if wanted == -1 and _is_fixed(size):
                 raise Untraceable(f"axis {axis} of the input {name} only works at {size}")
+
+
+def _is_fixed(size: Any) -> bool:
+    """A variable that `forward` took for a number (by `len(x)`, say) is one that has its value."""
+    return not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None
 
 
 def _read(module: nn.Module, program: torch.export.ExportedProgram) -> Trace:
@@ -193,5 +232,61 @@ def _read(module: nn.Module, program: torch.export.ExportedProgram) -> Trace:
             constants[name] = program.constants[one.target]
         else:
             raise Untraceable(f"{type(module).__name__} has a {one.kind.name.lower()} as input")
-    outputs = program.call_spec.out_spec
-    return Trace(program.graph_module.graph, tensors, constants, tuple(inputs), outputs)
+    graph = _plain(type(module).__name__, program.graph_module)
+    return Trace(graph, tensors, constants, tuple(inputs), program.call_spec.out_spec)
+
+
+# --- regions: operators that have operators of their own
+
+
+def _plain(name: str, program: fx.GraphModule) -> fx.Graph:
+    """The program's graph without regions, checks, and what nothing depends on."""
+    graph = _inlined(program)
+    for node in [one for one in graph.nodes if operator(one) in _CHECKS]:
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        if node.op == "get_attr":  # a body: parameters, buffers and constants are placeholders
+            found = operator(next(iter(node.users)))
+            raise Untraceable(f"{name} has {found} in its forward, which pruning can't follow")
+    return graph
+
+
+def _inlined(program: fx.GraphModule) -> fx.Graph:
+    """The program's graph with the bodies of its regions in their places, from the inside."""
+    for node in list(program.graph.nodes):
+        if operator(node) in _N_SETTINGS:
+            _inline(program, node)
+    return program.graph
+
+
+def _inline(program: fx.GraphModule, region: fx.Node) -> None:
+    """What is under autocast is marked as such, so that it stays there where training is under
+    another; what leaves a `no_grad` is detached, which is all that a gradient sees of it. (Export
+    puts an `enable_grad` within a `no_grad` behind it.)"""
+    n_settings = _N_SETTINGS[operator(region)]
+    settings, (body, *given) = region.args[:n_settings], region.args[n_settings:]
+    assert isinstance(body, fx.Node)
+    inner = _inlined(cast(fx.GraphModule, program.get_submodule(str(body.target))))
+    copies = dict(zip(inner.find_nodes(op="placeholder"), given, strict=True))
+    with program.graph.inserting_before(region):
+        made = program.graph.graph_copy(inner, cast(dict[fx.Node, fx.Node], copies))
+        if operator(region) == _GRAD and not settings[0]:
+            made = tuple(_detached(program.graph, one) for one in cast(tuple[fx.Node, ...], made))
+    if operator(region) == _AUTOCAST:
+        for node in inner.nodes:
+            if node.op == "call_function":
+                cast(fx.Node, copies[node]).meta.setdefault(_REGION, settings)
+    for user in list(region.users):
+        assert user.target is python_operators.getitem
+        user.replace_all_uses_with(cast(tuple[fx.Node, ...], made)[cast(int, user.args[1])])
+        program.graph.erase_node(user)
+    program.graph.erase_node(region)
+
+
+def _detached(graph: fx.Graph, made: fx.Node) -> fx.Node:
+    if not isinstance(made.meta.get("val"), torch.Tensor):
+        return made
+    node = graph.call_function(torch.ops.aten.detach.default, (made,))
+    node.meta = dict(made.meta)
+    return node

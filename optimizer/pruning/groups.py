@@ -22,7 +22,7 @@ Place = tuple[str, int]
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Units that have a part in the same places."""
+    """Units that have a part in the same places, with as many indices each."""
 
     name: str
     """Of the first layer that makes them."""
@@ -102,10 +102,11 @@ def _freedom(flow: Flow) -> tuple[int, int]:
 
 def _groups(flow: Flow) -> tuple[Group, ...]:
     members = _members(flow)
-    by_places: dict[frozenset[Place], list[int]] = {}
+    by_places: dict[frozenset[tuple[Place, int]], list[int]] = {}
     for unit, places in members.items():
         if _makers(flow, places):
-            by_places.setdefault(frozenset(places), []).append(unit)
+            key = frozenset((place, len(indices)) for place, indices in places.items())
+            by_places.setdefault(key, []).append(unit)
     added = {root for ids in flow.added for root in flow.units.roots(ids).tolist()}
     return tuple(_group(flow, members, units, added) for units in by_places.values())
 

@@ -6,8 +6,9 @@ What is done with scores is for `optimizer.pruning.allocation`.
 
 # ruff: noqa: ARG001  every criterion takes what the table passes
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,12 +19,14 @@ from optimizer.pruning.graph import named_tensors
 from optimizer.pruning.groups import Group, Place
 from optimizer.pruning.outputs import first_output
 from optimizer.pruning.scales import norm_scales
-from optimizer.pruning.surgeon import costs_of_going
+from optimizer.pruning.surgeon import costs_of_going, readers_of
 
 Scores = NDArray[np.float64]
 """[unit] of a group, in its order: at least 0, the least important first to go."""
 _TINY = 1e-12
 _BATCH_SIZE = 32
+_N_SIGNS = 4
+"""Draws of random signs for each batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +36,8 @@ class Samples:
     inputs: tuple[torch.Tensor, ...]
     labels: torch.Tensor | None
     seed: int
+    has_classes: bool = True
+    """Whether the columns of the first output are classes, and labels say which."""
 
 
 Tensors = Mapping[str, torch.Tensor]
@@ -99,12 +104,13 @@ def lamp(module: nn.Module, groups: Sequence[Group], samples: Samples) -> list[S
 
 def geometric_median(module: nn.Module, groups: Sequence[Group], samples: Samples) -> list[Scores]:
     """The sum of distances to the other filters (He et al. 2019, "Filter Pruning via Geometric
-    Median", section 3.3): what is near all others can be replaced by them."""
+    Median", section 3.3): what is near all others can be replaced by them. Filters are what makes
+    a unit, scales of a single weight left out, where there are others."""
     tensors = named_tensors(module)
     found = []
     for group in groups:
         parts = []
-        for place in group.makers:
+        for place in _filters(tensors, group):
             rows = _rows(tensors, group, place)
             distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
             parts.append(_normed(distances.sum(dim=1).numpy()))
@@ -119,7 +125,9 @@ def taylor(module: nn.Module, groups: Sequence[Group], samples: Samples) -> list
     over the tensors that make the unit.
 
     The loss is the cross-entropy of the first output with the labels, or with the model's own
-    answers where there are none; of outputs that are no logits it is half their squared norm.
+    answers where there are none. Of outputs that are no classes it is their sum with random signs,
+    several times over: such squares add up to those along each output (Hutchinson 1990), where a
+    squared norm wouldn't move with embeddings of unit length. Infinite where no gradient comes.
     """
     tensors = named_tensors(module)
     norms = {
@@ -129,15 +137,16 @@ def taylor(module: nn.Module, groups: Sequence[Group], samples: Samples) -> list
         for part in ("weight", "bias")
     }
     sums = [np.zeros(len(group.units)) for group in groups]
-    n_batches = 0
-    for batch in _batches(samples):
+    n_losses = 0
+    with _differentiable(module):
+        for loss in _losses(module, samples):
+            module.zero_grad(set_to_none=True)
+            loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+            n_losses += 1
+            for index, group in enumerate(groups):
+                sums[index] += _first_order(tensors, group, norms) ** 2
         module.zero_grad(set_to_none=True)
-        _loss(module, batch).backward()  # type: ignore[no-untyped-call]
-        n_batches += 1
-        for index, group in enumerate(groups):
-            sums[index] += _first_order(tensors, group, norms) ** 2
-    module.zero_grad(set_to_none=True)
-    return [total / max(1, n_batches) for total in sums]
+    return [total / max(1, n_losses) for total in sums]
 
 
 def surgeon(module: nn.Module, groups: Sequence[Group], samples: Samples) -> list[Scores]:
@@ -163,6 +172,17 @@ CRITERIA: Mapping[str, Criterion] = {
     "obs": surgeon,
     "random": chance,
 }
+
+
+def criteria_for(module: nn.Module, groups: Sequence[Group]) -> tuple[str, ...]:
+    """Those that say something of one of the groups at least, but for the control."""
+    silent = {"random"}
+    scales = norm_scales(module)
+    if not any(name in scales for group in groups for name, _ in group.places):
+        silent.add("bn_scale")
+    if not any(readers_of(module, group) for group in groups):
+        silent.add("obs")
+    return tuple(name for name in CRITERIA if name not in silent)
 
 
 def _weights(tensors: Tensors, group: Group) -> list[Place]:
@@ -203,38 +223,80 @@ def _lamp(squares: Scores) -> Scores:
     return scores
 
 
+def _filters(tensors: Tensors, group: Group) -> list[Place]:
+    """The makers whose rows have several elements; all where none has."""
+    wide = [
+        (name, axis)
+        for name, axis in group.makers
+        if tensors[name].numel() > tensors[name].shape[axis]
+    ]
+    return wide or list(group.makers)
+
+
 def _first_order(tensors: Tensors, group: Group, norms: Collection[str]) -> Scores:
-    """[unit]: Σ gradient · weight over the tensors that make it."""
+    """[unit]: Σ gradient · weight over the tensors that make it; infinite where none has one."""
     # A normalized unit is γ·x̂ + β whatever its filter's scale: these two alone take it to zero.
     normalized = any(place[0] in norms for place in group.places)
-    total = np.zeros(len(group.units))
+    total, has_gradient = np.zeros(len(group.units)), False
     for place, indices in group.places.items():
         tensor = tensors[place[0]]
         makes = place[0] in norms if normalized else place in group.makers or tensor.ndim == 1
         if tensor.grad is not None and makes:
+            has_gradient = True
             product = (tensor.grad * tensor.detach()).movedim(place[1], 0)
             by_index = product.reshape(len(product), -1).sum(dim=1).double().numpy()
             total += [by_index[one].sum() for one in indices]
-    return total
+    return total if has_gradient else np.full(len(group.units), np.inf)
+
+
+@contextmanager
+def _differentiable(module: nn.Module) -> Iterator[None]:
+    """Gradients for all weights, frozen ones too, which are frozen again afterwards."""
+    frozen = [
+        one for one in module.parameters() if one.is_floating_point() and not one.requires_grad
+    ]
+    try:
+        for one in frozen:
+            one.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for one in frozen:
+            one.requires_grad_(False)
 
 
 def _batches(samples: Samples) -> list[Samples]:
     n = len(samples.inputs[0])
     return [
-        Samples(
-            tuple(one[start : start + _BATCH_SIZE] for one in samples.inputs),
-            None if samples.labels is None else samples.labels[start : start + _BATCH_SIZE],
-            samples.seed,
+        replace(
+            samples,
+            inputs=tuple(one[start : start + _BATCH_SIZE] for one in samples.inputs),
+            labels=None if samples.labels is None else samples.labels[start : start + _BATCH_SIZE],
         )
         for start in range(0, n, _BATCH_SIZE)
     ]
 
 
-def _loss(module: nn.Module, batch: Samples) -> torch.Tensor:
-    outputs = first_output(module(*batch.inputs))
-    if outputs.ndim != 2:
-        return outputs.square().sum() / 2
-    labels = outputs.argmax(dim=1) if batch.labels is None else batch.labels
-    if int(labels.max()) >= outputs.shape[1]:
-        return outputs.square().sum() / 2
-    return nn.functional.cross_entropy(outputs, labels)
+def _losses(module: nn.Module, samples: Samples) -> Iterator[torch.Tensor]:
+    """Of each batch one, or several of random signs."""
+    generator = torch.Generator().manual_seed(samples.seed)
+    for batch in _batches(samples):
+        outputs = first_output(module(*batch.inputs))
+        if _are_logits(outputs, samples):
+            labels = outputs.argmax(dim=1) if batch.labels is None else batch.labels
+            yield nn.functional.cross_entropy(outputs, labels)
+        else:
+            for _ in range(_N_SIGNS):
+                signs = torch.randint(0, 2, outputs.shape, generator=generator) * 2.0 - 1
+                yield (outputs * signs).sum()
+
+
+def _are_logits(outputs: torch.Tensor, samples: Samples) -> bool:
+    """Whether they are [n, class] of several classes, all of the labels among them."""
+    if not samples.has_classes or outputs.ndim != 2 or outputs.shape[1] < 2:
+        return False
+    labels = samples.labels
+    if labels is None:
+        return True
+    is_index = not labels.is_floating_point() and labels.ndim == 1
+    return is_index and int(labels.min()) >= 0 and int(labels.max()) < outputs.shape[1]

@@ -10,8 +10,8 @@ from functools import cached_property
 import numpy as np
 
 from optimizer.blocks import Block
+from optimizer.latency_table import LatencyTable
 from optimizer.pruning.costs import Costs, Counts
-from optimizer.pruning.latency_table import LatencyTable
 
 
 class Latency:

@@ -20,7 +20,8 @@ GRADUAL = "gradual"
 """The key of {pattern, sparsity} that those layers come to while they are trained, where they are
 given without new zeros."""
 TWO_OF_FOUR = "2:4"
-PATTERNS = ("layer", "global", TWO_OF_FOUR)
+_SHARES = ("global", "layer")
+PATTERNS = (TWO_OF_FOUR, *_SHARES)
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _OF_FOUR = 0.5
 _SPARSE_RUNTIMES = ("onnxruntime-gpu",)
@@ -47,21 +48,30 @@ def maskable(module: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def patterns_for(module: nn.Module) -> tuple[str, ...]:
+    """Those that fit a layer of the module at least."""
+    fits = any(map(_is_in_fours, maskable(module).values()))
+    return (TWO_OF_FOUR, *_SHARES) if fits else _SHARES
+
+
 def mask(module: nn.Module, pattern: str, sparsity: float) -> tuple[str, ...]:
     """Set the smallest weights to zero, in place; returns the names of the masked layers.
 
     `layer` takes the share `sparsity` of every layer, `global` of all together, `2:4` two of
-    every four neighbours along a filter (Mishra et al. 2021, "Accelerating Sparse Deep Neural
-    Networks", section 3), where `sparsity` has to be 0.5; a filter whose length is no multiple of
-    four stays dense. Raises ValueError.
+    every four neighbouring input channels, at each place of a kernel by itself (Mishra et al. 2021,
+    "Accelerating Sparse Deep Neural Networks", section 3; the TensorRT developer guide, "Sparsity",
+    for the axis), where `sparsity` has to be 0.5; a layer whose filters read no multiple of four
+    channels stays dense. Raises ValueError.
     """
     if pattern not in PATTERNS:
         raise ValueError(f"pattern: got {pattern!r}, want one of {', '.join(PATTERNS)}")
     if not 0 < sparsity < 1:
         raise ValueError(f"sparsity: got {sparsity:g}, want more than 0 and less than 1")
+    if pattern == TWO_OF_FOUR and sparsity != _OF_FOUR:
+        raise ValueError(f"sparsity: got {sparsity:g}, want {_OF_FOUR:g} for {pattern}")
     weights = maskable(module)
     if pattern == TWO_OF_FOUR:
-        weights = {name: one for name, one in weights.items() if one[0].numel() % 4 == 0}
+        weights = {name: one for name, one in weights.items() if _is_in_fours(one)}
     if not weights:
         raise ValueError(f"pattern: {pattern} fits no layer of the model")
     kept = largest({name: one.detach().abs() for name, one in weights.items()}, pattern, sparsity)
@@ -77,11 +87,12 @@ def largest(
     """Layer → which of its weights [out, ...] stay, all but the share `sparsity` with the least
     magnitudes; of equal ones the first go.
 
-    For `2:4` these are among the two least of every four: with a `sparsity` below 0.5, some of
-    them. Raises ValueError where it is more, and where nothing stays of a layer.
+    For `2:4` those that go are among the two least of every four: with a `sparsity` below 0.5, some
+    of them. Raises ValueError where it is more, for a layer without fours, and where nothing stays
+    of a layer.
     """
-    if pattern == TWO_OF_FOUR and sparsity > _OF_FOUR:
-        raise ValueError(f"sparsity: got {sparsity:g}, want at most {_OF_FOUR:g} for {pattern}")
+    if pattern == TWO_OF_FOUR:
+        _check_fours(magnitudes, sparsity)
     kept = dict(zip(magnitudes, _kept([*magnitudes.values()], pattern, sparsity), strict=True))
     for name, keep in kept.items():
         if not keep.any():
@@ -106,6 +117,21 @@ def compressed_bytes(module: nn.Module, names: Sequence[str]) -> tuple[int, int]
     return dense - saved, dense
 
 
+def _is_in_fours(weight: torch.Tensor) -> bool:
+    """Whether the input channels of a weight [out, in, ...] can be taken in fours."""
+    return weight.shape[1] % 4 == 0
+
+
+def _check_fours(magnitudes: Mapping[str, torch.Tensor], sparsity: float) -> None:
+    if sparsity > _OF_FOUR:
+        raise ValueError(f"sparsity: got {sparsity:g}, want at most {_OF_FOUR:g} for {TWO_OF_FOUR}")
+    for name, one in magnitudes.items():
+        if not _is_in_fours(one):
+            raise ValueError(
+                f"{name}: got {one.shape[1]} input channels, want a multiple of 4 for {TWO_OF_FOUR}"
+            )
+
+
 def _kept(magnitudes: Sequence[torch.Tensor], pattern: str, sparsity: float) -> list[torch.Tensor]:
     if pattern == TWO_OF_FOUR:
         magnitudes = [_with_two_of_four_safe(one) for one in magnitudes]
@@ -124,7 +150,8 @@ def _without_least(magnitudes: torch.Tensor, sparsity: float) -> torch.Tensor:
 
 
 def _with_two_of_four_safe(magnitudes: torch.Tensor) -> torch.Tensor:
-    """The two largest of every four as infinite."""
-    fours = magnitudes.flatten(1).reshape(-1, 4)
+    """[out, in, ...] with the two largest of every four input channels as infinite."""
+    last = magnitudes.movedim(1, -1)
+    fours = last.reshape(-1, 4)
     safe = fours.argsort(dim=1, descending=True, stable=True)[:, :2]
-    return fours.scatter(1, safe, math.inf).view_as(magnitudes)
+    return fours.scatter(1, safe, math.inf).view(last.shape).movedim(-1, 1)

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from optimizer.blocks import Block
+from optimizer.latency_table import LatencyTable
 from optimizer.pruning.allocation import Candidates, allocate, check_reachable, left_by
 from optimizer.pruning.costs import Costs
 from optimizer.pruning.graph import InputShape
 from optimizer.pruning.groups import Group, Network
 from optimizer.pruning.importance import Samples, Scores, score
 from optimizer.pruning.latency import Latency
-from optimizer.pruning.latency_table import LatencyTable
 from optimizer.pruning.sensitivity import Sensitivity
 from optimizer.pruning.surgery import (
     MODULE,
@@ -27,6 +27,7 @@ from optimizer.pruning.surgery import (
     masked_outputs,
     operate,
     operations_of,
+    tolerance_of,
 )
 from optimizer.variant import Json
 
@@ -64,7 +65,7 @@ class Narrowing:
         for form in (MODULE, TRACE):
             operations = operations_of(network, gone, form, self.inputs)
             pruned = operate(fresh(), operations)
-            problem = difference(pruned, wanted, inputs)
+            problem = difference(pruned, wanted, inputs, tolerance_of(network))
             if not problem:
                 return pruned, operations
             problems.append(problem)
@@ -82,14 +83,15 @@ class Narrowing:
         )
 
     def check(self, module: nn.Module, network: Network, ratio: float) -> None:
-        """Raises ValueError for a ratio out of (0, 1), or one that would empty a layer."""
-        groups = network.in_scope(self.residual)
+        """Raises ValueError for a ratio out of (0, 1), one that would empty a layer, or where
+        nothing can go."""
+        groups = self._groups(network)
         scores = score(self.criterion, module, groups, self.samples)
         candidates = self._candidates(module, network, scores)
         check_reachable(self.allocation, candidates, ratio)
 
     def _gone(self, module: nn.Module, network: Network, ratio: float) -> list[int]:
-        groups = network.in_scope(self.residual)
+        groups = self._groups(network)
         scores = score(self.criterion, module, groups, self.samples)
         candidates = self._candidates(module, network, scores)
         inputs = self._first(_N_FOR_SENSITIVITY)
@@ -104,6 +106,15 @@ class Narrowing:
         table = self.table
         latency = Latency(costs, self.layers(module), table) if table is not None else None
         return Candidates(groups, scores, costs, self.multiple, latency)
+
+    def _groups(self, network: Network) -> list[Group]:
+        groups = network.in_scope(self.residual)
+        if not groups and network.groups:
+            raise ValueError("residual: got false, want true: all that can go is the width of "
+                             "residual streams")  # fmt: skip
+        if not groups:
+            raise ValueError("groups: got none, want a model of which something can go")
+        return groups
 
     def _first(self, n: int) -> list[torch.Tensor]:
         return [one[:n] for one in self.samples.inputs]

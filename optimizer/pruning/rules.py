@@ -36,8 +36,9 @@ def walk(seen: Trace, choices: Mapping[Pattern, int]) -> Flow:
 
 
 def _placeholder(flow: Flow, node: fx.Node) -> Value:
+    """A parameter that nothing uses stays: who knows what for."""
     shape = shape_of(node.meta["val"])
-    name = flow.seen.tensors.get(node.name)
+    name = flow.seen.tensors.get(node.name) if node.users else None
     return Value(shape) if name is None else flow.tensor(name, shape)
 
 
@@ -97,12 +98,28 @@ def _pointwise(flow: Flow, node: fx.Node) -> Value:
         ids = _tied(flow, values, axis - len(shape))
         if ids is not None:
             axes[axis] = ids
-    if (
-        operator(node) in ("add", "sub")
-        and sum(bool(v.axes) and not v.is_weight for v in values) > 1
-    ):
+    if operator(node) in ("add", "sub") and _joins_layers(flow, node):
         flow.added.extend(axes.values())
     return Value(shape, axes, all(value.is_weight for value in values))
+
+
+def _joins_layers(flow: Flow, node: fx.Node) -> bool:
+    """Whether activations come together that other layers made: what a residual connection does,
+    and a rotation of queries (q · cos + q' · sin) doesn't."""
+    values = [(one, flow.value(one)) for one in nodes_in((node.args, node.kwargs), flow)]
+    made = [_layers_behind(one) for one, value in values
+            if value is not None and value.axes and not value.is_weight]  # fmt: skip
+    return any(layers != made[0] for layers in made)
+
+
+def _layers_behind(node: fx.Node) -> set[fx.Node]:
+    """The operators that contract with something, of all that a value depends on."""
+    found, left = {node}, [node]
+    while left:
+        new = [one for one in left.pop().all_input_nodes if one not in found]
+        found.update(new)
+        left.extend(new)
+    return {one for one in found if operator(one) in _LAYERS}
 
 
 def _tied(flow: Flow, values: list[Value], from_end: int) -> Ids | None:
@@ -164,6 +181,44 @@ def _joined(flow: Flow, parts: tuple[Value, ...]) -> Value:
                 flow.units.freeze(axes[axis])
             axes[axis] = ids
     return Value(parts[0].shape, axes, parts[0].is_weight)
+
+
+def _sliced(flow: Flow, node: fx.Node) -> Value | tuple[Value, ...]:
+    """(x, axis, start, end, step): by steps, or between bounds that depend on the inputs' sizes,
+    the axis has to stay whole."""
+    value, axis = flow.value(node.args[0]), node.args[1] if len(node.args) > 1 else 0
+    assert value is not None
+    assert isinstance(axis, int)
+    step = node.args[4] if len(node.args) > 4 else 1
+    if step != 1 or any(isinstance(bound, fx.Node) for bound in node.args[2:4]):
+        flow.freeze(value, [axis % len(value.shape)])
+    return _moved(flow, node)
+
+
+def _shuffled(flow: Flow, node: fx.Node) -> Value | tuple[Value, ...]:
+    """(x, groups): channels as rows [groups, channels of a group], by columns from now on. From
+    each group the same ones go, or whole groups."""
+    value, groups = flow.value(node.args[0]), node.args[1]
+    assert value is not None
+    assert isinstance(groups, int)
+    axes: dict[int, Ids | None] = dict(value.axes)
+    if 1 in value.axes:
+        rows = torch.from_numpy(flow.units.roots(value.axes[1]).reshape(groups, -1))
+        flow.of_result(rows, value.is_weight)  # which ties them
+        axes[1] = np.ascontiguousarray(value.axes[1].reshape(groups, -1).T).reshape(-1)
+    return _result(node, axes)
+
+
+def _rolled(flow: Flow, node: fx.Node) -> Value | tuple[Value, ...]:
+    """(x, shifts, axes): by how much depends on how wide the axes are."""
+    value, rolled = flow.value(node.args[0]), node.args[2] if len(node.args) > 2 else ()
+    assert value is not None
+    assert isinstance(rolled, list | tuple)
+    gone = {int(axis) % len(value.shape) for axis in rolled}
+    if not gone:
+        return _unknown(flow, node)
+    flow.freeze(value, sorted(gone))
+    return _result(node, {axis: ids for axis, ids in value.axes.items() if axis not in gone})
 
 
 def _selected(flow: Flow, node: fx.Node) -> Value | tuple[Value, ...]:
@@ -246,7 +301,7 @@ def _convolved(flow: Flow, node: fx.Node) -> Value | tuple[Value, ...]:
     assert isinstance(groups, int)
     if x is None or weight is None or len(x.shape) != len(weight.shape):
         return _unknown(flow, node)
-    flow.freeze(x, range(2, len(x.shape)))
+    flow.freeze(x, [0, *range(2, len(x.shape))])
     flow.freeze(weight, range(2, len(weight.shape)))
     in_axis, out_axis = (0, 1) if transposed else (1, 0)
     flow.make(node.args[1], out_axis)
@@ -348,7 +403,7 @@ def _batch_norm(flow: Flow, node: fx.Node) -> Value | tuple[Value, ...]:
     """Also of instances: every channel by itself."""
     x = flow.value(node.args[0])
     assert x is not None
-    flow.freeze(x, range(2, len(x.shape)))
+    flow.freeze(x, [0, *range(2, len(x.shape))])
     ids = x.axes.get(1)
     for one in node.args[1:5]:
         value = flow.value(one)
@@ -362,7 +417,7 @@ def _group_norm(flow: Flow, node: fx.Node) -> Value | tuple[Value, ...]:
     x, groups = flow.value(node.args[0]), node.args[1]
     assert x is not None
     assert isinstance(groups, int)
-    flow.freeze(x, range(2, len(x.shape)))
+    flow.freeze(x, [0, *range(2, len(x.shape))])
     ids = x.axes.get(1)
     for one in node.args[2:4]:
         value = flow.value(one)
@@ -417,10 +472,9 @@ def _as_given(flow: Flow, node: fx.Node) -> Value | tuple[Value, ...]:
 
 _MOVES = (
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "t",
-    "squeeze", "unsqueeze", "expand", "slice", "chunk", "split", "split_with_sizes", "unbind",
+    "squeeze", "unsqueeze", "expand", "chunk", "split", "split_with_sizes", "unbind",
     "cat", "concat", "concatenate", "stack", "repeat", "flip", "movedim", "moveaxis", "swapaxes",
-    "swapdims", "narrow", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "roll",
-    "numpy_T", "mT", "tile", "broadcast_to",
+    "swapdims", "pixel_shuffle", "pixel_unshuffle", "numpy_T", "mT", "tile", "broadcast_to",
 )  # fmt: skip
 _SPATIAL = (
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
@@ -435,6 +489,9 @@ _MIXERS = ("softmax", "log_softmax", "_softmax", "cumsum")
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
                  "conv_transpose3d")  # fmt: skip
 
+_LAYERS = (*_CONVOLUTIONS, "linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum",
+           "embedding", "scaled_dot_product_attention")  # fmt: skip
+
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_MOVES, _moved),
     **dict.fromkeys(_SPATIAL, _spatial),
@@ -442,6 +499,11 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_REDUCTIONS, _reduced),
     **dict.fromkeys(_MIXERS, _along),
     **dict.fromkeys(_CONVOLUTIONS, _convolved),
+    "slice": _sliced,
+    "narrow": _sliced,
+    "channel_shuffle": _shuffled,
+    "native_channel_shuffle": _shuffled,
+    "roll": _rolled,
     "select": _selected,
     "pad": _padded,
     "constant_pad_nd": _padded,

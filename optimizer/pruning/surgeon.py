@@ -8,7 +8,7 @@ different outputs, and so of different layers, are weighted by how far they move
 outputs; and nothing is updated here: making up for what went is recovery's matter.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +48,7 @@ class Reader:
     name: str
     layer: Layer
     features: Sequence[NDArray[np.int64]]
+    """[unit], as many as it has there."""
 
 
 @dataclass(eq=False)
@@ -59,6 +60,7 @@ class _Seen:
     slopes: torch.Tensor
     n_rows: int = 0
     n_samples: int = 0
+    """Of the slopes: none where no gradient came."""
 
     @classmethod
     def of(cls, layer: Layer) -> "_Seen":
@@ -92,12 +94,13 @@ def costs_of_going(
 ) -> list[NDArray[np.float64]]:
     """[unit] of each group: what the squared error of the network's outputs grows by when it goes
     after those with lower scores, to second order; infinite for groups that no layer reads which
-    the algebra covers. `module` is in eval mode."""
+    the algebra covers, or that no gradient of the outputs comes to. `module` is in eval mode."""
     readers = [readers_of(module, group) for group in groups]
     if not any(readers):
         return [np.full(len(group.units), np.inf) for group in groups]
     layers = {one.name: one.layer for some in readers for one in some}
     seen = _look(module, layers, batches, seed)
+    readers = [[one for one in some if seen[one.name].n_samples] for some in readers]
     return [
         _eliminated([(_Left.of(seen[one.name], one)) for one in some], len(group.units))
         if some
@@ -114,7 +117,7 @@ class _Left:
     inverse: torch.Tensor
     weights: torch.Tensor
     features: torch.Tensor
-    """[unit, features]"""
+    """[unit, features], -1 behind those of units that have fewer than others."""
 
     @classmethod
     def of(cls, seen: _Seen, reader: Reader) -> "_Left":
@@ -122,22 +125,30 @@ class _Left:
         ridge = _RIDGE * float(moment.diagonal().mean()) + 1e-12
         inverse = torch.linalg.inv(moment + ridge * torch.eye(len(moment), dtype=moment.dtype))
         slopes = (seen.slopes / max(1, seen.n_samples)).sqrt()
-        return cls(
-            inverse,
-            weight_matrix(reader.layer) * slopes,
-            torch.from_numpy(np.stack(reader.features)),
-        )
+        features = [torch.from_numpy(unit) for unit in reader.features]
+        padded = nn.utils.rnn.pad_sequence(features, batch_first=True, padding_value=-1)
+        return cls(inverse, weight_matrix(reader.layer) * slopes, padded)
 
     def costs(self, units: torch.Tensor) -> torch.Tensor:
         """[unit]: the error that each, alone, would leave: tr W' (H⁻¹)⁻¹ W over its features."""
-        index = self.features[units]
+        padded = self.features[units]
+        n_features = (padded >= 0).sum(1)
+        costs = torch.zeros(len(units), dtype=self.weights.dtype)
+        for n in sorted(set(n_features.tolist())):
+            there = n_features == n
+            costs[there] = self._costs(padded[there, :n])
+        return costs
+
+    def _costs(self, index: torch.Tensor) -> torch.Tensor:
+        """[unit] of units with as many features: `index` [unit, features]."""
         blocks = self.inverse[index[:, :, None], index[:, None, :]]
         weights = self.weights[index]
         solved: torch.Tensor = torch.linalg.solve(blocks, weights)
         return (weights * solved).sum((1, 2))
 
     def drop(self, units: torch.Tensor) -> None:
-        index = self.features[units].flatten()
+        index = self.features[units]
+        index = index[index >= 0]
         column = self.inverse[:, index]
         factor = torch.linalg.solve(column[index], column.T)  # [gone, features]
         self.weights -= factor.T @ self.weights[index]
@@ -176,9 +187,11 @@ def _look(
     seen = {name: _Seen.of(layer) for name, layer in layers.items()}
     n_each = max(1, _MAX_ROWS // max(1, sum(len(batch[0]) for batch in batches)))
     generator = torch.Generator().manual_seed(seed)
-    with _watched(layers, seen, n_each, generator):
+    with torch.enable_grad(), _watched(module, layers, seen, n_each, generator):
         for batch in batches:
             outputs = first_output(module(*batch))
+            if not outputs.requires_grad:
+                continue
             signs = torch.randint(0, 2, outputs.shape, generator=generator) * 2.0 - 1
             weights = [layer.weight for layer in layers.values()]
             torch.autograd.backward((outputs * signs).sum(), inputs=weights)
@@ -189,29 +202,21 @@ def _look(
 
 @contextmanager
 def _watched(
+    module: nn.Module,
     layers: Mapping[str, Layer],
     seen: Mapping[str, _Seen],
     n_each: int,
     generator: torch.Generator,
 ) -> Iterator[None]:
     """Adds to `seen` in the runs within, by up to `n_each` positions of each sample."""
-
-    def hook(one: _Seen) -> Any:
-        def keep(layer: Layer, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            rows = input_rows(layer, inputs[0].detach())
-            rows = sampled(rows, positions(len(rows), rows.shape[1], n_each, generator))
-            one.moment += (rows.T @ rows).double()
-            one.n_rows += len(rows)
-            one.n_samples += len(output)
-            output.register_hook(partial(add, layer))  # type: ignore[no-untyped-call]
-
-        def add(layer: Layer, slope: torch.Tensor) -> None:
-            one.slopes += output_rows(layer, slope).double().square().sum((0, 1))
-
-        return keep
-
     needed = {name: layer.weight.requires_grad for name, layer in layers.items()}
-    hooks = [layer.register_forward_hook(hook(seen[name])) for name, layer in layers.items()]
+    hooks = []
+    for name, layer in layers.items():
+        keep = _keeper(layer, seen[name], n_each, generator)
+        hooks.append(layer.register_forward_hook(_call(keep)))
+        around = module.get_submodule(name.rpartition(".")[0])
+        if isinstance(around, nn.MultiheadAttention):
+            hooks.append(around.register_forward_hook(_projection(keep), with_kwargs=True))
     try:
         for layer in layers.values():
             layer.weight.requires_grad_(True)
@@ -221,3 +226,59 @@ def _watched(
             one.remove()
         for name, layer in layers.items():
             layer.weight.requires_grad_(needed[name])
+
+
+_Turn = Callable[[torch.Tensor], torch.Tensor]
+_Keep = Callable[[torch.Tensor, torch.Tensor, _Turn], None]
+"""Takes what a layer was given and gave, and what puts the samples of both first."""
+
+
+def _keeper(layer: Layer, seen: _Seen, n_each: int, generator: torch.Generator) -> _Keep:
+    """Adds to `seen`, and nothing where gradients are off."""
+
+    def keep(given: torch.Tensor, made: torch.Tensor, turn: _Turn) -> None:
+        if not made.requires_grad:
+            return
+        rows = input_rows(layer, turn(given.detach()))
+        rows = sampled(rows, positions(len(rows), rows.shape[1], n_each, generator))
+        seen.moment += (rows.T @ rows).double()
+        seen.n_rows += len(rows)
+        made.register_hook(lambda slope: add(turn(slope)))  # type: ignore[no-untyped-call]
+
+    def add(slope: torch.Tensor) -> None:
+        seen.slopes += output_rows(layer, slope).double().square().sum((0, 1))
+        seen.n_samples += len(slope)
+
+    return keep
+
+
+def _call(keep: _Keep) -> Callable[..., None]:
+    def hook(_layer: nn.Module, given: tuple[torch.Tensor, ...], made: torch.Tensor) -> None:
+        keep(given[0], made, lambda features: features)
+
+    return hook
+
+
+def _projection(keep: _Keep) -> Callable[..., None]:
+    """For attention's output projection, whose weight it takes without calling it: what goes into
+    that is what the same attention gives with the unit matrix in its place."""
+
+    def hook(part: nn.Module, given: Any, named: Any, made: Any) -> None:
+        assert isinstance(part, nn.MultiheadAttention)
+        if not made[0].requires_grad:
+            return  # also the run below, which comes here too
+        unit = {"out_proj.weight": torch.eye(part.embed_dim, dtype=made[0].dtype)}
+        if part.out_proj.bias is not None:
+            unit["out_proj.bias"] = torch.zeros_like(part.out_proj.bias)
+        with torch.no_grad():
+            mixed, _ = torch.func.functional_call(part, unit, given, named)
+        keep(mixed, made[0], partial(_samples_first, is_first=part.batch_first))
+
+    return hook
+
+
+def _samples_first(features: torch.Tensor, is_first: bool) -> torch.Tensor:
+    """[n, length, features]; without `n` it's one sample."""
+    if features.ndim < 3:
+        return features[None]
+    return features if is_first else features.transpose(0, 1)

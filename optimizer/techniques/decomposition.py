@@ -15,16 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimizer.blocks import Block, named_blocks
-from optimizer.decomposition.timed_table import (
+from optimizer.model_source import read_signature
+from optimizer.recipe import Needs, Traits
+from optimizer.space import Categorical, Parameters, Space
+from optimizer.techniques import Context
+from optimizer.timed_table import (
     LATENCIES,
     table_parameter,
     timed_table,
     wanted_table,
 )
-from optimizer.model_source import read_signature
-from optimizer.recipe import Needs, Traits
-from optimizer.space import Categorical, Parameters, Space
-from optimizer.techniques import Context
 from optimizer.torch_example import example_inputs
 from optimizer.torch_variant import keeps_base, load_torch, torch_model
 from optimizer.variant import Json, Kind, Model, Stage, TorchModel, TorchVariant
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from optimizer.decomposition.forms import Link
     from optimizer.decomposition.ranks import RankRule
     from optimizer.decomposition.sites import Site, Sites
-    from optimizer.pruning.latency_table import LatencyTable
+    from optimizer.latency_table import LatencyTable
 
     IsBetter = Callable[[Site, Sequence[Link]], bool]
     """Whether the layer is to be replaced by these."""
@@ -109,7 +109,7 @@ class Decomposition:
     def timed_blocks(self, model: Model, context: Context) -> Sequence[Block]:
         """The layers that can be replaced and what their chains are made of."""
         assert isinstance(model, TorchModel)
-        from optimizer.pruning.latency_table import table_blocks
+        from optimizer.latency_table import table_blocks
 
         return table_blocks(self._layers_of_table(model, context))
 

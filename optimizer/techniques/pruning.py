@@ -7,9 +7,9 @@ back is a later step's, but for the trainings between rounds, where channels go 
 
 # ruff: noqa: ARG002  every technique takes what the contract passes
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -18,8 +18,9 @@ from optimizer.model_source import read_signature
 from optimizer.recipe import Needs, Traits
 from optimizer.space import Categorical, Parameters, Space
 from optimizer.techniques import Context
+from optimizer.timed_table import LATENCIES, table_parameter, timed_table, wanted_table
 from optimizer.torch_example import example_inputs
-from optimizer.torch_variant import load_torch, read_plan, torch_model
+from optimizer.torch_variant import load_torch, torch_model
 from optimizer.training.round_training import (
     RoundTraining,
     rounds_of,
@@ -33,29 +34,33 @@ from serve.machine import Machine
 if TYPE_CHECKING:
     import torch
 
+    from optimizer.latency_table import LatencyTable
+    from optimizer.pruning.depth import Form
     from optimizer.pruning.graph import InputShape
     from optimizer.pruning.groups import Network
     from optimizer.pruning.importance import Samples
-    from optimizer.pruning.latency_table import LatencyTable
     from optimizer.pruning.narrowing import Narrowing
 
 _NAME = "pruning"
 _CHANNELS, _BLOCKS, _BOTH, _WEIGHTS = "channels", "blocks", "both", "weights"
 _ALLOCATIONS = ("cost", "uniform", "global", "sensitivity")
-_LATENCY, _TABLE = "latency", "latencies"
+_LATENCY = "latency"
 _GRADUAL = "gradual"
+_CLASSES, _VALUES = "classes", "values"
 _WIDTHS, _ROUNDS = "widths", "rounds"
 """Operations that narrow: all at once, or a list of them."""
 _RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7)
 _N_CHECKED = 2
 _REMEMBERED = 8
-"""Networks whose groups are kept in memory: finding them takes seconds."""
+"""Models whose groups and blocks are kept in memory: finding them takes seconds."""
+_Key = TypeVar("_Key")
+_Found = TypeVar("_Found")
 
 
 class Pruning:
     traits = Traits(
         name=_NAME,
-        version="1",
+        version="2",
         stage=Stage.PRUNE,
         accepts=Kind.TORCH,
         gives=Kind.TORCH,
@@ -67,6 +72,7 @@ class Pruning:
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, ...], Network] = {}
+        self._found: dict[str, dict[str, Form]] = {}
 
     def check(self, model: Model, context: Context) -> str | None:
         assert isinstance(model, TorchModel)
@@ -79,7 +85,7 @@ class Pruning:
             return str(error)
         if network.groups:
             return why_not(model, context)
-        if self._blocks(model, network):
+        if len(self._blocks(model)) > 1:
             return None
         unknown = ", ".join(sorted(network.flow.unknown))
         reason = "nothing of the model can go: every layer's width is tied to an input or output"
@@ -89,32 +95,32 @@ class Pruning:
 
     def space(self, model: Model, context: Context) -> Space:
         assert isinstance(model, TorchModel)
-        from optimizer.pruning.importance import CRITERIA
+        from optimizer.pruning.importance import criteria_for
+        from optimizer.pruning.masks import patterns_for
 
         network = self._network(model)
-        n_blocks = len(self._blocks(model, network))
+        n_blocks = len(self._blocks(model))
         kinds = self._kinds(network, n_blocks, context.machine)
         widths = {"what": (_CHANNELS, _BOTH)}
         scopes = [residual for residual in (False, True) if network.in_scope(residual)]
         table = _table(model, context) if network.groups else None
-        criteria = [name for name in CRITERIA if name != "random"]
-        if not _has_norms(network):
-            criteria.remove("bn_scale")
+        module = load_torch(model)
         return {
             "what": Categorical(kinds),
             "ratio": Categorical(_RATIOS, when=widths),
             "residual": Categorical(tuple(scopes) or (True,), when=widths),
-            "criterion": Categorical(tuple(criteria), when=widths),
+            "criterion": Categorical(criteria_for(module, network.groups), when=widths),
+            "outputs": Categorical((_outputs_of(context),), when={"criterion": ("taylor",)}),
             "allocation": Categorical(
                 (*_ALLOCATIONS, *((_LATENCY,) if table else ())), when=widths
             ),
-            **_table_of(table),
+            **table_parameter(table, when={"allocation": (_LATENCY,)}),
             "multiple": Categorical((8, 16, 4, 1), when=widths),
             **(space_of_rounds(model, context, widths) if network.groups else {}),
             "blocks": Categorical(
                 tuple(range(1, max(2, n_blocks))), when={"what": (_BLOCKS, _BOTH)}
             ),
-            "pattern": Categorical(("2:4", "global", "layer"), when={"what": (_WEIGHTS,)}),
+            "pattern": Categorical(patterns_for(module), when={"what": (_WEIGHTS,)}),
             "sparsity": Categorical(
                 (0.5, 0.7, 0.8, 0.9),
                 when={"what": (_WEIGHTS,), "pattern": ("global", "layer")},
@@ -125,7 +131,7 @@ class Pruning:
     def timed_blocks(self, model: Model, context: Context) -> Sequence[Block]:
         """For the allocation by latency: what its table has to have."""
         assert isinstance(model, TorchModel)
-        from optimizer.pruning.latency_table import table_blocks
+        from optimizer.latency_table import table_blocks
 
         if self.check(model, context) is not None or not self._network(model).groups:
             return ()
@@ -155,7 +161,7 @@ class Pruning:
         assert isinstance(model, TorchModel)
         if parameters["what"] == _WEIGHTS:
             return self._mask(model, parameters, directory)
-        samples = _samples(model, context)
+        samples = _samples(model, parameters, context)
         operations: dict[str, Json] = {}
         if "blocks" in parameters:
             operations["bypassed"] = self._bypassed(model, int(parameters["blocks"]), samples)
@@ -173,10 +179,9 @@ class Pruning:
         return torch_model(directory, model, module, self, operations)
 
     def restructure(self, module: "torch.nn.Module", operations: Json) -> "torch.nn.Module":
-        from optimizer.pruning.depth import bypass
         from optimizer.pruning.rounds import replay
 
-        module = bypass(module, operations.get("bypassed", {}))
+        module = _without(module, operations.get("bypassed"))
         return replay(module, _widths_of(operations))
 
     # --- what the model is made of
@@ -184,17 +189,16 @@ class Pruning:
     def _network(self, model: TorchModel, forms: Json = None) -> "Network":
         """The model's groups, after bypassing blocks; found once."""
         key = (model.digest, *sorted(forms or {}))
-        if key not in self._known:
-            found = _traced(_bypassing(model, forms), model)
-            while len(self._known) >= _REMEMBERED:
-                self._known.pop(next(iter(self._known)))
-            self._known[key] = found
-        return self._known[key]
+        return _remembered(self._known, key, lambda: _traced(_bypassing(model, forms), model))
 
-    def _blocks(self, model: TorchModel, network: "Network") -> tuple[str, ...]:
+    def _blocks(self, model: TorchModel) -> "Mapping[str, Form]":
+        """The model's blocks, with how each is bypassed; found once."""
         from optimizer.pruning.depth import blocks_of
 
-        return blocks_of(load_torch(model), network.flow.seen)
+        def find() -> "dict[str, Form]":
+            return blocks_of(load_torch(model), _inputs(model))
+
+        return _remembered(self._found, model.digest, find)
 
     def _kinds(self, network: "Network", n_blocks: int, machine: Machine) -> tuple[str, ...]:
         from optimizer.pruning.masks import why_no_speed
@@ -207,13 +211,17 @@ class Pruning:
 
     # --- what goes
 
-    def _bypassed(self, model: TorchModel, n: int, samples: "Samples") -> dict[str, str]:
-        from optimizer.pruning.depth import forms_of, importance, least_important
+    def _bypassed(self, model: TorchModel, n: int, samples: "Samples") -> dict[str, Json]:
+        """Raises ValueError where there are fewer, or the model doesn't run without them all."""
+        from optimizer.pruning.depth import importance, least_important, why_not_without
 
-        module = load_torch(model)
-        blocks = self._blocks(model, self._network(model))
+        module, blocks = load_torch(model), self._blocks(model)
         chosen = least_important(importance(module, blocks, samples.inputs), n)
-        return forms_of(module, chosen, _first(samples, _N_CHECKED))
+        forms = {name: blocks[name] for name in chosen}
+        reason = why_not_without(module, forms, _first(samples, _N_CHECKED))
+        if reason is not None:
+            raise ValueError(f"the model doesn't run without {', '.join(chosen)}: {reason}")
+        return {name: form.to_json() for name, form in forms.items()}
 
     def _in_rounds(
         self,
@@ -291,9 +299,24 @@ def _narrowing(
 
 def _bypassing(model: TorchModel, forms: Json) -> "torch.nn.Module":
     """The model without these blocks; nobody else holds it."""
-    from optimizer.pruning.depth import bypass
+    return _without(load_torch(model), forms)
 
-    return bypass(load_torch(model), forms or {})
+
+def _without(module: "torch.nn.Module", forms: Json) -> "torch.nn.Module":
+    """The module, edited, without the blocks of the operation `bypassed`."""
+    from optimizer.pruning.depth import Form, bypass
+
+    return bypass(module, {name: Form.from_json(one) for name, one in (forms or {}).items()})
+
+
+def _remembered(known: dict[_Key, _Found], key: _Key, find: Callable[[], _Found]) -> _Found:
+    """What was found for the key, now or before; the oldest is forgotten."""
+    if key not in known:
+        found = find()
+        while len(known) >= _REMEMBERED:
+            known.pop(next(iter(known)))
+        known[key] = found
+    return known[key]
 
 
 def _traced(module: "torch.nn.Module", model: TorchModel) -> "Network":
@@ -304,23 +327,8 @@ def _traced(module: "torch.nn.Module", model: TorchModel) -> "Network":
     return network_of(trace(module, _inputs(model)))
 
 
-def _table_of(table: "LatencyTable | None") -> Space:
-    """The parameter by which ids cover the table."""
-    if table is None:
-        return {}
-    return {_TABLE: Categorical((table.digest,), when={"allocation": (_LATENCY,)})}
-
-
 def _table(model: TorchModel, context: Context) -> "LatencyTable | None":
-    """The target's times of the layers of the model that the study started from, which are what is
-    timed, whatever steps lie between; None where they weren't."""
-    from optimizer.pruning.latency_table import latency_table
-
-    if context.block_seconds is None:
-        return None
-    if isinstance(model, TorchVariant):
-        model = TorchModel(model.source, read_plan(model).base)
-    return latency_table(_layers(model).values(), context.block_seconds)
+    return timed_table(model, context, lambda base: _layers(base).values())
 
 
 def _wanted_table(
@@ -328,17 +336,8 @@ def _wanted_table(
 ) -> "LatencyTable | None":
     """The table of the parameters; None where they have none. Raises ValueError where the target's
     is another."""
-    wanted = parameters.get(_TABLE)
-    if wanted is None:
-        return None
-    table = _table(model, context)
-    found = "missing" if table is None else table.digest
-    if found != wanted:
-        raise ValueError(
-            f"{_TABLE}: got {wanted}, and the target's table of latencies is {found}: want the "
-            "table that the recipe was made with"
-        )
-    return table
+    wanted = parameters.get(LATENCIES)
+    return None if wanted is None else wanted_table(wanted, _table(model, context))
 
 
 def _layers(model: TorchModel) -> dict[str, Block]:
@@ -352,7 +351,12 @@ def _inputs(model: TorchModel) -> "list[InputShape]":
     return [InputShape(one.datatype, one.shape) for one in read_signature(model.source).inputs]
 
 
-def _samples(model: TorchModel, context: Context) -> "Samples":
+def _outputs_of(context: Context) -> str:
+    """What the task says the model's outputs are, so that ids cover it."""
+    return _CLASSES if context.task.kind == "classification" else _VALUES
+
+
+def _samples(model: TorchModel, parameters: Parameters, context: Context) -> "Samples":
     import torch
 
     from optimizer.pruning.importance import Samples
@@ -361,12 +365,9 @@ def _samples(model: TorchModel, context: Context) -> "Samples":
     names = read_signature(model.source).input_names
     inputs = tuple(torch.from_numpy(np.ascontiguousarray(read.inputs[name])) for name in names)
     labels = None if read.labels is None else torch.from_numpy(read.labels)
-    return Samples(inputs, labels, context.seed)
+    has_classes = parameters.get("outputs", _CLASSES) == _CLASSES
+    return Samples(inputs, labels, context.seed, has_classes)
 
 
 def _first(samples: "Samples", n: int) -> Sequence[Any]:
     return [one[:n] for one in samples.inputs]
-
-
-def _has_norms(network: "Network") -> bool:
-    return any(name.endswith(".running_mean") for name in network.flow.tensors)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from optimizer.pruning.graph import InputShape, trace
-from optimizer.pruning.groups import Network, network_of
+from optimizer.pruning.graph import InputShape, named_tensors, trace
+from optimizer.pruning.groups import Group, Network, network_of
 from optimizer.pruning.surgery import (
     MODULE,
     TRACE,
@@ -390,3 +390,21 @@ def case(name: str) -> Case:
     """Tracing takes a second, and nothing changes a case."""
     topology = TOPOLOGIES[name]
     return Case(topology, network_of(trace(built(topology.build), topology.inputs)))
+
+
+def halved(groups: Sequence[Group]) -> list[int]:
+    """Every second unit of each group."""
+    return [unit for group in groups for unit in group.units[::2]]
+
+
+def zeroed(module: nn.Module, groups: Sequence[Group], gone: Sequence[int]) -> nn.Module:
+    """The slow reference: all parameters of these units set to zero, and nothing removed."""
+    tensors = named_tensors(module)
+    with torch.no_grad():
+        for group in groups:
+            for (name, axis), by_unit in group.places.items():
+                if isinstance(tensors[name], nn.Parameter):
+                    for unit, indices in zip(group.units, by_unit, strict=True):
+                        if unit in gone:
+                            tensors[name].index_fill_(axis, torch.from_numpy(indices), 0.0)
+    return module

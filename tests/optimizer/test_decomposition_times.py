@@ -21,7 +21,7 @@ from optimizer.decomposition.forms import (
     linear_geometry,
     links_of,
 )
-from optimizer.pruning.latency_table import LatencyTable, latency_table, table_blocks
+from optimizer.latency_table import LatencyTable, latency_table, table_blocks
 from optimizer.recipe import Traits
 from optimizer.space import Categorical, Parameters, defaults
 from optimizer.techniques import Context, Timed, load_technique

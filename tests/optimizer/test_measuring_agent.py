@@ -27,6 +27,7 @@ from optimizer.block_times import StoredTimes
 from optimizer.blocks import Block
 from optimizer.errors import MeasurerUnavailable
 from optimizer.estimates import Estimates
+from optimizer.latency_table import table_blocks
 from optimizer.measuring import ContenderFailed
 from optimizer.measuring.artifact_cache import ArtifactCache
 from optimizer.measuring.bearer import TokenInvalid, read_token
@@ -34,7 +35,6 @@ from optimizer.measuring.calls import PROTOCOL_VERSION, Call, Named, header_of
 from optimizer.measuring.frames import Frame, encode
 from optimizer.measuring.onnx_files import check_onnx
 from optimizer.measuring.remote import RemoteMeasurer
-from optimizer.pruning.latency_table import table_blocks
 from optimizer.spec import read_spec
 from optimizer.store import Store
 from optimizer.timing import Contender, Effort

@@ -1,4 +1,4 @@
-"""Importance, allocation, depth and masks against plain references, and the technique itself."""
+"""Importance, allocation and masks against plain references, and the technique itself."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,19 +12,18 @@ from torch import nn
 
 from optimizer.blocks import Block, named_blocks
 from optimizer.data.splits import Samples as Read
+from optimizer.latency_table import latency_table
 from optimizer.pruning import masks
 from optimizer.pruning.allocation import RULES, Candidates, allocate
 from optimizer.pruning.costs import Costs
-from optimizer.pruning.depth import Bypass, blocks_of, bypass, importance, least_important
-from optimizer.pruning.graph import named_tensors, trace
-from optimizer.pruning.groups import Group
-from optimizer.pruning.importance import CRITERIA, Samples, Scores, score
+from optimizer.pruning.graph import InputShape, named_tensors, trace
+from optimizer.pruning.groups import Group, network_of
+from optimizer.pruning.importance import CRITERIA, Samples, Scores, criteria_for, score
 from optimizer.pruning.latency import Latency
-from optimizer.pruning.latency_table import latency_table
 from optimizer.pruning.sensitivity import Sensitivity
 from optimizer.recipe import Recipe
 from optimizer.space import Value, check_parameters, defaults
-from optimizer.spec import InputSpec, ModuleSource, OutputSpec
+from optimizer.spec import InputSpec, ModuleSource, OutputSpec, TaskSpec
 from optimizer.techniques import Context, load_technique
 from optimizer.torch_variant import load_torch, read_plan
 from optimizer.variant import TorchModel, TorchVariant, source_model
@@ -127,6 +126,124 @@ def test_taylor_takes_the_models_own_answers_when_there_are_no_labels() -> None:
     for given, want in zip(own, told, strict=True):
         np.testing.assert_array_equal(given, want)
         assert given.sum() > 0
+
+
+@pytest.mark.parametrize("is_head_frozen", [False, True])
+def test_taylor_sees_frozen_layers_too_and_leaves_them_frozen(is_head_frozen: bool) -> None:
+    one, data = case("vgg"), samples("vgg")
+    module = one.module().requires_grad_(False)
+    module.get_submodule("10").requires_grad_(not is_head_frozen)
+    before = [weights.requires_grad for weights in module.parameters()]
+    given = score("taylor", module, one.network.groups, data)
+    want = score("taylor", one.module(), one.network.groups, data)
+    for scores, free in zip(given, want, strict=True):
+        np.testing.assert_array_equal(scores, free)
+    assert [weights.requires_grad for weights in module.parameters()] == before
+    assert all(weights.grad is None for weights in module.parameters())
+
+
+def squared_changes(module: nn.Module, weights: torch.Tensor, x: torch.Tensor) -> np.ndarray:
+    """[unit]: of a tensor [unit], the squared first-order change of each output when one goes."""
+    total = np.zeros(len(weights))
+    for value in module(x).flatten():
+        (slope,) = torch.autograd.grad(value, weights, retain_graph=True)
+        total += (slope * weights).detach().double().numpy() ** 2
+    return total
+
+
+@pytest.mark.parametrize(
+    ("n_outputs", "labels", "has_classes"),
+    [
+        pytest.param(1, None, True, id="one column"),
+        pytest.param(1, torch.zeros(400, dtype=torch.int64), True, id="one column, labels of 0"),
+        pytest.param(4, None, False, id="outputs that are no classes"),
+        pytest.param(4, torch.rand(400), True, id="labels that are no indices"),
+        pytest.param(4, torch.full((400,), 4), True, id="labels beyond the columns"),
+        pytest.param(4, torch.arange(400) % 3 - 1, True, id="labels below 0"),
+    ],
+)
+def test_taylor_is_the_change_of_each_output_when_those_are_no_classes(
+    n_outputs: int, labels: torch.Tensor | None, has_classes: bool
+) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv1d(3, 5, 1), nn.BatchNorm1d(5), nn.Tanh(), nn.Flatten(),
+                           nn.Linear(10, n_outputs)).eval()  # fmt: skip
+    x = torch.randn(400, 3, 2)
+    shape = InputShape("FP32", (3, 2))
+    (group,) = network_of(trace(module, [shape])).groups
+    with torch.no_grad():
+        module[1].weight.mul_(torch.tensor([1.0, 0.1, 2.0, 0.5, 0.01]))
+    (given,) = score("taylor", module, [group], Samples((x,), labels, 0, has_classes))
+    # Of a batch, which has 31 samples on average.
+    want = squared_changes(module, module[1].weight, x) / 13
+    np.testing.assert_allclose(given, want, rtol=0.7)  # of 52 draws
+
+
+def test_taylor_moves_when_embeddings_are_of_unit_length() -> None:
+    class Unit(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.normalize(super().forward(x), dim=1)
+
+    torch.manual_seed(0)
+    module = Unit(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5)).eval()
+    with torch.no_grad():
+        module[2].weight[:, 2] *= 1e-3
+    (group,) = network_of(trace(module, [InputShape("FP32", (4,))])).groups
+    data = Samples((torch.randn(64, 4),), None, 0, has_classes=False)
+    (scores,) = score("taylor", module, [group], data)
+    assert int(np.argmin(scores)) == 2
+    assert np.delete(scores, 2).min() > 1e-3
+
+
+def test_groups_stay_when_no_gradient_comes_to_them() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fixed = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6))
+            self.up, self.down = nn.Linear(6, 5), nn.Linear(5, N_CLASSES)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.up(self.fixed(x).detach()).relu())
+
+    module = built(Fixed)
+    groups = network_of(trace(module, [InputShape("FP32", (4,))])).groups
+    data = Samples((torch.randn(8, 4),), None, 0)
+    for criterion in ("taylor", "obs"):
+        scores = dict(zip([g.name for g in groups], score(criterion, module, groups, data),
+                          strict=True))  # fmt: skip
+        assert np.isinf(scores["fixed.0"]).all()
+        assert np.isfinite(scores["up"]).all()
+
+
+def test_distances_are_between_filters_when_units_have_learned_scales_too() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(6, 1, 1) + 0.5)
+            self.first, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(6, N_CLASSES, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.scale * self.first(x)).mean((2, 3))
+
+    module = built(Scaled)
+    (group,) = network_of(trace(module, [InputShape("FP32", (3, 4, 4))])).groups
+    (given,) = score("fpgm", module, [group], Samples((torch.zeros(1, 3, 4, 4),), None, 0))
+    rows = module.first.weight.detach().flatten(1).double()
+    distances = torch.stack([(rows - row).norm(dim=1).sum() for row in rows])
+    np.testing.assert_allclose(given, distances / distances.mean(), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "silent"),
+    [("vgg", set()), ("vit", {"bn_scale"}), ("a normalization of inputs alone", {"bn_scale"})],
+)
+def test_criteria_are_those_that_say_something_of_what_can_go(name: str, silent: set[str]) -> None:
+    if name in TOPOLOGIES:
+        module, groups = case(name).module(), case(name).network.groups
+    else:
+        module = built(lambda: nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 6), nn.Linear(6, 2)))
+        groups = network_of(trace(module, [InputShape("FP32", (4,))])).groups
+    assert set(criteria_for(module, groups)) == set(CRITERIA) - silent - {"random"}
 
 
 def test_random_scores_are_decided_by_the_seed_alone() -> None:
@@ -289,66 +406,6 @@ def test_ratio_is_refused_with_layer_and_bound_when_it_would_empty_one() -> None
         score("best", case("vgg").module(), case("vgg").network.groups, samples("vgg"))
 
 
-# --- depth
-
-
-@pytest.mark.parametrize(
-    ("name", "blocks"),
-    [
-        ("resnet", ("2.0", "2.2")),
-        ("resnet_option_a", ("2.0", "2.2")),
-        ("efficientnet", ("3",)),
-        ("vit", ("blocks.0", "blocks.1")),
-        ("bert", ("layers.0", "layers.1")),
-        ("vgg", ()),
-        ("densenet", ()),
-    ],
-)
-def test_blocks_are_those_that_hand_on_their_input_when_shapes_stay(
-    name: str, blocks: tuple[str, ...]
-) -> None:
-    one = case(name)
-    assert blocks_of(one.module(), one.network.flow.seen) == blocks
-
-
-@pytest.mark.parametrize(("name", "block"), [("resnet", "2.2"), ("bert", "layers.0")])
-def test_bypassed_network_computes_what_its_other_blocks_do(name: str, block: str) -> None:
-    one = case(name)
-    inputs = samples(name).inputs
-
-    class Skipped(nn.Module):
-        def forward(self, x: torch.Tensor, *_others: torch.Tensor) -> torch.Tensor:
-            return x
-
-    reference = one.module()
-    reference.set_submodule(block, Skipped())
-    given = bypass(one.module(), {block: "tensor"})
-    with torch.no_grad():
-        want, got = reference(*inputs), given(*inputs)
-    torch.testing.assert_close(got, want)
-    assert not any(key.startswith(f"{block}.") for key in given.state_dict())
-
-
-def test_block_matters_less_when_it_changes_less() -> None:
-    module = case("vit").module()
-    for weights in module.get_submodule("blocks.1").parameters():
-        nn.init.zeros_(weights)
-    scores = importance(module, ["blocks.0", "blocks.1"], samples("vit").inputs)
-    assert scores["blocks.1"] == pytest.approx(0, abs=1e-6)
-    assert scores["blocks.0"] > 0.01
-    assert least_important(scores, 1) == ["blocks.1"]
-    with pytest.raises(ValueError, match="got 3 to bypass, want 0 to 2"):
-        least_important(scores, 3)
-    with pytest.raises(ValueError, match="no block layer9"):
-        bypass(module, {"layer9": "tensor"})
-
-
-def test_bypass_gives_a_tuple_when_the_block_did() -> None:
-    x = torch.zeros(1)
-    assert Bypass("tuple")(x, None) == (x,)
-    assert Bypass("tensor")(x, attention=None) is x
-
-
 # --- masks
 
 
@@ -377,23 +434,67 @@ def test_global_masks_leave_the_largest_weights_of_all_layers_together() -> None
     assert was[together == 0].abs().max() <= together[together != 0].abs().min()
 
 
-def test_two_of_four_neighbours_stay_when_the_pattern_says_so() -> None:
+def in_fours(weight: torch.Tensor) -> torch.Tensor:
+    """[four, 4]: input channels of each filter at each place of the kernel, index by index."""
+    n_out, n_in = weight.shape[:2]
+    flat = weight.reshape(n_out, n_in, -1)
+    fours = [
+        flat[one, start : start + 4, place]
+        for one in range(n_out)
+        for place in range(flat.shape[2])
+        for start in range(0, n_in, 4)
+    ]
+    return torch.stack(fours)
+
+
+def test_two_of_four_input_channels_stay_when_the_pattern_says_so() -> None:
     module, names = sparse("2:4", 0.5)
-    assert names == ("4", "7")  # filters of 27 and 10 weights aren't in fours
+    assert names == ("4", "7")  # 3 channels and 10 neurons aren't in fours
     before = named_tensors(case("vgg").module())
     for name in names:
-        fours = module.get_submodule(name).weight.detach().flatten(1).reshape(-1, 4)
-        was = before[f"{name}.weight"].detach().flatten(1).reshape(-1, 4)
+        fours = in_fours(module.get_submodule(name).weight.detach())
+        was = in_fours(before[f"{name}.weight"].detach())
         assert ((fours != 0).sum(dim=1) == 2).all()
         for now, then in zip(fours, was, strict=True):
             assert set(now.abs()[now != 0].tolist()) == set(then.abs().topk(2).values.tolist())
 
 
 @pytest.mark.parametrize(
+    ("n_inputs", "groups", "is_masked"),
+    [
+        pytest.param(6, 1, False, id="filters of 24 weights that read 6 channels"),
+        pytest.param(8, 2, True, id="groups of 4 channels"),
+        pytest.param(8, 4, False, id="groups of 2 channels"),
+    ],
+)
+def test_two_of_four_takes_a_layer_when_its_filters_read_channels_in_fours(
+    n_inputs: int, groups: int, is_masked: bool
+) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(n_inputs, 8, 2, groups=groups), nn.Conv2d(8, 4, 1))
+    assert masks.mask(module, "2:4", 0.5) == (("0", "1") if is_masked else ("1",))
+    assert bool((module[0].weight != 0).all()) is not is_masked
+    assert ("2:4" in masks.patterns_for(module[:1])) is is_masked
+
+
+def test_zeros_of_rising_sparsity_are_among_the_two_least_of_four_channels() -> None:
+    torch.manual_seed(0)
+    magnitudes = torch.rand(3, 8, 2, 2)
+    (kept,) = masks.largest({"one": magnitudes}, "2:4", 0.3).values()
+    assert int((~kept).sum()) == round(0.3 * kept.numel())
+    least = in_fours(magnitudes).argsort(dim=1)[:, :2]
+    gone = in_fours(~kept)
+    assert int(gone.gather(1, least).sum()) == int(gone.sum())
+    with pytest.raises(ValueError, match="one: got 6 input channels, want a multiple of 4"):
+        masks.largest({"one": torch.rand(4, 6, 2, 2)}, "2:4", 0.5)
+
+
+@pytest.mark.parametrize(
     ("pattern", "sparsity", "reason"),
     [
         pytest.param("layer", 1.0, "sparsity: got 1", id="everything"),
-        pytest.param("blocks", 0.5, "pattern: got 'blocks', want one of layer", id="no pattern"),
+        pytest.param("2:4", 0.3, r"sparsity: got 0\.3, want 0\.5 for 2:4", id="fewer of four"),
+        pytest.param("blocks", 0.5, "pattern: got 'blocks', want one of 2:4", id="no pattern"),
         pytest.param("global", 0.9999, "leaves nothing of", id="an empty layer"),
     ],
 )
@@ -433,18 +534,24 @@ class Given:
 
 def model_of(name: str) -> TorchModel:
     topology = TOPOLOGIES[name]
+    return model_from(built(topology.build), topology.inputs, name)
+
+
+def model_from(module: nn.Module, shapes: Sequence[InputShape], name: str) -> TorchModel:
     inputs = tuple(
         InputSpec(name=f"x{index}", datatype=one.datatype, shape=one.shape)  # type: ignore[arg-type]
-        for index, one in enumerate(topology.inputs)
+        for index, one in enumerate(shapes)
     )
-    module = built(topology.build)
     model = source_model(ModuleSource(module, inputs, (OutputSpec(name="y"),)), name)
     assert isinstance(model, TorchModel)
     return model
 
 
 def context_of(name: str) -> Context:
-    data = samples(name)
+    return context_with(samples(name))
+
+
+def context_with(data: Samples) -> Context:
     assert data.labels is not None
     inputs = {f"x{index}": one.numpy() for index, one in enumerate(data.inputs)}
     split = Given(inputs, data.labels.numpy())
@@ -516,6 +623,88 @@ def test_pruning_is_pure_when_applied_twice(criterion: str, tmp_path: Path) -> N
 def test_pruning_fails_with_the_bound_when_a_ratio_would_empty_a_layer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ratio: got 0\.7, want at most 0.*would empty a layer"):
         prune("resnet", tmp_path, ratio=0.7, multiple=8)
+
+
+class Layer(nn.Module):
+    """Adds to its second argument, which is called `x`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch, self.gate = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, memory: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return x + self.branch(x).relu() * torch.sigmoid(self.gate(memory))
+
+
+class Remembering(nn.Module):
+    """Runs with one of its layers at least."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.memory = nn.Linear(5, 6), nn.Linear(5, 6)
+        self.layers = nn.ModuleList([Layer(), Layer()])
+        self.head = nn.Linear(6, N_CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not any(isinstance(layer, Layer) for layer in self.layers):
+            raise RuntimeError("no layer left")
+        memory, x = self.memory(x), self.stem(x)
+        for layer in self.layers:
+            x = layer(memory, x=x)
+        return nn.functional.normalize(self.head(x), dim=1)
+
+
+def remembering() -> tuple[TorchModel, Context]:
+    shape = InputShape("FP32", (5,))
+    (x,) = inputs_of((shape,), N_SAMPLES)
+    data = Samples((x,), torch.arange(N_SAMPLES) % N_CLASSES, seed=0)
+    return model_from(built(Remembering), [shape], "remembering"), context_with(data)
+
+
+def test_variant_without_a_block_hands_on_what_the_block_adds_to(tmp_path: Path) -> None:
+    technique = load_technique("pruning")
+    model, context = remembering()
+    parameters = defaults(technique.space(model, context), what="blocks")
+    made = technique.apply(model, parameters, context, tmp_path)
+    assert isinstance(made, TorchVariant)
+    whole, module = load_torch(model), load_torch(made)
+    (gone,) = read_plan(made).steps[0].operations["bypassed"]
+    for weights in whole.get_submodule(f"{gone}.branch").parameters():
+        nn.init.zeros_(weights)
+    (x,) = inputs_of((InputShape("FP32", (5,)),), 3)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), whole(x))
+
+
+def test_blocks_are_refused_when_the_model_does_not_run_without_all_of_them(
+    tmp_path: Path,
+) -> None:
+    model, context = remembering()
+    given = {"what": "blocks", "blocks": 2}
+    with pytest.raises(ValueError, match=r"without layers\.0, layers\.1: RuntimeError: no layer"):
+        load_technique("pruning").apply(model, given, context, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stay"), [("classification", [4, 5, 6, 7]), ("embedding", [0, 1, 2, 3])]
+)
+def test_scores_are_of_classes_when_the_task_is_to_classify(
+    kind: str, stay: list[int], tmp_path: Path
+) -> None:
+    module = built(lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, N_CLASSES)))
+    with torch.no_grad():
+        module[2].weight[:, :4] = 3.0  # moves all alike, and so no probability
+    (x,) = inputs_of((InputShape("FP32", (5,)),), N_SAMPLES)
+    context = context_with(Samples((x,), torch.arange(N_SAMPLES) % N_CLASSES, seed=0))
+    context = replace(context, task=TaskSpec(kind=kind))  # type: ignore[arg-type]
+    model = model_from(module, [InputShape("FP32", (5,))], "perceptron")
+    technique = load_technique("pruning")
+    space = technique.space(model, context)
+    assert "bn_scale" not in repr(space["criterion"])
+    parameters = defaults(space, criterion="taylor", multiple=1, ratio=0.5)
+    made = technique.apply(model, parameters, context, tmp_path)
+    assert isinstance(made, TorchVariant)
+    assert torch.equal(load_torch(made)[0].weight, module[0].weight[stay])  # type: ignore[index]
 
 
 def test_zeros_are_offered_when_the_target_may_have_kernels_for_them(tmp_path: Path) -> None:

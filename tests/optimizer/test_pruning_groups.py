@@ -1,14 +1,12 @@
 """Groups of what can only go together, on the topologies that users bring, and taking them out."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from optimizer.pruning.graph import InputShape, Untraceable, named_tensors, trace
-from optimizer.pruning.groups import Group, network_of
+from optimizer.pruning.graph import InputShape, Untraceable, trace
+from optimizer.pruning.groups import network_of
 from optimizer.pruning.surgery import (
     MODULE,
     TRACE,
@@ -17,27 +15,18 @@ from optimizer.pruning.surgery import (
     operate,
     operations_of,
 )
-from tests.optimizer.networks import TOPOLOGIES, Sorted, built, case, flat, inputs_of
+from tests.optimizer.networks import (
+    TOPOLOGIES,
+    Sorted,
+    built,
+    case,
+    flat,
+    halved,
+    inputs_of,
+    zeroed,
+)
 
 TOLERANCE = 1e-5
-
-
-def halved(groups: Sequence[Group]) -> list[int]:
-    """Every second unit of each group."""
-    return [unit for group in groups for unit in group.units[::2]]
-
-
-def zeroed(module: nn.Module, groups: Sequence[Group], gone: Sequence[int]) -> nn.Module:
-    """The slow reference: all parameters of these units set to zero, and nothing removed."""
-    tensors = named_tensors(module)
-    with torch.no_grad():
-        for group in groups:
-            for (name, axis), by_unit in group.places.items():
-                if isinstance(tensors[name], nn.Parameter):
-                    for unit, indices in zip(group.units, by_unit, strict=True):
-                        if unit in gone:
-                            tensors[name].index_fill_(axis, torch.from_numpy(indices), 0.0)
-    return module
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from optimizer.blocks import Block, named_blocks
+from optimizer.latency_table import LatencyTable, latency_table, table_blocks
 from optimizer.model_source import source_digest
 from optimizer.pruning.allocation import Candidates, allocate
 from optimizer.pruning.costs import Costs
@@ -18,7 +19,6 @@ from optimizer.pruning.graph import InputShape, trace
 from optimizer.pruning.groups import Network, network_of
 from optimizer.pruning.knapsack import choose
 from optimizer.pruning.latency import Latency
-from optimizer.pruning.latency_table import LatencyTable, latency_table, table_blocks
 from optimizer.space import Categorical, defaults
 from optimizer.spec import ExportedSource
 from optimizer.techniques import load_technique

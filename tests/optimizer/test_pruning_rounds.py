@@ -13,9 +13,9 @@ from torch import nn
 from optimizer.blocks import named_blocks
 from optimizer.builder import Builder
 from optimizer.data.splits import Samples as Read
+from optimizer.latency_table import latency_table
 from optimizer.pruning.graph import trace
 from optimizer.pruning.groups import Network, network_of
-from optimizer.pruning.latency_table import latency_table
 from optimizer.pruning.narrowing import Narrowing
 from optimizer.pruning.rounds import Pruned, Schedule, in_rounds, replay
 from optimizer.recipe import Recipe

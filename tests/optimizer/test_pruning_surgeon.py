@@ -117,3 +117,84 @@ def test_a_group_that_no_such_layer_reads_stays() -> None:
     lone = nn.Sequential(nn.Conv1d(2, 4, 1), nn.Conv1d(4, 2, 1), nn.Flatten()).eval()
     (costs,) = costs_of_going(lone, network_at(lone, 2, 4).groups, [(inputs(2, 4),)], 0)
     assert np.isinf(costs).all()
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_heads_cost_what_the_best_fit_without_them_leaves(batch_first: bool) -> None:
+    class Attending(nn.Module):
+        """Its output is attention's, position by position."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(6, 3, batch_first=batch_first)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x if batch_first else x.transpose(0, 1)
+            x = self.attention(x, x, x, need_weights=False)[0]
+            return x if batch_first else x.transpose(0, 1)
+
+    torch.manual_seed(3)
+    module = Attending().eval()
+    with torch.no_grad():
+        module.attention.in_proj_bias.normal_()
+        module.attention.out_proj.weight[:, 2:4] *= 0.1
+    x = inputs(5, 6)
+    (group,) = network_at(module, 5, 6).groups
+    (costs,) = costs_of_going(module, [group], [(part,) for part in x.split(64)], 0)
+    mixed = mixed_by_heads(module.attention, x).reshape(-1, 6).numpy()
+    weights = module.attention.out_proj.weight.detach().double().T.numpy()
+    first = int(np.argmin(costs))
+    assert first == 1
+    wanted = 5 * left_without(mixed, weights, [2, 3])  # of each sample, over its positions
+    assert costs[first] == pytest.approx(wanted, rel=0.1)
+
+
+def mixed_by_heads(attention: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
+    """What the output projection is given, by hand: [n, length, features], float64."""
+    with torch.no_grad():
+        projected = nn.functional.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+        heads = projected.double().unflatten(2, (3, attention.num_heads, -1))
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        shares = (query @ key.transpose(2, 3) / query.shape[3] ** 0.5).softmax(3)
+        return (shares @ value).transpose(1, 2).flatten(2)
+
+
+def test_units_that_are_read_twice_are_scored_with_those_that_are_read_once() -> None:
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 6), nn.Linear(9, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = torch.tanh(self.up(x))
+            return self.down(torch.cat([hidden, hidden[:, :3] ** 2], 1))
+
+    torch.manual_seed(3)
+    module, x = Doubled().eval(), inputs(4)
+    groups = network_at(module, 4).groups
+    found = costs_of_going(module, groups, [(part,) for part in x.split(64)], 0)
+    assert sum(len(group.units) for group in groups) == 6
+    with torch.no_grad():
+        hidden = torch.tanh(module.up(x))
+        read = torch.cat([hidden, hidden[:, :3] ** 2], 1).double().numpy()
+        weights = module.down.weight.detach().double().T.numpy()
+    for group, costs in zip(groups, found, strict=True):
+        (reader,) = readers_of(module, group)
+        first = int(np.argmin(costs))
+        wanted = left_without(read, weights, reader.features[first].tolist())
+        assert costs[first] == pytest.approx(wanted, rel=0.1)
+
+
+def test_a_reader_whose_weight_is_taken_without_a_call_says_nothing() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(torch.tanh(self.up(x)), self.down.weight)
+
+    torch.manual_seed(3)
+    module = Functional().eval()
+    (costs,) = costs_of_going(module, network_at(module, 4).groups, [(inputs(4),)], 0)
+    assert np.isinf(costs).all()

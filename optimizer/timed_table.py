@@ -14,7 +14,7 @@ from optimizer.torch_variant import read_plan
 from optimizer.variant import TorchModel, TorchVariant
 
 if TYPE_CHECKING:
-    from optimizer.pruning.latency_table import LatencyTable
+    from optimizer.latency_table import LatencyTable
 
 LATENCIES = "latencies"
 
@@ -24,7 +24,7 @@ def timed_table(
 ) -> "LatencyTable | None":
     """The table of the `layers` of the model that the study started from; None where not all of it
     was measured."""
-    from optimizer.pruning.latency_table import latency_table
+    from optimizer.latency_table import latency_table
 
     if context.block_seconds is None:
         return None
