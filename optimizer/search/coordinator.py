@@ -127,7 +127,10 @@ class Coordinator:
             self._failed.add(answer.failed_id)
         self._constraints |= set(answer.constraints or ())
         if self._guide is not None:
-            self._guide.tell(trial.decisions.values, answer.value, answer.constraints or {})
+            is_built = not answer.failed_id
+            self._guide.tell(
+                trial.decisions.values, answer.value, answer.constraints or {}, is_built
+            )
         for handle in (trial.handle, *self._open.pop(key, ())):
             self._tell(handle, answer)
 

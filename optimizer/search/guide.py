@@ -33,6 +33,9 @@ MAX_FITTED = 300
 """Trials that a surrogate is fitted to, the latest."""
 WORST = 2.0
 """Relative excess of a constraint, beyond which it is all the same."""
+BUILT = "built"
+"""A constraint like the others: broken where a step couldn't be built, so that what such trials
+have in common is proposed less."""
 
 Floats = NDArray[np.float64]
 
@@ -63,12 +66,17 @@ class Guide:
     """Decision → its distribution, as walks come by it."""
 
     def tell(
-        self, values: Mapping[str, Value], objective: float | None, constraints: Mapping[str, float]
+        self,
+        values: Mapping[str, Value],
+        objective: float | None,
+        constraints: Mapping[str, float],
+        is_built: bool = True,
     ) -> None:
         """`values` are the trial's decisions by name, `constraints` those of which something is
         known."""
         known = objective if objective is not None and 0 < objective < math.inf else None
         limited = {name: float(np.clip(v, -1.0, WORST)) for name, v in constraints.items()}
+        limited[BUILT] = -1.0 if is_built else 1.0
         self._seen.append(Seen(values, known, limited))
         if values in self._open:
             self._open.remove(values)

@@ -1,6 +1,7 @@
 """The guide and its surrogate: what they learn from trials, on functions that are known."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -158,6 +159,27 @@ def test_guide_goes_on_when_nothing_could_be_measured_yet() -> None:
     guide = Guide(landscape, Kind.TORCH, 0)
     guide.tell({"narrow": "none"}, None, {})
     assert guide.proposal(lambda _decisions: False) is not None
+
+
+def test_guide_turns_from_what_cant_be_built() -> None:
+    """All of the clever ones fail, whatever else they choose, and half of what is at random is
+    clever; nothing else tells them from the others."""
+
+    def n_clever(is_told: bool) -> int:
+        found = 0
+        for seed in range(4):
+            guide, tried = Guide(landscape, Kind.TORCH, seed), list[Mapping[str, Value]]()
+            for _ in range(12):
+                one = guide.proposal(lambda one, tried=tried: one.values in tried)  # type: ignore[misc]
+                assert one is not None
+                fails = parameters(one).get("how") == "clever"
+                objective = None if fails else 1.0
+                guide.tell(one.values, objective, {}, is_built=not (fails and is_told))
+                tried.append(one.values)
+                found += fails
+        return found
+
+    assert 2 * n_clever(is_told=True) < n_clever(is_told=False)
 
 
 def told(guide: Guide, n: int) -> list[Decisions]:
