@@ -73,7 +73,7 @@ class Guide:
         is_built: bool = True,
     ) -> None:
         """`values` are the trial's decisions by name, `constraints` those of which something is
-        known."""
+        known; `is_built` unless one of its steps couldn't be."""
         known = objective if objective is not None and 0 < objective < math.inf else None
         limited = {name: float(np.clip(v, -1.0, WORST)) for name, v in constraints.items()}
         limited[BUILT] = -1.0 if is_built else 1.0

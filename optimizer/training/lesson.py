@@ -157,7 +157,6 @@ class Lesson:
 
         if not keeps_base(self.model):
             return {}
-
         order = np.random.default_rng(self.context.seed).permutation(len(self.data))
         batches = self.data.each(order[:n], _RECALIBRATION_BATCH, whole=False)
         whole = load_source(self.model.source).eval()
@@ -241,9 +240,11 @@ def _mixed(training: TrainingSpec, learns: str, weighs_labels: bool) -> dict[str
     is_classes = learns == "classes"
     losses = tuple(one for one in training.losses if one != "dist" or is_classes) or ("answers",)
     alphas = training.alphas if weighs_labels else (0.0,)
-    space = {"alpha": Categorical(alphas), "loss": Categorical(losses)}
     softened = tuple(alpha for alpha in alphas if alpha < 1)
-    if {"answers", "dist"} >= set(losses) and softened:  # without answers they say nothing
+    space = {"alpha": Categorical(alphas)}
+    if not {"answers", "dist"} >= set(losses):
+        space["loss"] = Categorical(losses)
+    elif softened:  # at an alpha of 1 answers don't count, however they differ
         space["loss"] = Categorical(losses, when={"alpha": softened})
     if is_classes and softened:
         space["temperature"] = Categorical(training.temperatures, when={"alpha": softened})

@@ -573,6 +573,8 @@ def test_loss_is_only_asked_for_where_answers_count(tmp_path: Path) -> None:
     space = Recovery().space(bench.torch, plain)
     assert "loss" not in defaults(space, alpha=1.0)
     assert defaults(space, alpha=0.5)["loss"] == "answers"
+    labels = context(bench, losses=("answers", "dist"), alphas=(1.0,))
+    assert "loss" not in Recovery().space(bench.torch, labels)
     further = Recovery().space(bench.torch, context(bench, losses=("attention",), alphas=both))
     assert defaults(further, alpha=1.0)["loss"] == "attention"
 
